@@ -1,0 +1,202 @@
+"""`CrushConfig`: the one configuration that Python, the command line and every engine take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .core import ANCHORS, Budget, SelectionOptions
+from .errors import ConfigError, nearest
+from .importance import Policy, make_policy
+
+Threshold = Literal["budget", "median"]
+Grouping = Literal["signature", "random", "position"]
+Representative = Literal["middle", "best"]
+Aggregate = Literal["mean", "max"]
+
+
+@dataclass(frozen=True)
+class CrushConfig:
+    """What is kept of a KV cache. Frozen, checked when it is made, and equal to its JSON form.
+
+    Attributes:
+        budget: tokens kept per KV head in each layer: a fraction of the tokens seen (float, or `"25%"`), a number
+            of tokens (int), or bytes for one sequence over all layers (`"64MiB"`). Everything kept counts.
+        policy: name of an importance policy (`crushkv policies` lists them).
+        policy_options: the policy's own options, for example `{"kernel": 5}` for SnapKV.
+        sink: first tokens of a sequence, always kept.
+        window: last tokens, always kept; window policies score with the queries of these tokens.
+        page_size: unit of the contested part: 1 keeps single tokens, 16 keeps stretches of 16.
+        representative_share: share of the contested part that goes to KVCrush's representatives of what is
+            evicted, at least 0 and below 1; 0 is importance alone. `"dynamic"` gives to the important tokens what
+            covers `coverage` of the attention mass, and to representatives the rest, within `share_bounds`.
+        coverage: see `representative_share`.
+        share_bounds: least and greatest share under `"dynamic"`.
+        threshold: a head's signature bit is 1 for the tokens it would retain within the budget of important
+            tokens, or for its upper half (`"median"`).
+        anchors: what signatures are compared with; further anchors split the ties of the earlier ones.
+        grouping: `"signature"` is KVCrush; `"random"` and `"position"` are its controls.
+        representative: a bucket's middle element, or its `"best"` scored.
+        shared_representatives: one set of representatives for all KV heads of a layer.
+        aggregate: how the scores of the query heads that share a KV head are joined.
+        interval: while decoding, tokens between two evictions: a layer holds at most budget + interval tokens.
+            0 never evicts while decoding.
+        seed: of everything drawn at random.
+
+    Raises:
+        ConfigError: a field has a value that is not accepted; the message names it.
+    """
+
+    budget: float | int | str = 0.25
+    policy: str = "snapkv"
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    sink: int = 4
+    window: int = 32
+    page_size: int = 16
+    representative_share: float | Literal["dynamic"] = 0.1
+    coverage: float = 0.9
+    share_bounds: tuple[float, float] = (0.05, 0.5)
+    threshold: Threshold = "budget"
+    anchors: tuple[str, ...] = ("mean",)
+    grouping: Grouping = "signature"
+    representative: Representative = "middle"
+    shared_representatives: bool = False
+    aggregate: Aggregate = "mean"
+    interval: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # JSON and the command line bring lists and strings
+        anchors = (self.anchors,) if isinstance(self.anchors, str) else tuple(self.anchors)
+        object.__setattr__(self, "anchors", anchors)
+        object.__setattr__(self, "share_bounds", tuple(self.share_bounds))
+        object.__setattr__(self, "policy_options", dict(self.policy_options))
+        self._check_numbers()
+        self._check_choices()
+        self._check_budget()
+        self._check_policy()
+
+    def _check_numbers(self) -> None:
+        least = {"sink": 0, "window": 1, "page_size": 1, "interval": 0, "seed": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{name}={value!r}: accepted is an integer of at least {minimum}")
+        share = self.representative_share
+        if share != "dynamic" and not (_is_number(share) and 0 <= share < 1):
+            raise ConfigError(
+                f"representative_share={share!r}: accepted is a number of at least 0 and below 1, or 'dynamic'"
+            )
+        if not (_is_number(self.coverage) and 0 < self.coverage <= 1):
+            raise ConfigError(f"coverage={self.coverage!r}: accepted is a number above 0 and up to 1")
+        bounds = self.share_bounds
+        if len(bounds) != 2 or not all(map(_is_number, bounds)) or not 0 <= bounds[0] <= bounds[1] < 1:
+            raise ConfigError(f"share_bounds={bounds!r}: accepted are two numbers, 0 <= least <= greatest < 1")
+        if not isinstance(self.shared_representatives, bool):
+            raise ConfigError(f"shared_representatives={self.shared_representatives!r}: accepted is true or false")
+
+    def _check_choices(self) -> None:
+        for name, kind in (
+            ("threshold", Threshold),
+            ("grouping", Grouping),
+            ("representative", Representative),
+            ("aggregate", Aggregate),
+        ):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise ConfigError(f"{name}={value!r}: unknown.{nearest(str(value), get_args(kind))}")
+        if not self.anchors or len(set(self.anchors)) < len(self.anchors):
+            raise ConfigError(f"anchors={self.anchors!r}: accepted are one or more different anchors")
+        for anchor in self.anchors:
+            if anchor not in ANCHORS:
+                raise ConfigError(f"anchors: unknown anchor {anchor!r}.{nearest(str(anchor), ANCHORS)}")
+
+    def _check_budget(self) -> None:
+        budget = Budget.parse(self.budget)
+        always = self.sink + self.window
+        if budget.kind == "tokens" and budget.amount < always:
+            raise ConfigError(
+                f"budget={self.budget!r} tokens is smaller than sink + window = {self.sink} + {self.window}, which are "
+                "always kept: raise the budget, or lower sink or window"
+            )
+        if budget.kind == "tokens" and self.page_size > budget.amount - always > 0:
+            raise ConfigError(
+                f"page_size={self.page_size} does not fit: budget={self.budget!r} leaves "
+                f"{budget.amount - always} tokens besides sink + window = {always}"
+            )
+
+    def _check_policy(self) -> None:
+        policy = self.make_policy()
+        if self.representative_share == "dynamic" and not policy.gives_mass:
+            raise ConfigError(
+                f"representative_share='dynamic' needs scores that are attention mass; those of policy={self.policy!r} "
+                "are not"
+            )
+
+    def make_policy(self) -> Policy:
+        """The importance policy that `policy` and `policy_options` name."""
+        return make_policy(self.policy, self.policy_options)
+
+    @property
+    def parsed_budget(self) -> Budget:
+        return Budget.parse(self.budget)
+
+    @property
+    def selection(self) -> SelectionOptions:
+        """The fields that `crushkv.core.select` reads."""
+        names = (f.name for f in dataclasses.fields(SelectionOptions))
+        return SelectionOptions(**{name: getattr(self, name) for name in names})
+
+    def replace(self, **changes: Any) -> CrushConfig:
+        """A copy with some fields changed, checked again."""
+        return CrushConfig.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as JSON has them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["anchors"] = list(self.anchors)
+        values["share_bounds"] = list(self.share_bounds)
+        values["policy_options"] = dict(self.policy_options)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CrushConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown field {name!r}.{nearest(name, known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"configuration: {error}") from None
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CrushConfig:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"configuration is no JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError("configuration: expected a JSON object of fields")
+        return cls.from_dict(values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CrushConfig:
+        """Reads a JSON file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration {str(path)!r}: {error}") from None
+        return cls.from_json(text)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,113 @@
+"""How many tokens a layer keeps: budgets as a fraction, as tokens or as bytes, and their split over the layers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from torch import Tensor
+
+from ..errors import ConfigError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", re.IGNORECASE)
+_ACCEPTED = (
+    "accepted are a fraction of the tokens seen (a float above 0 and up to 1, or a string such as '25%'), "
+    "a number of tokens (an int of at least 1), or bytes for one sequence (a string such as '64MiB')"
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one sequence may keep.
+
+    `fraction`: of the tokens seen so far, in each layer. `tokens`: in each layer. `bytes`: keys and values of
+    all compressed layers together. The amount is exact, so that no float decides how a budget is rounded.
+    """
+
+    kind: Literal["fraction", "tokens", "bytes"]
+    amount: Fraction
+
+    @classmethod
+    def parse(cls, value: float | int | str) -> Budget:
+        """Reads `0.25`, `"0.25"`, `"25%"` (fraction), `1024`, `"1024"` (tokens) or `"64MiB"` (bytes).
+
+        Raises:
+            ConfigError: the value is none of these, or outside its limits.
+        """
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ConfigError(f"budget={value!r}: {_ACCEPTED}")
+        if isinstance(value, float):
+            return cls._fraction(value, repr(value))
+        if isinstance(value, int):
+            return cls._tokens(value, value)
+        return cls._from_text(value)
+
+    @classmethod
+    def _from_text(cls, text: str) -> Budget:
+        if match := _BYTES.fullmatch(text):
+            amount = Fraction(match[1]) * _UNITS[match[2].upper()]
+            if amount < 1:
+                raise ConfigError(f"budget={text!r}: {_ACCEPTED}")
+            return cls("bytes", amount)
+        try:
+            if text.strip().endswith("%"):
+                return cls._fraction(Fraction(text.strip()[:-1]) / 100, text)
+            if re.fullmatch(r"\s*-?\d+\s*", text):
+                return cls._tokens(int(text), text)
+            return cls._fraction(Fraction(text), text)
+        except (ValueError, ZeroDivisionError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"budget={text!r}: {_ACCEPTED}") from None
+
+    @classmethod
+    def _fraction(cls, value: float | Fraction, shown: object) -> Budget:
+        if not 0 < value <= 1:  # also refuses NaN
+            raise ConfigError(f"budget={shown}: {_ACCEPTED}")
+        # repr, so that 0.29 of 100 tokens is 29 and not 28
+        return cls("fraction", value if isinstance(value, Fraction) else Fraction(repr(value)))
+
+    @classmethod
+    def _tokens(cls, value: int, shown: object) -> Budget:
+        if value < 1:
+            raise ConfigError(f"budget={shown!r}: {_ACCEPTED}")
+        return cls("tokens", Fraction(value))
+
+    def tokens(self, seen: Tensor, bytes_per_token: int) -> Tensor:
+        """Tokens per layer for rows that have seen `seen` tokens (`[B]`, integers); never more than seen.
+
+        `bytes_per_token`: keys and values of one token in all compressed layers together.
+        """
+        if self.kind == "fraction":
+            return seen * self.amount.numerator // self.amount.denominator
+        limit = int(self.amount) if self.kind == "tokens" else int(self.amount // bytes_per_token)
+        return seen.clamp(max=limit)
+
+
+def pyramid(tokens: Tensor, seen: Tensor, layer: int, layers: int, least: int, steepness: int) -> Tensor:
+    """Budget of one layer when budgets shrink linearly with depth (PyramidKV, arXiv 2406.02069, section 4.2).
+
+    Args:
+        tokens: mean budget of the layers, `[B]`.
+        seen: tokens seen, `[B]`; no layer can keep more.
+        layer, layers: index of this layer, and how many layers share the budget.
+        least: what a layer keeps in any case (sink and recent).
+        steepness: the paper's beta: the last layer is left a `1 / steepness` share of the mean.
+
+    The sum over the layers is exactly `layers * tokens`: the slope is lowered where the first layer would
+    otherwise get more than there is.
+    """
+    low = (tokens // steepness).clamp(min=least).minimum(tokens)
+    high = (2 * tokens - low).minimum(seen)
+    low = 2 * tokens - high
+    if layers == 1:
+        return tokens
+    # Linear from high to low. What rounding adds in the upper half it takes away in the mirrored lower half,
+    # and a middle layer gets exactly the mean, so that the sum is exact.
+    steps = layers - 1
+    mirrored = min(layer, steps - layer)
+    drop = (high - low) * mirrored // steps
+    return high - drop if 2 * layer < steps else low + drop if 2 * layer > steps else tokens

@@ -1,0 +1,221 @@
+"""The selection of KVCrush: which tokens each KV head keeps, and in which tier (DESIGN: sink, important, ...).
+
+Everything is batched over rows, heads and tokens. Rows may have different numbers of real tokens and budgets;
+padding may stand anywhere in a row and is always dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ScoreError
+from .grouping import choose_representatives, position_order, random_order, signature_order
+from .signatures import token_bits, top_mask, unit_signatures
+from .stages import stage
+from .zones import Zones, divide
+
+
+class Tier(IntEnum):
+    """Why a token is in the cache."""
+
+    PADDING = 0  # no token: fills up rows that keep fewer than the longest
+    SINK = 1
+    IMPORTANT = 2
+    REPRESENTATIVE = 3
+    RECENT = 4
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """The part of the configuration that the selection reads; `CrushConfig` explains and checks each field."""
+
+    sink: int = 4
+    window: int = 32
+    page_size: int = 1
+    representative_share: float | Literal["dynamic"] = 0.1
+    coverage: float = 0.9
+    share_bounds: tuple[float, float] = (0.05, 0.5)
+    threshold: Literal["budget", "median"] = "budget"
+    anchors: tuple[str, ...] = ("mean",)
+    grouping: Literal["signature", "random", "position"] = "signature"
+    representative: Literal["middle", "best"] = "middle"
+    shared_representatives: bool = False
+    aggregate: Literal["mean", "max"] = "mean"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept. K is the largest number kept by a row; shorter rows are filled up at the front.
+
+    indices: int64 `[B, Hkv, K]`, ascending, into the tokens that were scored; 0 where `tiers` is PADDING.
+    tiers: uint8 `[B, Hkv, K]`, values of `Tier`.
+    counts: int64 `[B]`, tokens kept, the same for every head of a row.
+    """
+
+    indices: Tensor
+    tiers: Tensor
+    counts: Tensor
+
+
+def select(
+    head_score: Tensor,
+    kv_heads: int,
+    budget: Tensor,
+    options: SelectionOptions,
+    real: Tensor | None = None,
+    seed: int = 0,
+) -> Selection:
+    """Chooses exactly `budget` tokens a row and KV head (with pages of p: at most, and more than `budget - p`).
+
+    Args:
+        head_score: `[B, H, S]`, H a multiple of `kv_heads`: one score a query head, or one a KV head.
+            Finite, higher is more important.
+        kv_heads: Hkv.
+        budget: integers `[B]`, at least sink + window or all real tokens of the row.
+        real: bool `[B, S]`, False for padding; None means that every token is real.
+        seed: for the anchor `random` and for random grouping.
+
+    Raises:
+        ScoreError: a score is NaN, or the shapes do not fit.
+    """
+    _check(head_score, kv_heads)
+    rows, _, tokens = head_score.shape
+    device = head_score.device
+    count = torch.full((rows,), tokens, device=device) if real is None else real.sum(-1)
+    budget = budget.to(device)
+    zones = divide(count, budget.minimum(count), options.sink, options.window, options.page_size)
+
+    compact = None
+    if real is not None:
+        # Real tokens first, in order: from here on a row's tokens are 0 ... count - 1.
+        compact = (~real).to(torch.uint8).argsort(dim=-1, stable=True)
+        head_score = head_score.gather(-1, compact[:, None].expand_as(head_score))
+
+    tiers = _tiers(head_score, kv_heads, zones, options, seed)
+    with stage("indices"):
+        return _as_indices(tiers, zones, options.page_size, compact)
+
+
+def _check(head_score: Tensor, kv_heads: int) -> None:
+    if head_score.ndim != 3 or head_score.shape[1] % kv_heads:
+        raise ScoreError(
+            f"scores of shape {tuple(head_score.shape)}: expected [batch, heads, tokens] with a multiple of "
+            f"{kv_heads} KV heads"
+        )
+    if not torch.isfinite(head_score).all():
+        raise ScoreError("scores hold NaN or infinite values: the importance policy cannot rank these tokens")
+
+
+def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, options: SelectionOptions, seed: int) -> Tensor:
+    """Tier of every token, uint8 `[B, Hkv, S]`, with PADDING for what is dropped."""
+    rows, _, tokens = head_score.shape
+    page = options.page_size
+    position = torch.arange(tokens, device=head_score.device)
+    tiers = torch.zeros((rows, kv_heads, tokens), dtype=torch.uint8, device=head_score.device)
+
+    units = int(zones.units.max())
+    if units and int(zones.keep.max()):
+        # The sink is full in every row that has units, so the middle starts at the same place in all of them.
+        middle = head_score[..., options.sink : options.sink + units * page]
+        unit_tiers = _contest(middle, kv_heads, zones, options, seed)
+        tiers[..., options.sink : options.sink + units * page] = unit_tiers.repeat_interleave(page, dim=-1)
+
+    tiers.masked_fill_((position < zones.sink[:, None])[:, None], Tier.SINK)
+    recent = (position >= (zones.real - zones.recent)[:, None]) & (position < zones.real[:, None])
+    return tiers.masked_fill_(recent[:, None], Tier.RECENT)
+
+
+def _contest(middle: Tensor, kv_heads: int, zones: Zones, options: SelectionOptions, seed: int) -> Tensor:
+    """Important and representative units among the contested ones: uint8 `[B, Hkv, U]`.
+
+    `middle [B, H, U * page]` holds the contested tokens' scores.
+    """
+    rows, heads, tokens = middle.shape
+    units = tokens // options.page_size
+    group = heads // kv_heads
+    real = torch.arange(units, device=middle.device) < zones.units[:, None]  # [B, U]
+
+    grouped = middle.view(rows, kv_heads, group, units, options.page_size)
+    by_head = grouped.mean(2) if options.aggregate == "mean" else grouped.amax(2)
+    score = by_head.mean(-1).float().masked_fill(~real[:, None], -torch.inf)  # [B, Hkv, U]
+
+    keep = zones.keep[:, None].expand(rows, kv_heads)
+    share = _representatives(score, keep, options)
+    if not int(share.max()):
+        return top_mask(score, keep).to(torch.uint8) * Tier.IMPORTANT
+
+    important = top_mask(score, keep - share)
+    candidates = real[:, None] & ~important
+    if options.shared_representatives:
+        candidates = candidates.all(1, keepdim=True).expand_as(candidates)
+        share = share.amin(1, keepdim=True).minimum(candidates.sum(-1)).expand_as(share)
+
+    order = _order(middle, real, keep - share, zones, options, seed)
+    with stage("grouping"):
+        ranking = None
+        if options.representative == "best":
+            # One set for all heads needs one ranking.
+            ranking = score.mean(1, keepdim=True).expand_as(score) if options.shared_representatives else score
+        representative = choose_representatives(order, candidates, share, ranking)
+    if options.shared_representatives:
+        # Where no shared candidate was left, each head goes on with what it ranks next.
+        important = top_mask(score.masked_fill(representative, -torch.inf), keep - share)
+    tier = important.to(torch.uint8) * Tier.IMPORTANT
+    return tier.masked_fill_(representative, Tier.REPRESENTATIVE)
+
+
+def _representatives(score: Tensor, keep: Tensor, options: SelectionOptions) -> Tensor:
+    """How many of the kept units are representatives, `[B, Hkv]`."""
+    if options.representative_share != "dynamic":
+        return (keep * options.representative_share + 0.5).long()
+    # The fewest units that cover the given share of the attention mass are important, the rest are not.
+    mass = score.clamp(min=0).sort(dim=-1, descending=True).values.double().cumsum(-1)
+    important = (mass < options.coverage * mass[..., -1:]).sum(-1) + 1
+    low, high = options.share_bounds
+    return (keep - important).clamp(min=(keep * low + 0.5).long(), max=(keep * high + 0.5).long())
+
+
+def _order(
+    middle: Tensor, real: Tensor, important: Tensor, zones: Zones, options: SelectionOptions, seed: int
+) -> Tensor:
+    """The order in which the units are cut into buckets, `[B, U]`."""
+    rows, units = real.shape
+    if options.grouping == "random":
+        return random_order(units, rows, seed, middle.device)
+    if options.grouping == "position":
+        return position_order(units, rows, middle.device)
+    with stage("signatures"):
+        if options.threshold == "budget":
+            retained = important.repeat_interleave(middle.shape[1] // important.shape[1], dim=1) * options.page_size
+        else:
+            retained = (zones.units * options.page_size // 2)[:, None].expand(rows, middle.shape[1])
+        tokens_real = real.repeat_interleave(options.page_size, dim=-1)
+        bits = token_bits(middle.masked_fill(~tokens_real[:, None], -torch.inf), retained)
+        signatures = unit_signatures(bits, options.page_size)
+    return signature_order(signatures, real, options.anchors, seed)
+
+
+def _as_indices(tiers: Tensor, zones: Zones, page_size: int, compact: Tensor | None) -> Selection:
+    """Kept tokens of every head in ascending order, rows aligned at the right."""
+    rows, kv_heads, _ = tiers.shape
+    counts = zones.sink + zones.keep * page_size + zones.recent
+    most = int(counts.max())
+    row, head, token = tiers.nonzero(as_tuple=True)
+    if bool((counts == most).all()):
+        indices = token.view(rows, kv_heads, most)
+        kept_tiers = tiers[tiers != Tier.PADDING].view(rows, kv_heads, most)
+    else:
+        place = (tiers != Tier.PADDING).cumsum(-1)[row, head, token] - 1 + (most - counts)[row]
+        indices = token.new_zeros((rows, kv_heads, most))
+        indices[row, head, place] = token
+        kept_tiers = tiers.new_zeros((rows, kv_heads, most))
+        kept_tiers[row, head, place] = tiers[row, head, token]
+    if compact is not None:
+        original = compact[:, None].expand(rows, kv_heads, -1).gather(-1, indices)
+        indices = original.masked_fill(kept_tiers == Tier.PADDING, 0)
+    return Selection(indices, kept_tiers, counts)

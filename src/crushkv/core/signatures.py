@@ -1,0 +1,66 @@
+"""The alternate representation of KVCrush: one bit per query head and token, packed into machine words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 64
+
+
+def top_mask(score: Tensor, count: Tensor) -> Tensor:
+    """True for the `count` highest of the last axis; ties go to the earlier position.
+
+    `score [..., N]`, `count` integers that broadcast to `score`'s leading axes; entries of -inf are never taken
+    as long as `count` is no larger than the number of finite ones.
+    """
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    within = torch.arange(score.shape[-1], device=score.device) < count[..., None]
+    return torch.zeros_like(within.expand_as(score)).scatter(-1, order, within.expand_as(score))
+
+
+def token_bits(head_score: Tensor, retained: Tensor) -> Tensor:
+    """Bit h of token t: would query head h, on its own, retain t?
+
+    Args:
+        head_score: `[B, H, M]`, scores of the contested tokens for each query head; -inf where a row has none.
+        retained: `[B, H]`, how many tokens each head would retain.
+
+    Returns:
+        bool `[B, H, M]`.
+    """
+    return top_mask(head_score, retained)
+
+
+def unit_signatures(bits: Tensor, page_size: int) -> Tensor:
+    """Concatenates the bits of the tokens of a unit: `[B, H, U * page_size]` -> `[B, U, page_size * H]`."""
+    rows, heads, tokens = bits.shape
+    units = tokens // page_size
+    return bits.view(rows, heads, units, page_size).permute(0, 2, 3, 1).reshape(rows, units, page_size * heads)
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Bool `[..., L]` into int64 words `[..., ceil(L / 64)]`; unused bits are 0."""
+    shifts = torch.arange(min(WORD_BITS, bits.shape[-1]), device=bits.device)
+    words = [(part.long() << shifts[: part.shape[-1]]).sum(-1) for part in bits.split(WORD_BITS, dim=-1)]
+    return torch.stack(words, dim=-1)
+
+
+def popcount(words: Tensor) -> Tensor:
+    """Number of 1 bits in each int64 word, by adding neighbouring bit fields in parallel."""
+    # The shifts are arithmetic, but every mask clears the sign's copies.
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56) & 0xFF
+
+
+def hamming(words: Tensor, anchor: Tensor) -> Tensor:
+    """Hamming distances of packed signatures `[B, U, W]` to one packed anchor a row `[B, W]`: `[B, U]`.
+
+    Raises:
+        ValueError: the anchor has another number of words; it must not broadcast.
+    """
+    if anchor.shape != (words.shape[0], words.shape[-1]):
+        raise ValueError(f"anchor of shape {tuple(anchor.shape)} for signatures of shape {tuple(words.shape)}")
+    return popcount(words ^ anchor[:, None]).sum(-1)

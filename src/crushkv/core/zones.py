@@ -1,0 +1,39 @@
+"""Which of a row's tokens are always kept, and which are contested: sink, middle, recent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Zones:
+    """The layout of each row's real tokens, counted from its first one; every field is `[B]`.
+
+    A row reads: `sink` tokens | `units` whole pages | rest | `recent` tokens. The rest is what the recent zone
+    could not take of a last page that is not whole; it is empty wherever the budget has room for a page.
+    """
+
+    real: Tensor  # real tokens
+    sink: Tensor
+    recent: Tensor  # at least the window: it takes in what would be a broken last page
+    units: Tensor  # contested units (pages; tokens with a page size of 1)
+    keep: Tensor  # how many of the units are kept
+
+
+def divide(real: Tensor, budget: Tensor, sink: int, window: int, page_size: int) -> Zones:
+    """Divides rows of `real` tokens so that at most `budget` and more than `budget - page_size` are kept.
+
+    Pages start behind the sink. What is left over at the end of the middle joins the recent zone, at the cost
+    of the contested budget, so that every page is whole and every head keeps the same number of tokens.
+    `budget` must be at least `min(real, sink + window)`.
+    """
+    sink_tokens = real.clamp(max=sink)
+    window_tokens = (real - sink_tokens).clamp(max=window)
+    middle = real - sink_tokens - window_tokens
+    contested = (budget - sink_tokens - window_tokens).clamp(min=0)
+    rest = (middle % page_size).minimum(contested)
+    units = middle // page_size
+    keep = ((contested - rest) // page_size).minimum(units)
+    return Zones(real=real, sink=sink_tokens, recent=window_tokens + rest, units=units, keep=keep)

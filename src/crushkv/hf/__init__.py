@@ -1,0 +1,7 @@
+"""KVCrush in Transformers: the `with` block, the cache, and the attention function."""
+
+from .cache import CacheReport, CrushCache
+from .kvcrush import KVCrush, Session
+from .layer import CrushLayer
+
+__all__ = ["CacheReport", "CrushCache", "CrushLayer", "KVCrush", "Session"]

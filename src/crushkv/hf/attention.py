@@ -1,0 +1,114 @@
+"""The attention function: attends as the user chose, and shows the queries to the cache.
+
+A `CrushLayer` that has been updated is handed to the attention call that follows in the same thread. Nothing on
+a model changes for that: the functions in Transformers' `AttentionInterface` are wrapped once per process, and a
+wrapped function that is handed no layer calls the original with the arguments it got.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import UnsupportedModelError, nearest
+from .layer import AttentionCall, CrushLayer
+
+SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_installing = threading.Lock()
+
+
+class _Handover(threading.local):
+    """The layer that waits for its attention call, and the cache it belongs to."""
+
+    layer: CrushLayer | None = None
+    owner: int = 0
+
+
+_handover = _Handover()
+
+
+def hand_over(layer: CrushLayer, owner: int) -> None:
+    """Announces the layer to the attention call that follows.
+
+    Raises:
+        UnsupportedModelError: the previous layer of the same cache is still waiting, so that its attention was
+            computed past the wrapped function.
+    """
+    if _handover.layer is not None and _handover.owner == owner and _handover.layer is not layer:
+        _handover.layer = None
+        raise UnsupportedModelError(
+            "the attention of this model does not go through Transformers' AttentionInterface, so that KVCrush never "
+            "sees its queries (or another package has replaced the attention function since the cache was made)"
+        )
+    _handover.layer, _handover.owner = layer, owner
+
+
+def install(name: str) -> None:
+    """Wraps the attention implementation `name`, once.
+
+    Raises:
+        UnsupportedModelError: crushkv cannot work with that implementation.
+    """
+    if name not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"attention implementation {name!r} is not supported.{nearest(str(name), SUPPORTED)} Choose one with "
+            "model.set_attn_implementation(...)"
+        )
+    with _installing:
+        present = ALL_ATTENTION_FUNCTIONS.get(name)
+        if not isinstance(present, CrushAttention):
+            # A local entry: it shadows the registered function and leaves the registry itself alone.
+            ALL_ATTENTION_FUNCTIONS[name] = CrushAttention(name, present)
+
+
+class CrushAttention:
+    """A wrapped attention function; see the module's docstring."""
+
+    def __init__(self, name: str, original: Callable[..., Any] | None) -> None:
+        self.name = name
+        self.original = original
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`query [B, Hq, q, D]`, `key` and `value [B, Hkv, P, D]` as the cache returned them."""
+        attend = self.original or _eager_of(module)
+        layer, _handover.layer = _handover.layer, None
+        if layer is None:
+            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        mask = layer.mask(attention_mask, query.shape[2], aligned="flash" in self.name)
+        output = attend(module, query, key, value, mask, *args, **kwargs)
+        scaling = kwargs.get("scaling")
+        layer.after_attention(
+            AttentionCall(
+                queries=query,
+                mask=attention_mask,
+                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                softcap=kwargs.get("softcap"),
+            )
+        )
+        return output
+
+
+def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
+    """Eager attention is no registered function: each model's file has its own."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has no eager attention function of its own: use attn_implementation='sdpa'"
+    )

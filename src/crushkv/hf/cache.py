@@ -1,0 +1,145 @@
+"""`CrushCache`: a Transformers cache that holds a part of the tokens it has seen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..config import CrushConfig
+from ..core import Tier
+from .attention import hand_over, install
+from .layer import CrushLayer
+from .plan import Plan
+from .support import cache_layers, check_budget, check_prompt
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache holds, measured from its tensors.
+
+    Attributes:
+        tokens_seen: logical length, padding included.
+        tokens_held: slots per layer and KV head, a mean over the compressed layers.
+        tiers: tokens per tier, a mean over compressed layers, KV heads and rows.
+        kv_bytes: keys and values of all layers, room to grow included.
+        full_kv_bytes: what the full cache would hold of the same tokens in the same dtype.
+        state_bytes: what KVCrush holds besides (positions, tiers, scores, last queries).
+    """
+
+    tokens_seen: int
+    tokens_held: float
+    tiers: dict[str, float]
+    kv_bytes: int
+    full_kv_bytes: int
+    state_bytes: int
+
+    @property
+    def bytes_fraction(self) -> float:
+        return self.kv_bytes / self.full_kv_bytes if self.full_kv_bytes else 1.0
+
+
+class CrushCache(Cache):
+    """Pass it as `past_key_values`; it serves one batch, over as many turns as you like.
+
+    Prompts are compressed layer by layer while they are read, at the end of each layer's attention; long
+    generations every `config.interval` tokens. Sliding-window layers are left to themselves.
+
+    Args:
+        model: the model that will use the cache. Nothing on it is changed.
+        config: what to keep.
+
+    Raises:
+        UnsupportedModelError: the model's cache cannot be compressed.
+        ConfigError: the budget does not fit the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: CrushConfig | None = None) -> None:
+        self.config = config or CrushConfig()
+        self.model_config = model.config
+        layers = cache_layers(model.config)
+        text_config = model.config.get_text_config(decoder=True)
+        install(text_config._attn_implementation)
+        compressible = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        self.plan = Plan(self.config, layers=len(compressible))
+        check_budget(self.plan.budget, model.config)
+        for index, i in enumerate(compressible):
+            layers[i] = CrushLayer(self.plan, index)
+        super().__init__(layers=layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, CrushLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer.index == 0:
+            self._begin(key_states, value_states, layer)
+        keys, values = layer.update(key_states, value_states)
+        hand_over(layer, owner=id(self))
+        return keys, values
+
+    def _begin(self, keys: Tensor, values: Tensor, first: CrushLayer) -> None:
+        """What the first compressed layer's input tells about the whole pass."""
+        if keys.shape[2] > 1:
+            check_prompt(first.seen + keys.shape[2], self.model_config)
+        # Heads and sizes are the same in all compressed layers of the supported models.
+        per_layer = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
+        self.plan.bytes_per_token = per_layer * self.plan.layers
+
+    @property
+    def prefill_end(self) -> int | None:
+        """Logical length at which the prompt being read ends.
+
+        `generate` inside `with KVCrush(...)(model)` sets it. Set it before a prompt that you pass in several
+        pieces yourself, and to None afterwards: while it is None, every pass over more than one token counts as
+        a whole prompt.
+        """
+        return self.plan.prefill_end
+
+    @prefill_end.setter
+    def prefill_end(self, tokens: int | None) -> None:
+        self.plan.prefill_end = tokens
+
+    @property
+    def crushed_layers(self) -> list[CrushLayer]:
+        """The layers that KVCrush compresses."""
+        return [layer for layer in self.layers if isinstance(layer, CrushLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held, over all layers."""
+        return sum(_kv_bytes(layer) for layer in self.layers)
+
+    def report(self) -> CacheReport:
+        """Measures what is held now."""
+        crushed = [layer for layer in self.crushed_layers if layer.seen]
+        full: int = sum(_kv_bytes(layer) for layer in self.layers if not isinstance(layer, CrushLayer))
+        tiers: Counter[str] = Counter()
+        held = 0.0
+        for layer in crushed:
+            keys, values = layer.keys, layer.values
+            assert keys is not None and values is not None
+            rows, kv_heads, slots, size = keys.shape
+            full += rows * kv_heads * layer.seen * (size + values.shape[-1]) * keys.element_size()
+            held += slots / len(crushed)
+            for tier in (Tier.SINK, Tier.IMPORTANT, Tier.REPRESENTATIVE, Tier.RECENT):
+                tiers[tier.name.lower()] += int((layer.tiers == tier).sum()) / (len(crushed) * rows * kv_heads)
+        return CacheReport(
+            tokens_seen=self.get_seq_length(),
+            tokens_held=held,
+            tiers=dict(tiers),
+            kv_bytes=self.nbytes,
+            full_kv_bytes=full,
+            state_bytes=sum(layer.state_nbytes for layer in crushed),
+        )
+
+
+def _kv_bytes(layer: object) -> int:
+    if isinstance(layer, CrushLayer):
+        return layer.storage.nbytes
+    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)

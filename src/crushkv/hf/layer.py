@@ -1,0 +1,275 @@
+"""One layer of a `CrushCache`: what it holds, and when it evicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ..core import Tier, select, stage
+from ..errors import UnsupportedModelError
+from ..importance import LayerView
+from ..storage import DenseStorage
+from .masks import last_query_row, physical_mask
+from .plan import Plan
+from .queries import QueryTail
+
+# Tokens of room made at a time while decoding; never more than come before the next eviction.
+GROWTH = 64
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What the attention function was called with, as far as scoring needs it."""
+
+    queries: Tensor  # [B, Hq, q, D], after RoPE
+    mask: Tensor | None  # over logical positions, as Transformers made it
+    scaling: float
+    softcap: float | None
+
+
+class CrushLayer(CacheLayerMixin):
+    """Keys and values of one attention layer, compressed at the end of a prompt and while decoding.
+
+    The *logical* length counts every token seen and is what Transformers reads (positions, masks). The
+    *physical* length counts what is held. Physical slots are, in the order of the text, a compressed part, whose
+    tokens differ from head to head, and behind it the tokens that came since, without gaps.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, plan: Plan, index: int) -> None:
+        self.plan = plan
+        self.index = index  # among the compressed layers
+        self.storage = DenseStorage(growth=min(GROWTH, plan.config.interval or GROWTH))
+        self.reset()
+
+    def reset(self) -> None:
+        self.storage.clear()
+        self.seen = 0  # logical length, padding included
+        self.since_eviction = 0  # tokens decoded
+        self.real: Tensor | None = None  # bool [B, P], False for padding; None: none is
+        self.evicted: Tensor | None = None  # [B], real tokens that are gone
+        self._positions: Tensor | None = None  # int32 [B, Hkv, compressed part]
+        self._tiers: Tensor | None = None  # uint8 [B, Hkv, compressed part]
+        self.mass: Tensor | None = None  # float32 [B, Hq, P]
+        self.queries = QueryTail()
+
+    # What Transformers reads
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return self.storage.keys
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self.storage.values
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self.storage.keys is not None
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.keys is None else self.keys.shape[0]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the first update brings shapes, dtype and device."""
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if self.batch_size not in (-1, key_states.shape[0]):
+            raise UnsupportedModelError(
+                f"the cache holds {self.batch_size} rows, but the input has {key_states.shape[0]}: use one cache a "
+                "batch"
+            )
+        self.seen += key_states.shape[2]
+        end = self.plan.prefill_end
+        reserve = 0 if end is None else max(0, end - self.seen)
+        return self.storage.append(key_states, value_states, reserve)
+
+    # Around attention
+
+    @property
+    def compressed(self) -> int:
+        """Slots of the compressed part."""
+        return 0 if self._positions is None else self._positions.shape[2]
+
+    def mask(self, mask: Tensor | None, queries: int, aligned: bool) -> Tensor | None:
+        """The mask over physical slots for a mask over logical positions; see `masks.physical_mask`."""
+        if not self.compressed:
+            return mask
+        padding = None if self.real is None else self.real[:, : self.compressed]
+        recent = self.storage.length - self.compressed
+        assert self.keys is not None
+        return physical_mask(mask, padding, self.compressed, recent, self.seen, queries, aligned, self.keys)
+
+    @torch.no_grad()
+    def after_attention(self, call: AttentionCall) -> None:
+        """Scores are gathered from the queries, and where it is time, tokens are evicted."""
+        count = call.queries.shape[2]
+        new_real = last_query_row(call.mask, count, self.seen)
+        self._extend_real(new_real, count)
+
+        end = self.plan.prefill_end
+        reading = count > 1 or (end is not None and self.seen - count < end)
+        self._remember(call, new_real, reading)
+        if reading:
+            if end is None or self.seen >= end:
+                self._evict(call)
+        else:
+            self.since_eviction += 1
+            if self.since_eviction == self.plan.config.interval:
+                self._evict(call)
+
+    def _extend_real(self, new_real: Tensor | None, count: int) -> None:
+        if new_real is None and self.real is None:
+            return
+        assert self.keys is not None
+        held = (self.keys.shape[0], self.storage.length - count)
+        past = self.keys.new_ones(held, dtype=torch.bool) if self.real is None else self.real
+        if new_real is None:
+            new_real = past.new_ones((past.shape[0], count))
+        self.real = torch.cat([past, new_real], dim=1)
+
+    def _remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
+        policy, config = self.plan.policy, self.plan.config
+        if not reading and not config.interval:
+            return
+        if policy.streams and reading and not self.queries.count:
+            self._accumulate(call, call.queries)
+        elif policy.streams:
+            # Decoded tokens' queries wait for the next eviction; until then every key they saw is still here.
+            self.queries.append(call.queries, new_real)
+            if reading:
+                self._accumulate(call, self.queries.queries)
+        elif limit := policy.queries(config.window):
+            self.queries.append(call.queries, new_real, limit)
+
+    def _accumulate(self, call: AttentionCall, queries: Tensor | None) -> None:
+        if queries is not None and queries.shape[2]:
+            with stage("importance"):
+                self.mass = self.plan.policy.accumulate(self._view(call, queries))
+        self.queries.clear()
+
+    def _view(self, call: AttentionCall, queries: Tensor | None) -> LayerView:
+        assert self.keys is not None and self.values is not None
+        return LayerView(
+            keys=self.keys,
+            values=self.values,
+            queries=queries,
+            scaling=call.scaling,
+            real=self.real,
+            queries_real=self.queries.real,
+            mass=self.mass,
+            softcap=call.softcap,
+            seed=self._seed,
+        )
+
+    @property
+    def _seed(self) -> int:
+        """Differs between layers and evictions, and only there."""
+        return (self.plan.config.seed * 1_000_003 + self.index) * 1_000_003 + self.seen
+
+    def _evict(self, call: AttentionCall) -> None:
+        self.since_eviction = 0
+        assert self.keys is not None
+        if self.real is not None and bool(self.real.all()):
+            self.real = None
+        rows, kv_heads, held, _ = self.keys.shape
+        count = torch.full((rows,), held, device=self.keys.device) if self.real is None else self.real.sum(-1)
+        seen = count if self.evicted is None else count + self.evicted
+        budget = self.plan.layer_budget(self.index, seen)
+        if held <= int(budget.minimum(count).max()):
+            return
+        if self.plan.policy.streams:
+            self._accumulate(call, self.queries.queries)
+        with stage("importance"):
+            head_score = self.plan.policy.score(self._view(call, self.queries.queries))
+        with stage("selection"):
+            selection = select(head_score, kv_heads, budget, self.plan.options, self.real, self._seed)
+        with stage("gather"):
+            self._positions = self.positions.gather(2, selection.indices).to(torch.int32)
+            self._tiers = selection.tiers
+            self.storage.keep(selection.indices)
+            if self.mass is not None:
+                group = self.mass.shape[1] // kv_heads
+                self.mass = self.mass.gather(2, selection.indices.repeat_interleave(group, dim=1))
+        self.evicted = seen - selection.counts
+        kept = selection.indices.shape[2]
+        filled = torch.arange(kept, device=self.keys.device) >= (kept - selection.counts)[:, None]
+        self.real = None if bool(filled.all()) else filled
+
+    # What is held
+
+    @property
+    def positions(self) -> Tensor:
+        """Logical position of every slot, int64 `[B, Hkv, P]`, padding counted; meaningless where `real` is False."""
+        assert self.keys is not None
+        rows, kv_heads, held, _ = self.keys.shape
+        recent = torch.arange(self.seen - (held - self.compressed), self.seen, device=self.keys.device)
+        recent = recent.expand(rows, kv_heads, -1)
+        return recent if self._positions is None else torch.cat([self._positions.long(), recent], dim=2)
+
+    @property
+    def tiers(self) -> Tensor:
+        """Tier of every slot, uint8 `[B, Hkv, P]`; tokens that came since the last eviction are recent."""
+        assert self.keys is not None
+        rows, kv_heads, held, _ = self.keys.shape
+        recent = self.keys.new_full((rows, kv_heads, held - self.compressed), Tier.RECENT, dtype=torch.uint8)
+        tiers = recent if self._tiers is None else torch.cat([self._tiers, recent], dim=2)
+        return tiers if self.real is None else tiers.masked_fill(~self.real[:, None], Tier.PADDING)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes held besides keys and values: positions, tiers, attention mass, last queries."""
+        tensors = (self.real, self.evicted, self._positions, self._tiers, self.mass)
+        return sum(t.nbytes for t in tensors if t is not None) + self.queries.nbytes
+
+    # What generation does with a cache
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replaces the batch by the given rows of it, which may repeat."""
+        self.storage.select_rows(rows)
+        self.queries.select_rows(rows)
+        for name in ("real", "evicted", "_positions", "_tiers", "mass"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.seen:
+            self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.seen:
+            self.select_rows(torch.arange(self.batch_size)[indices.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.seen:
+            self.select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise UnsupportedModelError(
+            "a compressed cache cannot be cropped: evicted tokens do not come back. Assisted decoding and prompt "
+            "lookup need that; generate without them"
+        )
+
+    def offload(self) -> None:
+        raise UnsupportedModelError(
+            "offloading is not supported together with KVCrush: leave cache_implementation unset"
+        )

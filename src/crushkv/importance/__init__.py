@@ -1,0 +1,32 @@
+"""Importance policies: which cached tokens matter, judged from queries, keys and values."""
+
+from .attention import attention_mass
+from .base import LayerView, Policy
+from .expected_attention import ExpectedAttention
+from .h2o import H2O
+from .key_diff import KeyDiff
+from .key_norm import KeyNorm
+from .pyramidkv import PyramidKV
+from .random import Random
+from .registry import make_policy, policies, register
+from .snapkv import SnapKV
+from .streaming_llm import StreamingLLM
+from .tova import TOVA
+
+__all__ = [
+    "H2O",
+    "TOVA",
+    "ExpectedAttention",
+    "KeyDiff",
+    "KeyNorm",
+    "LayerView",
+    "Policy",
+    "PyramidKV",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
+    "attention_mass",
+    "make_policy",
+    "policies",
+    "register",
+]

@@ -1,0 +1,64 @@
+"""Attention mass without attention weights: softmax(QK^T) summed over queries, block by block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A block of attention weights: large enough for efficient products, far below S x S.
+BLOCK_BYTES = 32 * 2**20
+
+
+def attention_mass(
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    real: Tensor | None = None,
+    softcap: float | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Tensor:
+    """The attention that each token receives from the given queries, exactly, under the causal mask.
+
+    Args:
+        queries: `[B, Hq, T, D]`, of the last T tokens.
+        keys: `[B, Hkv, S, D]`, S >= T; Hq is a multiple of Hkv.
+        scaling: factor of the logits.
+        real: bool `[B, S]`; padding neither gives nor receives.
+        softcap: bound of the logits by tanh (Gemma 2), None for none.
+        block_bytes: upper bound of the weights held at a time (at least one query's are).
+
+    Returns:
+        float32 `[B, Hq, S]`; a row of q real queries sums to q for each head.
+    """
+    rows, heads, count, size = queries.shape
+    kv_heads, tokens = keys.shape[1:3]
+    group = heads // kv_heads
+    mass = torch.zeros((rows, kv_heads, group, tokens), dtype=torch.float32, device=keys.device)
+    block = max(1, min(count, block_bytes // (rows * heads * tokens * 4)))
+    transposed = keys.transpose(-1, -2)
+    for start in range(0, count, block):
+        end = min(start + block, count)
+        seen = tokens - count + end  # keys up to the last query of the block
+        part = queries[:, :, start:end].reshape(rows, kv_heads, group * (end - start), size) * scaling
+        logits = (part @ transposed[..., :seen]).float()
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        logits = logits.view(rows, kv_heads, group, end - start, seen)
+        # Only the block's own keys can lie in the future of one of its queries.
+        future = torch.ones((end - start, end - start), dtype=torch.bool, device=keys.device).triu(1)
+        logits[..., seen - (end - start) :].masked_fill_(future, -torch.inf)
+        if real is not None:
+            logits.masked_fill_(~real[:, None, None, None, :seen], torch.finfo(torch.float32).min)
+        weights = logits.softmax(-1)
+        if real is not None:
+            weights *= real[:, None, None, seen - (end - start) : seen, None]
+        mass[..., :seen] += weights.sum(-2)
+    return mass.view(rows, heads, tokens)
+
+
+def window_mass(queries: Tensor, keys: Tensor, scaling: float, real: Tensor | None, softcap: float | None) -> Tensor:
+    """`attention_mass` as a mean over the real queries, so that scores do not grow with their number."""
+    count: Tensor | int = queries.shape[2]
+    if real is not None:
+        count = real[:, -queries.shape[2] :].sum(-1).clamp(min=1)[:, None, None]
+    return attention_mass(queries, keys, scaling, real, softcap) / count

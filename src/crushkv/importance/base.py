@@ -1,0 +1,65 @@
+"""What an importance policy is: scores for cached tokens, from queries, keys and values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What one layer's cache looks like when its tokens are scored.
+
+    Letters: B rows, Hq query heads, Hkv KV heads, S tokens held, T queries at hand, D head size. Tokens stand in
+    the order of the text. The queries are the last T that were seen; T may exceed the window, and then the tokens
+    of the earlier ones may have been evicted.
+    """
+
+    keys: Tensor  # [B, Hkv, S, D], after RoPE
+    values: Tensor  # [B, Hkv, S, Dv]
+    queries: Tensor | None  # [B, Hq, T, D], after RoPE
+    scaling: float  # of the attention logits
+    real: Tensor | None = None  # bool [B, S], False for padding; None: all are real
+    queries_real: Tensor | None = None  # bool [B, T], the same for the queries
+    mass: Tensor | None = None  # float32 [B, Hq, S]: what `Policy.accumulate` has gathered
+    softcap: float | None = None  # of the attention logits, where the model has one
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Scores tokens by importance. Holds options only, no state: one object serves every layer and run.
+
+    A new policy is a frozen dataclass whose fields are its options, registered with
+    `crushkv.importance.register` or through the entry point group `crushkv.policies`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    # Scores are attention mass (not negative, and comparable by sums): needed for the dynamic share.
+    gives_mass: ClassVar[bool] = True
+    # Every query is shown to `accumulate`, in order, and its result is carried along.
+    streams: ClassVar[bool] = False
+    # How a budget is split over the layers.
+    layer_budget: ClassVar[Literal["uniform", "pyramid"]] = "uniform"
+
+    def queries(self, window: int) -> int:
+        """How many of the last queries `score` reads, given the size of the recent window."""
+        return 0
+
+    def accumulate(self, view: LayerView) -> Tensor:
+        """Attention mass after the view's queries, `[B, Hq, S]`; `view.mass` holds that before them.
+
+        Called for policies that stream, with each query exactly once.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def score(self, view: LayerView) -> Tensor:
+        """Importance, higher is more: float32 `[B, Hq, S]`, or `[B, Hkv, S]` from a policy blind to queries.
+
+        Finite everywhere; what stands at padding is not read.
+        """

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .base import LayerView, Policy
+from .registry import register
+
+
+@register
+@dataclass(frozen=True)
+class ExpectedAttention(Policy):
+    """The attention that future queries are expected to give, if queries are Gaussian (arXiv 2510.00636).
+
+    E[exp(q k / sqrt d)] = exp(mu k / sqrt d + k Sigma k / 2 d), normalised over the tokens and weighted by the
+    norm of the value. The paper takes mu and Sigma of queries before RoPE and averages RoPE over the positions
+    to come; here both are taken of the last queries after RoPE, which averages RoPE over the positions just
+    read, and needs to know nothing about the model.
+
+    Attributes:
+        samples: how many of the last queries mu and Sigma are taken of.
+        epsilon: added to the expected attention, so that values count also where it vanishes.
+    """
+
+    name = "expected_attention"
+    paper = "Expected Attention, arXiv 2510.00636"
+
+    samples: int = 128
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise ConfigError(f"policy_options: samples={self.samples!r}: accepted is an integer of at least 1")
+        if not self.epsilon >= 0:
+            raise ConfigError(f"policy_options: epsilon={self.epsilon!r}: accepted is a number of at least 0")
+
+    def queries(self, window: int) -> int:
+        return self.samples
+
+    def score(self, view: LayerView) -> Tensor:
+        assert view.queries is not None
+        rows, heads, count, size = view.queries.shape
+        kv_heads, tokens = view.keys.shape[1:3]
+        group = heads // kv_heads
+        queries = view.queries.float()
+        if view.queries_real is None:
+            weight = queries.new_full((rows, 1, count, 1), 1 / count)
+        else:
+            real = view.queries_real[:, None, :, None].float()
+            weight = real / real.sum(2, keepdim=True).clamp(min=1)
+        mean = (queries * weight).sum(2, keepdim=True)  # [B, Hq, 1, D]
+        centred = queries - mean
+        covariance = (centred * weight).transpose(-1, -2) @ centred  # [B, Hq, D, D]
+
+        keys = view.keys.float() * view.scaling
+        first = keys @ mean.view(rows, kv_heads, group, size).transpose(-1, -2)  # [B, Hkv, S, G]
+        stacked = keys @ covariance.view(rows, kv_heads, group, size, size).transpose(2, 3).reshape(
+            rows, kv_heads, size, group * size
+        )
+        second = (stacked.view(rows, kv_heads, tokens, group, size) * keys[:, :, :, None]).sum(-1)
+        logits = (first + second / 2).transpose(-1, -2)  # [B, Hkv, G, S]
+        if view.real is not None:
+            logits = logits.masked_fill(~view.real[:, None, None], torch.finfo(logits.dtype).min)
+        expected = logits.softmax(-1) + self.epsilon
+        norm = view.values.float().norm(dim=-1)[:, :, None]
+        return (expected * norm).view(rows, heads, tokens)

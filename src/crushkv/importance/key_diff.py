@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import LayerView, Policy
+from .registry import register
+
+
+@register
+@dataclass(frozen=True)
+class KeyDiff(Policy):
+    """Keys least similar to the mean direction of all keys matter most (arXiv 2504.15364). Looks at no query."""
+
+    name = "key_diff"
+    paper = "KeyDiff, arXiv 2504.15364"
+    gives_mass = False
+
+    def score(self, view: LayerView) -> Tensor:
+        directions = F.normalize(view.keys.float(), dim=-1)
+        if view.real is not None:
+            directions = directions * view.real[:, None, :, None]
+        anchor = directions.sum(2, keepdim=True)
+        return -F.cosine_similarity(directions, anchor, dim=-1)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+from .attention import window_mass
+from .base import LayerView, Policy
+from .registry import register
+
+
+@register
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Attention from the last queries, smoothed along positions (arXiv 2404.14469).
+
+    Attributes:
+        kernel: odd width of the smoothing over positions; 1 is none.
+        pooling: `max` or `avg`.
+    """
+
+    name = "snapkv"
+    paper = "SnapKV, arXiv 2404.14469"
+
+    kernel: int = 7
+    pooling: Literal["max", "avg"] = "max"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
+            raise ConfigError(f"policy_options: kernel={self.kernel!r}: accepted is an odd integer of at least 1")
+        if self.pooling not in ("max", "avg"):
+            raise ConfigError(f"policy_options: pooling={self.pooling!r}: accepted is 'max' or 'avg'")
+
+    def queries(self, window: int) -> int:
+        return window
+
+    def score(self, view: LayerView) -> Tensor:
+        assert view.queries is not None
+        mass = window_mass(view.queries, view.keys, view.scaling, view.real, view.softcap)
+        # The window's own tokens are kept anyway: their mass must not leak into their neighbours.
+        past = view.keys.shape[2] - view.queries.shape[2]
+        if self.kernel > 1 and past:
+            pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
+            mass[..., :past] = pool(mass[..., :past], self.kernel, stride=1, padding=self.kernel // 2)
+        return mass

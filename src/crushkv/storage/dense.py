@@ -1,0 +1,88 @@
+"""Kept tokens in the model's own precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DenseStorage:
+    """Keys and values of one layer, `[B, Hkv, P, D]` each, in buffers with room to grow.
+
+    Holds inference data only: what is stored is detached from autograd.
+
+    Args:
+        growth: while decoding, room is made for this many tokens at a time, because growing by one would copy the
+            layer for every token.
+    """
+
+    def __init__(self, growth: int = 64) -> None:
+        self.growth = growth
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self.length = 0
+
+    @property
+    def keys(self) -> Tensor | None:
+        return None if self._keys is None else self._keys[:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self._values is None else self._values[:, :, : self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, room to grow included."""
+        return sum(t.untyped_storage().nbytes() for t in (self._keys, self._values) if t is not None)
+
+    @torch.no_grad()
+    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> tuple[Tensor, Tensor]:
+        """Adds tokens at the end, with room for `reserve` more; returns all keys and values."""
+        end = self.length + keys.shape[2]
+        self._keys = self._extended(self._keys, keys, end + reserve)
+        self._values = self._extended(self._values, values, end + reserve)
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def _extended(self, buffer: Tensor | None, new: Tensor, capacity: int) -> Tensor:
+        end = self.length + new.shape[2]
+        outgrown = buffer is None or buffer.shape[2] < end
+        # A buffer made under inference_mode cannot be written to outside of it.
+        frozen = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if outgrown or frozen:
+            if new.shape[2] == 1:
+                capacity = max(capacity, end + self.growth - 1)
+            rows, heads, _, size = new.shape
+            grown = new.new_empty((rows, heads, capacity, size))
+            if buffer is not None:
+                grown[:, :, : self.length] = buffer[:, :, : self.length]
+            buffer = grown
+        assert buffer is not None
+        buffer[:, :, self.length : end] = new
+        return buffer
+
+    @torch.no_grad()
+    def keep(self, indices: Tensor) -> None:
+        """Keeps the tokens at `indices [B, Hkv, K]` of each head, in that order, and frees the rest."""
+        assert self._keys is not None and self._values is not None
+        self._keys = _gather(self._keys, indices)
+        self._values = _gather(self._values, indices)
+        self.length = indices.shape[2]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replaces the batch by the given rows of it, which may repeat."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys.index_select(0, rows.to(self._keys.device))
+            self._values = self._values.index_select(0, rows.to(self._values.device))
+
+    def clear(self) -> None:
+        self._keys = self._values = None
+        self.length = 0
+
+
+def _gather(buffer: Tensor, indices: Tensor) -> Tensor:
+    """Rows of D numbers, copied whole: faster than an element-wise gather."""
+    rows, heads, capacity, size = buffer.shape
+    offsets = torch.arange(rows * heads, device=buffer.device).view(rows, heads, 1) * capacity
+    flat = buffer.reshape(rows * heads * capacity, size).index_select(0, (indices + offsets).flatten())
+    return flat.view(rows, heads, -1, size)
