@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -118,7 +118,7 @@ class CrushCache(Cache):
         """Measures what is held now."""
         crushed = [layer for layer in self.crushed_layers if layer.seen]
         full: int = sum(_kv_bytes(layer) for layer in self.layers if not isinstance(layer, CrushLayer))
-        tiers: Counter[str] = Counter()
+        tiers: dict[str, float] = defaultdict(float)
         held = 0.0
         for layer in crushed:
             keys, values = layer.keys, layer.values

@@ -1,0 +1,155 @@
+"""The algorithm written plainly: loops, one row, one head, one token at a time. Slow, and easy to check by eye."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from crushkv.core import SelectionOptions, Tier
+
+
+def zones(real: int, budget: int, options: SelectionOptions) -> tuple[int, int, int, int]:
+    """Sink tokens, recent tokens, contested units, kept units of a row."""
+    sink = min(options.sink, real)
+    recent = min(options.window, real - sink)
+    middle = real - sink - recent
+    contested = max(0, min(budget, real) - sink - recent)
+    units, rest = divmod(middle, options.page_size)
+    taken = min(rest, contested)
+    return sink, recent + taken, units, min(units, (contested - taken) // options.page_size)
+
+
+def best(scores: Sequence[float], count: int) -> set[int]:
+    """Positions of the `count` highest; the earlier one where two are equal."""
+    return set(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
+
+
+def anchor(name: str, signatures: list[list[int]], seed: int) -> list[int]:
+    length = len(signatures[0])
+    if name in ("mean", "inverse_mean"):
+        majority = [int(2 * sum(s[i] for s in signatures) > len(signatures)) for i in range(length)]
+        return majority if name == "mean" else [1 - bit for bit in majority]
+    if name == "alternating":
+        return [i % 2 for i in range(length)]
+    if name == "random":
+        return (torch.rand(length, generator=torch.Generator().manual_seed(seed)) < 0.5).int().tolist()
+    return [int(name == "ones")] * length
+
+
+def unit_order(
+    head_scores: list[list[float]], retained: list[int], units: int, options: SelectionOptions, seed: int
+) -> list[int]:
+    """Units by (distance to each anchor, position)."""
+    page = options.page_size
+    bits = [best(scores, count) for scores, count in zip(head_scores, retained, strict=True)]
+    signatures = [
+        [int(unit * page + i in bits[head]) for i in range(page) for head in range(len(bits))] for unit in range(units)
+    ]
+    anchors = [anchor(name, signatures, seed + i) for i, name in enumerate(options.anchors)]
+
+    def distances(unit: int) -> list[int]:
+        return [sum(a != b for a, b in zip(signatures[unit], bits, strict=True)) for bits in anchors]
+
+    return sorted(range(units), key=lambda unit: (distances(unit), unit))
+
+
+def representatives(order: list[int], candidates: set[int], count: int, score: Sequence[float] | None) -> set[int]:
+    listed = [unit for unit in order if unit in candidates]
+    chosen = set()
+    for bucket in range(count):
+        first = math.ceil(bucket * len(listed) / count)
+        last = math.ceil((bucket + 1) * len(listed) / count) - 1
+        if score is None:
+            chosen.add(listed[(first + last) // 2])
+        else:
+            chosen.add(max(listed[first : last + 1], key=lambda unit: (score[unit], -listed.index(unit))))
+    return chosen
+
+
+def share_of(scores: list[list[float]], keep: int, options: SelectionOptions) -> list[int]:
+    """Representatives of each KV head."""
+    if options.representative_share != "dynamic":
+        return [math.floor(keep * options.representative_share + 0.5)] * len(scores)
+    result = []
+    low, high = (math.floor(keep * bound + 0.5) for bound in options.share_bounds)
+    for score in scores:
+        total, covered, important = sum(score), 0.0, 0
+        for value in sorted(score, reverse=True):
+            covered += value
+            important += 1
+            if covered >= options.coverage * total:
+                break
+        result.append(max(low, min(high, keep - important)))
+    return result
+
+
+def select_row(
+    head_score: torch.Tensor, kv_heads: int, budget: int, options: SelectionOptions, real: list[bool], seed: int
+) -> list[dict[int, Tier]]:
+    """For one row (`head_score [H, S]`): token -> tier, for each KV head."""
+    tokens = [t for t in range(head_score.shape[1]) if real[t]]
+    heads = head_score.shape[0]
+    group = heads // kv_heads
+    sink, recent, units, keep = zones(len(tokens), budget, options)
+    page = options.page_size
+    always = {t: Tier.SINK for t in tokens[:sink]} | {t: Tier.RECENT for t in tokens[len(tokens) - recent :]}
+    middle = tokens[sink : sink + units * page]
+    scores = head_score[:, middle].double() if middle else torch.zeros(heads, 0).double()
+
+    by_unit = scores.view(kv_heads, group, units, page) if units else scores.view(kv_heads, group, 0, page)
+    joined = by_unit.mean(1) if options.aggregate == "mean" else by_unit.amax(1)
+    unit_scores = joined.mean(-1).tolist()
+    count = share_of(unit_scores, keep, options) if units else [0] * kv_heads
+    important = [best(unit_scores[h], keep - count[h]) for h in range(kv_heads)]
+    candidates = [set(range(units)) - important[h] for h in range(kv_heads)]
+    if options.shared_representatives:
+        common = set.intersection(*candidates)
+        count = [min([*count, len(common)])] * kv_heads
+        candidates = [common] * kv_heads
+
+    chosen: list[set[int]] = [set() for _ in range(kv_heads)]
+    if any(count):
+        if options.grouping == "signature":
+            retained = [
+                (keep - count[h // group]) * page if options.threshold == "budget" else units * page // 2
+                for h in range(heads)
+            ]
+            order = unit_order(scores.tolist(), retained, units, options, seed)
+        else:
+            order = list(range(units))
+        for h in range(kv_heads):
+            ranking = unit_scores[h] if options.representative == "best" else None
+            if ranking and options.shared_representatives:
+                ranking = torch.tensor(unit_scores).mean(0).tolist()
+            chosen[h] = representatives(order, candidates[h], count[h], ranking)
+    for h in range(kv_heads):
+        rest = [-math.inf if u in chosen[h] else unit_scores[h][u] for u in range(units)]
+        important[h] = best(rest, keep - count[h])
+
+    result = []
+    for h in range(kv_heads):
+        kept = dict(always)
+        for units_of_tier, tier in ((important[h], Tier.IMPORTANT), (chosen[h], Tier.REPRESENTATIVE)):
+            kept |= {middle[u * page + i]: tier for u in units_of_tier for i in range(page)}
+        result.append(dict(sorted(kept.items())))
+    return result
+
+
+def attention_mass(
+    queries: torch.Tensor, keys: torch.Tensor, scaling: float, real: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum over queries of softmax attention, `[B, Hq, S]`, with the whole matrix in memory."""
+    rows, heads, count, _ = queries.shape
+    repeated = keys.repeat_interleave(heads // keys.shape[1], dim=1)
+    logits = queries.double() @ repeated.double().transpose(-1, -2) * scaling
+    tokens = keys.shape[2]
+    seen = torch.ones(count, tokens).tril(tokens - count).bool().expand(rows, 1, -1, -1)
+    if real is not None:
+        seen = seen & real[:, None, None]
+    weights = logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()
+    if real is not None:
+        weights = weights * real[:, None, -count:, None]
+    return weights.sum(-2)
+

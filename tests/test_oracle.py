@@ -1,0 +1,83 @@
+"""Logits with a crushed cache equal those of the full cache with the evicted entries masked per head."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, prompts, small_model
+from oracle import record, replay
+
+from crushkv import CrushConfig
+from crushkv.importance import policies
+
+TOLERANCE = 1e-4
+shared_model = cache(small_model)
+
+
+def check(model: Any, config: CrushConfig, lengths: list[int], **generation: Any) -> None:
+    recording = record(model, config, prompts(lengths), max_new_tokens=20, **generation)
+    expected = replay(model, recording)
+    evictions = [
+        step
+        for step in range(1, len(recording.visible))
+        if any(not seen.all() for seen in recording.visible[step].values())
+    ]
+    assert evictions, "nothing was evicted, so nothing was tested"
+    for step, (ours, theirs) in enumerate(zip(recording.logits, expected, strict=True)):
+        assert (ours - theirs).abs().max() < TOLERANCE, f"forward pass {step}"
+
+
+@pytest.mark.parametrize("chunk", [None, 33], ids=["one-prefill", "chunked"])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("policy", policies())
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_policy_and_architecture(architecture: str, policy: str, page_size: int, chunk: int | None) -> None:
+    """Padded batch, several decode steps, evictions while decoding."""
+    config = CrushConfig(policy=policy, budget=0.4, page_size=page_size, sink=2, window=8, interval=8)
+    check(shared_model(architecture), config, [120, 77, 31], prefill_chunk_size=chunk)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"budget": 48},
+        {"budget": 48, "interval": 1},
+        {"budget": "20KiB"},
+        {"representative_share": "dynamic"},
+        {"shared_representatives": True, "representative_share": 0.5},
+        {"representative": "best", "anchors": ("alternating", "ones")},
+        {"threshold": "median", "aggregate": "max"},
+        {"grouping": "random"},
+        {"representative_share": 0.0},
+        {"policy": "h2o", "interval": 3},
+        {"policy": "expected_attention", "interval": 3, "policy_options": {"samples": 7}},
+    ],
+    ids=str,
+)
+def test_other_configurations(fields: dict[str, Any]) -> None:
+    config = CrushConfig(**{"budget": 0.4, "page_size": 4, "sink": 2, "window": 8, "interval": 8, **fields})
+    check(shared_model("llama"), config, [120, 77, 31])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_eager_attention(architecture: str) -> None:
+    config = CrushConfig(budget=0.4, sink=2, window=8, interval=8)
+    check(shared_model(architecture, "eager"), config, [120, 77, 31], prefill_chunk_size=50)
+
+
+def test_without_padding_no_mask_is_made() -> None:
+    config = CrushConfig(budget=0.4, sink=2, window=8, interval=8)
+    check(shared_model("llama"), config, [120, 120])
+
+
+def test_bfloat16() -> None:
+    """Half precision: the same tokens are kept whichever kernel attends, and logits agree to its precision."""
+    model = small_model("llama", dtype=torch.bfloat16)
+    config = CrushConfig(budget=0.4, sink=2, window=8, interval=8, page_size=4)
+    recording = record(model, config, prompts([120, 77, 31]), max_new_tokens=20)
+    assert recording.cache.layers[0].keys.dtype == torch.bfloat16
+    for ours, theirs in zip(recording.logits, replay(model, recording), strict=True):
+        assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
