@@ -152,4 +152,3 @@ def attention_mass(
     if real is not None:
         weights = weights * real[:, None, -count:, None]
     return weights.sum(-2)
-

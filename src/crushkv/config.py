@@ -74,7 +74,10 @@ class CrushConfig:
         # JSON and the command line bring lists and strings
         anchors = (self.anchors,) if isinstance(self.anchors, str) else tuple(self.anchors)
         object.__setattr__(self, "anchors", anchors)
-        object.__setattr__(self, "share_bounds", tuple(self.share_bounds))
+        if isinstance(self.share_bounds, list):
+            object.__setattr__(self, "share_bounds", tuple(self.share_bounds))
+        if not isinstance(self.policy_options, Mapping):
+            raise ConfigError(f"policy_options={self.policy_options!r}: accepted is a mapping of option to value")
         object.__setattr__(self, "policy_options", dict(self.policy_options))
         self._check_numbers()
         self._check_choices()
@@ -95,7 +98,12 @@ class CrushConfig:
         if not (_is_number(self.coverage) and 0 < self.coverage <= 1):
             raise ConfigError(f"coverage={self.coverage!r}: accepted is a number above 0 and up to 1")
         bounds = self.share_bounds
-        if len(bounds) != 2 or not all(map(_is_number, bounds)) or not 0 <= bounds[0] <= bounds[1] < 1:
+        if (
+            not isinstance(bounds, tuple)
+            or len(bounds) != 2
+            or not all(map(_is_number, bounds))
+            or not 0 <= bounds[0] <= bounds[1] < 1
+        ):
             raise ConfigError(f"share_bounds={bounds!r}: accepted are two numbers, 0 <= least <= greatest < 1")
         if not isinstance(self.shared_representatives, bool):
             raise ConfigError(f"shared_representatives={self.shared_representatives!r}: accepted is true or false")

@@ -1,0 +1,198 @@
+"""Importance policies: exact mass without S x S, and what each policy promises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+
+import pytest
+import reference
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crushkv import CrushConfig
+from crushkv.errors import ConfigError
+from crushkv.importance import LayerView, Policy, attention_mass, make_policy, policies, register, registry
+
+
+def tensors(rows: int = 2, tokens: int = 50, queries: int | None = None, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    count = tokens if queries is None else queries
+    return (
+        torch.randn(rows, 6, count, 8, generator=generator) * 2,
+        torch.randn(rows, 2, tokens, 8, generator=generator),
+        torch.randn(rows, 2, tokens, 8, generator=generator),
+    )
+
+
+def padded(rows: int, tokens: int, padding: int) -> torch.Tensor:
+    real = torch.ones(rows, tokens, dtype=torch.bool)
+    real[1, :padding] = False
+    return real
+
+
+@pytest.mark.parametrize("block_bytes", [1, 10_000, 2**25])
+@pytest.mark.parametrize("queries", [1, 7, 50])
+@pytest.mark.parametrize("padding", [0, 20])
+def test_attention_mass_is_exact(block_bytes: int, queries: int, padding: int) -> None:
+    query, key, _ = tensors(queries=queries)
+    real = padded(2, 50, padding) if padding else None
+    ours = attention_mass(query, key, 0.35, real, block_bytes=block_bytes)
+    assert torch.allclose(ours.double(), reference.attention_mass(query, key, 0.35, real), atol=1e-5)
+
+
+def test_h2o_in_chunks_equals_h2o_at_once() -> None:
+    query, key, value = tensors()
+    policy = make_policy("h2o")
+    mass = None
+    for start, end in ((0, 13), (13, 14), (14, 50)):
+        view = LayerView(key[:, :, :end], value[:, :, :end], query[:, :, start:end], 0.35, mass=mass)
+        mass = policy.accumulate(view)
+    assert mass is not None
+    assert torch.allclose(mass.double(), reference.attention_mass(query, key, 0.35), atol=1e-5)
+
+
+def test_h2o_stays_far_below_eager_attention_in_memory() -> None:
+    """At 8k tokens the weights of one block are held, not S x S of them: measured as the largest tensor made."""
+    tokens, heads = 8192, 9
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return result
+
+    query, key = torch.randn(1, heads, tokens, 8), torch.randn(1, 3, tokens, 8)
+    with Watch():
+        attention_mass(query, key, 0.35)
+    eager = heads * tokens * tokens * 4
+    assert largest * 2 < 0.05 * eager, f"{largest / 2**20:.0f} MiB, eager needs {eager / 2**20:.0f} MiB"
+
+
+def test_snapkv_is_the_smoothed_attention_of_the_window() -> None:
+    query, key, value = tensors(queries=8)
+    score = make_policy("snapkv", {"kernel": 3, "pooling": "max"}).score(LayerView(key, value, query, 0.35))
+    mass = reference.attention_mass(query, key, 0.35) / 8
+    for token in range(42):
+        expected = mass[..., max(0, token - 1) : min(42, token + 2)].amax(-1)
+        assert torch.allclose(score[..., token].double(), expected, atol=1e-6)
+
+
+def test_tova_reads_the_last_query_only() -> None:
+    query, key, value = tensors(queries=1)
+    score = make_policy("tova").score(LayerView(key, value, query, 0.35))
+    assert torch.allclose(score.double(), reference.attention_mass(query, key, 0.35), atol=1e-6)
+
+
+def test_expected_attention_estimates_the_attention_of_gaussian_queries() -> None:
+    """With many queries drawn from a Gaussian, the closed form agrees with the mean over fresh draws."""
+    generator = torch.Generator().manual_seed(0)
+    mean, spread = torch.randn(4, generator=generator), torch.randn(4, 4, generator=generator) * 0.5
+    sample = (torch.randn(2, 20_000, 4, generator=generator) @ spread + mean).unsqueeze(1)
+    key, value = torch.randn(2, 1, 30, 4, generator=generator), torch.ones(2, 1, 30, 4)
+    policy = make_policy("expected_attention", {"samples": 20_000})
+    score = policy.score(LayerView(key, value, sample, 0.5)).squeeze(1)
+    fresh = torch.randn(2, 20_000, 4, generator=generator) @ spread + mean
+    unnormalised = (fresh @ key[:, 0].transpose(-1, -2) * 0.5).exp().mean(1)
+    expected = unnormalised / unnormalised.sum(-1, keepdim=True) * math.sqrt(4)
+    assert torch.allclose(score, expected, rtol=0.1)
+
+
+def test_key_norm_and_key_diff_rank_as_their_papers_say() -> None:
+    key = torch.tensor([[[[3.0, 0], [1, 0], [0, 2]]]])
+    view = LayerView(key, key, None, 1.0)
+    assert make_policy("key_norm").score(view)[0, 0].argmax() == 1
+    assert make_policy("key_diff").score(view)[0, 0].argmax() == 2
+
+
+def test_random_is_drawn_from_its_seed() -> None:
+    query, key, value = tensors()
+    policy = make_policy("random")
+    first, again, other = (policy.score(LayerView(key, value, None, 1.0, seed=s)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", policies())
+def test_scores_do_not_see_padding(name: str) -> None:
+    """The same row with and without padding in front gets the same scores (but for random ones)."""
+    policy = make_policy(name)
+    query, key, value = tensors()
+    real = padded(2, 50, 20)
+
+    def score(row: slice, start: int, mask: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = query[row, :, start:], key[row, :, start:], value[row, :, start:]
+        mass = policy.accumulate(LayerView(k, v, q, 0.35, mask)) if policy.streams else None
+        tail = policy.queries(8)
+        last = None if mask is None else mask[:, -tail:]
+        return policy.score(LayerView(k, v, q[:, :, -tail:] if tail else None, 0.35, mask, last, mass))
+
+    batch = score(slice(0, 2), 0, real)[1, :, 20:]
+    alone = score(slice(1, 2), 20, None)[0]
+    assert torch.isfinite(batch).all()
+    if name == "streaming_llm":
+        alone = alone + 20
+    if name == "random":
+        assert batch.shape == alone.shape
+    else:
+        assert torch.allclose(batch, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("snapvk", {}, "Did you mean 'snapkv'"),
+        ("snapkv", {"kernal": 3}, "no option 'kernal'. Did you mean 'kernel'"),
+        ("snapkv", {"kernel": 4}, "kernel=4"),
+        ("snapkv", {"pooling": "sum"}, "pooling='sum'"),
+        ("pyramidkv", {"steepness": 0}, "steepness=0"),
+        ("expected_attention", {"samples": 0}, "samples=0"),
+        ("h2o", {"kernel": 3}, "no options"),
+    ],
+)
+def test_bad_names_and_options(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CrushConfig(policy=name, policy_options=options)
+
+
+@dataclass(frozen=True)
+class Newest(Policy):
+    name = "newest_first"
+    paper = "none"
+    gives_mass = False
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        return torch.zeros(view.keys.shape[:3])
+
+
+@pytest.fixture
+def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    registry._load_entry_points.cache_clear()
+    yield
+    registry._load_entry_points.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_registry")
+def test_a_third_party_policy_comes_through_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("newest", f"{__name__}:Newest", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == registry.ENTRY_POINTS else [])
+    assert isinstance(CrushConfig(policy="newest_first").make_policy(), Policy)
+
+
+@pytest.mark.usefixtures("fresh_registry")
+def test_a_broken_entry_point_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("gone", "no_such_package:Policy", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    with pytest.raises(ConfigError, match="'gone'.*no_such_package"):
+        policies()
+
+
+def test_two_policies_of_one_name() -> None:
+    with pytest.raises(ConfigError, match="registered twice"):
+        register(type("Other", (Newest,), {"name": "h2o"}))
