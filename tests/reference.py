@@ -94,7 +94,7 @@ def select_row(
     group = heads // kv_heads
     sink, recent, units, keep = zones(len(tokens), budget, options)
     page = options.page_size
-    always = {t: Tier.SINK for t in tokens[:sink]} | {t: Tier.RECENT for t in tokens[len(tokens) - recent :]}
+    always = dict.fromkeys(tokens[:sink], Tier.SINK) | dict.fromkeys(tokens[len(tokens) - recent :], Tier.RECENT)
     middle = tokens[sink : sink + units * page]
     scores = head_score[:, middle].double() if middle else torch.zeros(heads, 0).double()
 

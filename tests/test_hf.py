@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import prompts, small_model
 from transformers import (
     DynamicCache,
-    LlamaConfig,
     MistralConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from crushkv import ConfigError, CrushCache, CrushConfig, CrushError, KVCrush, UnsupportedModelError
+from architectures import prompts, small_model
+from crushkv import ConfigError, CrushCache, CrushError, KVCrush, UnsupportedModelError
 from crushkv.core import Tier
 
 SMALL = {"budget": 0.4, "sink": 2, "window": 8, "interval": 8, "page_size": 4}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
 import pytest
-import reference
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import reference
 from crushkv import CrushConfig
 from crushkv.errors import ConfigError
 from crushkv.importance import LayerView, Policy, attention_mass, make_policy, policies, register, registry

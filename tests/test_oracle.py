@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, prompts, small_model
-from oracle import record, replay
 
+from architectures import ARCHITECTURES, prompts, small_model
 from crushkv import CrushConfig
 from crushkv.importance import policies
+from oracle import record, replay
 
 TOLERANCE = 1e-4
 shared_model = cache(small_model)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reference
 from crushkv.core import ANCHORS, SelectionOptions, Tier, select
 from crushkv.errors import ScoreError
 
