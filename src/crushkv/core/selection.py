@@ -194,8 +194,10 @@ def _order(
             retained = important.repeat_interleave(middle.shape[1] // important.shape[1], dim=1) * options.page_size
         else:
             retained = (zones.units * options.page_size // 2)[:, None].expand(rows, middle.shape[1])
-        tokens_real = real.repeat_interleave(options.page_size, dim=-1)
-        bits = token_bits(middle.masked_fill(~tokens_real[:, None], -torch.inf), retained)
+        if int(zones.units.min()) < units:
+            tokens_real = real.repeat_interleave(options.page_size, dim=-1)
+            middle = middle.masked_fill(~tokens_real[:, None], -torch.inf)
+        bits = token_bits(middle, retained)
         signatures = unit_signatures(bits, options.page_size)
     return signature_order(signatures, real, options.anchors, seed)
 
