@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def request(model: Any, prompt: Tensor, new_tokens: int, config: CrushConfig | N
             token = logits.argmax(-1)
             synchronize()
             steps.append(time.perf_counter())
-    decoding = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
+    decoding = [later - earlier for earlier, later in pairwise(steps)]
     return Run(steps[0] - start, statistics.median(decoding), steps[-1] - start, dict(stages))
 
 
@@ -127,7 +128,8 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = arguments.model or embedded_model_path()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model.to(device).eval()
     text = (resources.files("crushkv") / "demo" / "document.txt").read_text(encoding="utf-8")
     tokens = AutoTokenizer.from_pretrained(path)(text)["input_ids"]
     repeated = tokens * (arguments.tokens // len(tokens) + 1)

@@ -237,6 +237,41 @@ def test_several_turns_on_one_cache(model: Any) -> None:
     assert recent.tolist() == list(range(ids.shape[1] - 8, ids.shape[1]))
 
 
+@pytest.mark.parametrize("chunk", [None, 20])
+@pytest.mark.parametrize("whole", [True, False], ids=["all-tokens", "new-tokens"])
+def test_turns_in_a_block_end_where_their_prompt_ends(model: Any, chunk: int | None, whole: bool) -> None:
+    """Whether the earlier turns' tokens are passed again or not, and however the prompt is cut."""
+    ids = prompts([100])["input_ids"]
+    with KVCrush(**{**SMALL, "budget": 50})(model) as session:
+        cache = KVCrush(**{**SMALL, "budget": 50}).cache(model)
+        for turn in range(3):
+            mask = torch.ones_like(ids)
+            new = ids if whole or not turn else ids[:, cache.get_seq_length() :]
+            result = model.generate(
+                input_ids=new, attention_mask=mask, past_key_values=cache, prefill_chunk_size=chunk, **GREEDY
+            )
+            assert session.cache is cache
+            assert cache.get_seq_length() == ids.shape[1] + 23
+            assert max(layer.storage.length for layer in cache.crushed_layers) <= 50 + 8
+            ids = torch.cat([ids, result[:, new.shape[1] :], prompts([60], seed=turn)["input_ids"]], dim=1)
+
+
+def test_an_interrupted_cache_is_refused(model: Any) -> None:
+    cache = KVCrush(**SMALL).cache(model)
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].self_attn.o_proj.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**prompts([50]), past_key_values=cache, **GREEDY)
+    hook.remove()
+    with pytest.raises(UnsupportedModelError, match="interrupted"):
+        model.generate(**prompts([50]), past_key_values=cache, **GREEDY)
+    cache.reset()
+    model.generate(**prompts([50]), past_key_values=cache, **GREEDY)
+
+
 def test_turns_with_padding_in_the_middle(model: Any) -> None:
     """A second turn padded at its front: the padding inside the row is dropped, not kept."""
     cache = KVCrush(**SMALL).cache(model)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..config import CrushConfig
 from ..core import Tier
+from ..errors import UnsupportedModelError
 from .attention import hand_over, install
 from .layer import CrushLayer
 from .plan import Plan
@@ -84,6 +85,10 @@ class CrushCache(Cache):
 
     def _begin(self, keys: Tensor, values: Tensor, first: CrushLayer) -> None:
         """What the first compressed layer's input tells about the whole pass."""
+        if any(layer.seen != first.seen for layer in self.crushed_layers):
+            raise UnsupportedModelError(
+                "an earlier pass over this cache was interrupted, and its layers differ: reset() it, or use a new one"
+            )
         if keys.shape[2] > 1:
             check_prompt(first.seen + keys.shape[2], self.model_config)
         # Heads and sizes are the same in all compressed layers of the supported models.

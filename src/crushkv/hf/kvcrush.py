@@ -156,7 +156,7 @@ class _Attachment:
                 stacklevel=3,
             )
         elif generation_config.use_cache is not False:
-            check_generation(generation_config, str(getattr(generation_mode, "value", generation_mode)))
+            check_generation(generation_config, generation_mode)
             if model_kwargs.get("past_key_values") is None:
                 model_kwargs["past_key_values"] = session.new_cache()
                 return None
@@ -167,8 +167,10 @@ class _Attachment:
         cache = model_kwargs.get("past_key_values")
         if not isinstance(cache, CrushCache):
             return self._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+        # The attention mask covers the whole sequence, whether its earlier part is passed again or not. Transformers
+        # drops a mask without padding and notes its length.
         mask = model_kwargs.get("attention_mask")
-        end = cache.get_seq_length() + input_ids.shape[-1] if mask is None else mask.shape[-1]
+        end = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[-1]
         check_prompt(end, cache.model_config)
         cache.prefill_end = end
         try:
@@ -184,7 +186,13 @@ class _Attachment:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache):
             session.use(cache)
-        elif cache is None and len(args) < 4 and kwargs.get("use_cache", model.config.use_cache):
+        elif cache is None and len(args) < 4 and _uses_cache(model, kwargs.get("use_cache")):
             kwargs["past_key_values"] = session.new_cache()
             return args, kwargs
         return None
+
+
+def _uses_cache(model: Any, asked: bool | None) -> bool:
+    if asked is None:
+        asked = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
+    return bool(asked)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.configuration_utils import GenerationMode
 
 from ..core import Budget
 from ..errors import ConfigError, UnsupportedModelError
@@ -73,17 +74,18 @@ def check_prompt(tokens: int, model_config: PreTrainedConfig) -> None:
         raise ConfigError(f"prompt: {tokens} tokens are more than the model's {limit} positions")
 
 
-def check_generation(generation: GenerationConfig, mode: str) -> None:
+def check_generation(generation: GenerationConfig, mode: GenerationMode) -> None:
     """Refuses ways of generating that need a cache KVCrush is not.
 
     Raises:
         UnsupportedModelError: static, offloaded or quantized cache, or assisted decoding, is asked for.
     """
-    if mode == "assisted_generation":
+    if mode == GenerationMode.ASSISTED_GENERATION:
         raise UnsupportedModelError(
             "assisted decoding and prompt lookup take tokens back out of the cache, which a compressed cache cannot do"
         )
-    if generation.cache_implementation not in (None, "dynamic"):
+    # Published configurations of models with sliding layers name "hybrid", which no longer means anything.
+    if generation.cache_implementation not in (None, "dynamic", "hybrid", "hybrid_chunked"):
         raise UnsupportedModelError(
             f"cache_implementation={generation.cache_implementation!r} cannot be combined with KVCrush: leave it unset "
             "(static caches have fixed slots for torch.compile, and KVCrush moves tokens)"

