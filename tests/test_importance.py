@@ -38,7 +38,8 @@ def padded(rows: int, tokens: int, padding: int) -> torch.Tensor:
 def test_attention_mass_is_exact(block_bytes: int, queries: int, padding: int) -> None:
     query, key, _ = tensors(queries=queries)
     real = padded(2, 50, padding) if padding else None
-    ours = attention_mass(query, key, 0.35, real, block_bytes=block_bytes)
+    last = None if real is None else real[:, -queries:]
+    ours = attention_mass(query, key, 0.35, real, last, block_bytes=block_bytes)
     assert torch.allclose(ours.double(), reference.attention_mass(query, key, 0.35, real), atol=1e-5)
 
 
@@ -127,7 +128,7 @@ def test_scores_do_not_see_padding(name: str) -> None:
 
     def score(row: slice, start: int, mask: torch.Tensor | None) -> torch.Tensor:
         q, k, v = query[row, :, start:], key[row, :, start:], value[row, :, start:]
-        mass = policy.accumulate(LayerView(k, v, q, 0.35, mask)) if policy.streams else None
+        mass = policy.accumulate(LayerView(k, v, q, 0.35, mask, mask)) if policy.streams else None
         tail = policy.queries(8)
         last = None if mask is None else mask[:, -tail:]
         return policy.score(LayerView(k, v, q[:, :, -tail:] if tail else None, 0.35, mask, last, mass))

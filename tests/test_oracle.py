@@ -53,6 +53,7 @@ def test_every_policy_and_architecture(architecture: str, policy: str, page_size
         {"grouping": "random"},
         {"representative_share": 0.0},
         {"policy": "h2o", "interval": 3},
+        {"policy": "h2o", "interval": 0},
         {"policy": "expected_attention", "interval": 3, "policy_options": {"samples": 7}},
     ],
     ids=str,

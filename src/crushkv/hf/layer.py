@@ -18,6 +18,8 @@ from .queries import QueryTail
 
 # Tokens of room made at a time while decoding; never more than come before the next eviction.
 GROWTH = 64
+# Decoded queries that a streaming policy is shown at a time.
+GATHERED = 128
 
 
 @dataclass(frozen=True)
@@ -148,31 +150,27 @@ class CrushLayer(CacheLayerMixin):
         self.real = torch.cat([past, new_real], dim=1)
 
     def _remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
-        policy, config = self.plan.policy, self.plan.config
-        if not reading and not config.interval:
-            return
-        if policy.streams and reading and not self.queries.count:
-            self._accumulate(call, call.queries)
-        elif policy.streams:
-            # Decoded tokens' queries wait for the next eviction; until then every key they saw is still here.
+        policy = self.plan.policy
+        if policy.streams:
+            # Decoded tokens' queries are gathered for a while; until they are used, every key they saw is here.
             self.queries.append(call.queries, new_real)
-            if reading:
-                self._accumulate(call, self.queries.queries)
-        elif limit := policy.queries(config.window):
+            if reading or self.queries.count == GATHERED:
+                self._accumulate(call)
+        elif limit := policy.queries(self.plan.config.window):
             self.queries.append(call.queries, new_real, limit)
 
-    def _accumulate(self, call: AttentionCall, queries: Tensor | None) -> None:
-        if queries is not None and queries.shape[2]:
+    def _accumulate(self, call: AttentionCall) -> None:
+        if self.queries.count:
             with stage("importance"):
-                self.mass = self.plan.policy.accumulate(self._view(call, queries))
-        self.queries.clear()
+                self.mass = self.plan.policy.accumulate(self._view(call))
+            self.queries.clear()
 
-    def _view(self, call: AttentionCall, queries: Tensor | None) -> LayerView:
+    def _view(self, call: AttentionCall) -> LayerView:
         assert self.keys is not None and self.values is not None
         return LayerView(
             keys=self.keys,
             values=self.values,
-            queries=queries,
+            queries=self.queries.queries,
             scaling=call.scaling,
             real=self.real,
             queries_real=self.queries.real,
@@ -198,9 +196,9 @@ class CrushLayer(CacheLayerMixin):
         if held <= int(budget.minimum(count).max()):
             return
         if self.plan.policy.streams:
-            self._accumulate(call, self.queries.queries)
+            self._accumulate(call)
         with stage("importance"):
-            head_score = self.plan.policy.score(self._view(call, self.queries.queries))
+            head_score = self.plan.policy.score(self._view(call))
         with stage("selection"):
             selection = select(head_score, kv_heads, budget, self.plan.options, self.real, self._seed)
         with stage("gather"):

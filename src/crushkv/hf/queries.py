@@ -60,7 +60,8 @@ class QueryTail:
             if self._end + count <= self._buffer.shape[2] and not frozen:
                 return self._buffer, self._real
         held, queries, real = self.count, self.queries, self.real
-        room = 2 * (held + count)
+        # A prompt's queries fill their buffer; single ones get room for as many again.
+        room = held + count if count > 1 and not held else 2 * (held + count)
         buffer = new.new_empty((rows, heads, room, size))
         flags = torch.ones((rows, room), dtype=torch.bool, device=new.device)
         if queries is not None and real is not None:

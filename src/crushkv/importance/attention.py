@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .base import LayerView
+
 # A block of attention weights: large enough for efficient products, far below S x S.
 BLOCK_BYTES = 32 * 2**20
 
@@ -14,6 +16,7 @@ def attention_mass(
     keys: Tensor,
     scaling: float,
     real: Tensor | None = None,
+    queries_real: Tensor | None = None,
     softcap: float | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Tensor:
@@ -23,7 +26,8 @@ def attention_mass(
         queries: `[B, Hq, T, D]`, of the last T tokens.
         keys: `[B, Hkv, S, D]`, S >= T; Hq is a multiple of Hkv.
         scaling: factor of the logits.
-        real: bool `[B, S]`; padding neither gives nor receives.
+        real: bool `[B, S]`; padding receives nothing.
+        queries_real: bool `[B, T]`; padding gives nothing.
         softcap: bound of the logits by tanh (Gemma 2), None for none.
         block_bytes: upper bound of the weights held at a time (at least one query's are).
 
@@ -50,15 +54,22 @@ def attention_mass(
         if real is not None:
             logits.masked_fill_(~real[:, None, None, None, :seen], torch.finfo(torch.float32).min)
         weights = logits.softmax(-1)
-        if real is not None:
-            weights *= real[:, None, None, seen - (end - start) : seen, None]
+        if queries_real is not None:
+            weights *= queries_real[:, None, None, start:end, None]
         mass[..., :seen] += weights.sum(-2)
     return mass.view(rows, heads, tokens)
 
 
-def window_mass(queries: Tensor, keys: Tensor, scaling: float, real: Tensor | None, softcap: float | None) -> Tensor:
-    """`attention_mass` as a mean over the real queries, so that scores do not grow with their number."""
-    count: Tensor | int = queries.shape[2]
-    if real is not None:
-        count = real[:, -queries.shape[2] :].sum(-1).clamp(min=1)[:, None, None]
-    return attention_mass(queries, keys, scaling, real, softcap) / count
+def window_mass(view: LayerView) -> Tensor:
+    """`attention_mass` of the view's queries as a mean over the real ones, so that scores do not grow with them."""
+    assert view.queries is not None
+    count: Tensor | int = view.queries.shape[2]
+    if view.queries_real is not None:
+        count = view.queries_real.sum(-1).clamp(min=1)[:, None, None]
+    return view_mass(view) / count
+
+
+def view_mass(view: LayerView) -> Tensor:
+    """`attention_mass` of the view's queries."""
+    assert view.queries is not None
+    return attention_mass(view.queries, view.keys, view.scaling, view.real, view.queries_real, view.softcap)

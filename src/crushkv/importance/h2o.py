@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .attention import attention_mass
+from .attention import view_mass
 from .base import LayerView, Policy
 from .registry import register
 
@@ -22,8 +22,7 @@ class H2O(Policy):
     streams = True
 
     def accumulate(self, view: LayerView) -> Tensor:
-        assert view.queries is not None
-        mass = attention_mass(view.queries, view.keys, view.scaling, view.real, view.softcap)
+        mass = view_mass(view)
         if view.mass is not None:
             mass[..., : view.mass.shape[-1]] += view.mass
         return mass

@@ -39,7 +39,7 @@ class SnapKV(Policy):
 
     def score(self, view: LayerView) -> Tensor:
         assert view.queries is not None
-        mass = window_mass(view.queries, view.keys, view.scaling, view.real, view.softcap)
+        mass = window_mass(view)
         # The window's own tokens are kept anyway: their mass must not leak into their neighbours.
         past = view.keys.shape[2] - view.queries.shape[2]
         if self.kernel > 1 and past:

@@ -22,5 +22,4 @@ class TOVA(Policy):
         return 1
 
     def score(self, view: LayerView) -> Tensor:
-        assert view.queries is not None
-        return window_mass(view.queries, view.keys, view.scaling, view.real, view.softcap)
+        return window_mass(view)
