@@ -539,6 +539,15 @@ def test_other_models_run_through_the_wrapped_functions_unchanged() -> None:
     assert torch.equal(expected, other.generate(**prompts([60]), **GREEDY))
 
 
+def test_a_compiled_model(model: Any) -> None:
+    """Dynamo traces around the cache and the attention function."""
+    inputs = prompts([100, 60])
+    compiled = copy.deepcopy(model)
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    with KVCrush(**SMALL)(model), KVCrush(**SMALL)(compiled):
+        assert torch.equal(model.generate(**inputs, **GREEDY), compiled.generate(**inputs, **GREEDY))
+
+
 def test_the_wrapper_is_installed_once(model: Any) -> None:
     KVCrush(**SMALL).cache(model)
     first = ALL_ATTENTION_FUNCTIONS["sdpa"]

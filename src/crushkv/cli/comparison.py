@@ -56,7 +56,7 @@ class Comparison:
                 order = (FULL, CRUSHED) if number % 2 else (CRUSHED, FULL)
                 runs = {}
                 for kind in order:
-                    progress.begin(f"question {number}, {NAMES[kind]}: {input_ids.shape[-1]} tokens")
+                    progress.begin(f"question {number}, {NAMES[kind]}", input_ids.shape[-1])
                     runs[kind] = self._run(kind, input_ids, question, progress)
                 self.answered.append(Answered(question, runs))
 

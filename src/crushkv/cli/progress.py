@@ -18,7 +18,7 @@ class Progress:
         self.total = total
         self.finished = 0
         self._text = ""
-        self._tokens = 0
+        self._prompt_tokens = self._tokens = 0
         self._bar: RichProgress | None = None
         if self.console.is_terminal:
             columns = (
@@ -48,20 +48,21 @@ class Progress:
         else:
             self.console.print(text, soft_wrap=True)
 
-    def begin(self, text: str) -> None:
-        self._text, self._tokens = text, 0
+    def begin(self, text: str, prompt_tokens: int) -> None:
+        self._text, self._prompt_tokens, self._tokens = text, prompt_tokens, 0
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, description=f"{text}: reading {prompt_tokens} tokens")
 
     def token(self) -> None:
         self._tokens += 1
         if self._bar is not None:
-            self._bar.update(self._task, description=f"{self._text}, then {self._tokens}")
+            self._bar.update(self._task, description=f"{self._text}: writing token {self._tokens}")
 
     def done(self, result: str) -> None:
         """Ends a run; its line stays on the screen."""
         self.finished += 1
-        line = f"[{self.finished}/{self.total}] {self._text}, then {self._tokens}; {result}"
+        tokens = f"{self._prompt_tokens} tokens read, {self._tokens} written"
+        line = f"[{self.finished}/{self.total}] {self._text}: {tokens}, {result}"
         self.console.print(line, markup=False, soft_wrap=True)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.finished)

@@ -74,6 +74,8 @@ class CrushAttention:
         self.name = name
         self.original = original
 
+    # A compiled model runs compiled around the attention and the cache, whose state is Python's.
+    @torch.compiler.disable
     def __call__(
         self,
         module: torch.nn.Module,
