@@ -293,7 +293,7 @@ def test_short_prompts_are_left_alone(model: Any) -> None:
     assert session.cache.report().tokens_held == 63
 
 
-def test_one_warning_where_sink_and_window_exceed_the_budget(model: Any) -> None:
+def test_one_warning_where_the_budget_leaves_no_room_for_a_page(model: Any) -> None:
     with (
         KVCrush(**{**SMALL, "budget": 0.1})(model) as session,
         pytest.warns(UserWarning, match="sink . window") as caught,
@@ -500,6 +500,8 @@ def test_prompts_that_are_refused(model: Any) -> None:
             model.generate(input_ids=torch.zeros(1, 0, dtype=torch.long), **GREEDY)
     with pytest.raises(ConfigError, match="budget=4096 tokens is above the model's 512 positions"):
         KVCrush(budget=4096).cache(model)
+    with pytest.raises(ConfigError, match="page_size=1000 tokens is above the model's 512 positions"):
+        KVCrush(page_size=1000).cache(model)
 
 
 def test_nan_in_the_model_is_named(model: Any) -> None:

@@ -74,7 +74,6 @@ class Comparison:
         summed: dict[str, dict[str, Any]] = {}
         for kind in (FULL, CRUSHED):
             runs = [answered.runs[kind] for answered in self.answered]
-            peaks = [run["peak_memory_bytes"] for run in runs]
             summed[kind] = {
                 "correct": sum(run["correct"] for run in runs),
                 "questions": len(runs),
@@ -82,10 +81,8 @@ class Comparison:
                 "tiers": None if kind == FULL else _mean_tiers(runs),
                 "ttft_range_seconds": _range(runs, "ttft_seconds"),
                 "tpot_range_seconds": _range(runs, "tpot_seconds"),
-                "peak_memory_bytes": None if None in peaks else max(peaks),
-                "peak_above_start_bytes": None
-                if None in peaks
-                else max(run["peak_memory_bytes"] - run["memory_before_bytes"] for run in runs),
+                "peak_memory_bytes": _highest(runs, "peak_memory_bytes"),
+                "peak_above_start_bytes": _highest(runs, "peak_above_start_bytes"),
             }
         return summed
 
@@ -129,6 +126,10 @@ RATIOS = ("kv_bytes", "ttft_seconds", "tpot_seconds", "peak_memory_bytes", "peak
 def _median(runs: list[dict[str, Any]], name: str) -> float | None:
     values = [run[name] for run in runs if run[name] is not None]
     return statistics.median(values) if values else None
+
+
+def _highest(runs: list[dict[str, Any]], name: str) -> int | None:
+    return max((run[name] for run in runs if run[name] is not None), default=None)
 
 
 def _range(runs: list[dict[str, Any]], name: str) -> list[float] | None:

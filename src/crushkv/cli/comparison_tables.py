@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from .figures import bytes_text, tokens_text
-from .output import result_console, seconds, size
+from .figures import rows
+from .output import result_console
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -40,38 +40,26 @@ def _answer(run: dict[str, Any]) -> Text:
 
 
 def _figures(full: dict[str, Any], crushed: dict[str, Any]) -> Table:
-    table = Table("", "full cache", "KVCrush", title="Figures (medians over the questions)", title_justify="left")
-    rows = {
-        "correct answers": lambda run: f"{run['correct']} of {run['questions']}",
-        "KV cache": bytes_text,
-        "tokens held per layer and head": tokens_text,
-        "beside it (positions, ...)": lambda run: size(int(run["state_bytes"])),
-        "first token (TTFT)": lambda run: _time(run, "ttft"),
-        "each token after it (TPOT)": lambda run: _time(run, "tpot"),
-        "peak memory, at most": lambda run: size(run["peak_memory_bytes"]),
-        "  of it since the prompt came": lambda run: size(run["peak_above_start_bytes"]),
-    }
-    for name, text in rows.items():
-        table.add_row(name, text(full), text(crushed))
+    table = Table(
+        "", "full cache", "KVCrush", title="Figures (medians; the highest of the peaks)", title_justify="left"
+    )
+    table.columns[0].no_wrap = True
+    table.add_row("correct answers", *(f"{run['correct']} of {run['questions']}" for run in (full, crushed)))
+    left, right = rows(full), rows(crushed)
+    for name in left:
+        table.add_row(name, left[name], right[name])
     return table
-
-
-def _time(run: dict[str, Any], name: str) -> str:
-    """`17.2 s (16.9 to 18.0 s)`."""
-    spread = run[f"{name}_range_seconds"]
-    median = seconds(run[f"{name}_seconds"])
-    return median if spread is None else f"{median} ({seconds(spread[0])} to {seconds(spread[1])})"
 
 
 def _conclusion(full: dict[str, Any], crushed: dict[str, Any], ratios: dict[str, float | None]) -> Text:
     smaller = full["kv_bytes"] / crushed["kv_bytes"]
     parts = [
-        f"{crushed['correct']} of {crushed['questions']} correct (full cache {full['correct']})",
-        f"time to first token {_times(ratios['ttft_seconds'])}",
-        f"per token {_times(ratios['tpot_seconds'])}",
+        f"{crushed['correct']} of {crushed['questions']} correct (full cache: {full['correct']})",
+        f"TTFT {_times(ratios['ttft_seconds'])}",
+        f"TPOT {_times(ratios['tpot_seconds'])}",
         f"peak memory {_times(ratios['peak_memory_bytes'])}",
     ]
-    return Text(f"KV cache {smaller:.2f}x smaller: {', '.join(parts)} that of the full cache.", style="bold")
+    return Text(f"KVCrush against the full cache: KV cache {smaller:.2f}x smaller, {', '.join(parts)}", style="bold")
 
 
 def _times(ratio: float | None) -> str:

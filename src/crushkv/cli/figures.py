@@ -9,10 +9,13 @@ from .output import seconds, size
 if TYPE_CHECKING:
     from ..hf.measure import Measurement
 
+TIERS = ("sink", "important", "representative", "recent")
+
 
 def figures(run: Measurement, answer: str) -> dict[str, Any]:
     """The JSON form of one run. `tiers` are tokens per layer and KV head; None for the full cache."""
     report = run.report
+    peak, before = run.peak_memory, run.memory_before
     return {
         "answer": answer,
         "prompt_tokens": run.prompt_tokens,
@@ -26,35 +29,29 @@ def figures(run: Measurement, answer: str) -> dict[str, Any]:
         "state_bytes": 0 if report is None else report.state_bytes,
         "ttft_seconds": run.ttft,
         "tpot_seconds": run.tpot,
-        "peak_memory_bytes": run.peak_memory,
-        "memory_before_bytes": run.memory_before,
+        "peak_memory_bytes": peak,
+        "memory_before_bytes": before,
+        "peak_above_start_bytes": None if peak is None or before is None else peak - before,
     }
-
-
-def tokens_text(run: dict[str, Any]) -> str:
-    """`410 of 1640: sink 4, important 300, ...`."""
-    text = f"{run['tokens_held']:.0f} of {run['tokens_seen']}"
-    if run["tiers"]:
-        text += ": " + ", ".join(f"{name} {count:.0f}" for name, count in run["tiers"].items())
-    return text
-
-
-def bytes_text(run: dict[str, Any]) -> str:
-    """`12.3 MiB (25.1 %)`."""
-    return f"{size(run['kv_bytes'])} ({run['bytes_fraction']:.1%})"
 
 
 def rows(run: dict[str, Any]) -> dict[str, str]:
-    """What a table shows of a run, by the name of the row."""
-    above = None
-    if run["peak_memory_bytes"] is not None:
-        above = run["peak_memory_bytes"] - run["memory_before_bytes"]
+    """What a table shows of one run, or of a summary of several, by the name of the row."""
+    tiers = run["tiers"] or {}
     return {
-        "KV cache": bytes_text(run),
-        "tokens held per layer and KV head": tokens_text(run),
-        "beside it (positions, tiers, queries)": size(run["state_bytes"]),
-        "time to first token (TTFT)": seconds(run["ttft_seconds"]),
-        "time per token after it (TPOT)": seconds(run["tpot_seconds"]),
+        "KV cache": f"{size(run['kv_bytes'])} ({run['bytes_fraction']:.1%})",
+        "tokens per KV head": f"{run['tokens_held']:.0f} of {run['tokens_seen']:.0f}",
+        **{f"  {name}": f"{tiers[name]:.0f}" if tiers else "-" for name in TIERS},
+        "scores, positions": size(run["state_bytes"]),
+        "first token (TTFT)": _time(run, "ttft"),
+        "token after it (TPOT)": _time(run, "tpot"),
         "peak memory": size(run["peak_memory_bytes"]),
-        "  of it since the prompt came": size(above),
+        "  since the prompt": size(run["peak_above_start_bytes"]),
     }
+
+
+def _time(run: dict[str, Any], name: str) -> str:
+    """`17.2 s`, and the range where there is one: `17.2 s (16.9 s to 18.0 s)`."""
+    text = seconds(run[f"{name}_seconds"])
+    spread = run.get(f"{name}_range_seconds")
+    return text if spread is None else f"{text} ({seconds(spread[0])} to {seconds(spread[1])})"

@@ -153,6 +153,7 @@ def _print_figures(result: _Run) -> None:
 
 def _print_comparison(result: _Run, full: _Run) -> None:
     table = Table("", "full cache", "KVCrush")
+    table.columns[0].no_wrap = True
     table.add_row("answer", Text(full[0]["answer"].strip()), Text(result[0]["answer"].strip()), end_section=True)
     left, right = rows(full[0]), rows(result[0])
     for name in left:
@@ -162,4 +163,4 @@ def _print_comparison(result: _Run, full: _Run) -> None:
     if result[1] == full[1]:
         console.print(f"The answers are equal ({len(full[1])} tokens).")
     else:
-        console.print(f"The answers are equal in their first {_equal_tokens(result, full)} tokens, then they part.")
+        console.print(f"The answers part after equal tokens: {_equal_tokens(result, full)}.")

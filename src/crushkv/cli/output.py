@@ -60,14 +60,14 @@ def versions() -> dict[str, str | None]:
     return {"crushkv": __version__, "python": platform.python_version(), **packages}
 
 
-def size(count: int | None) -> str:
+def size(count: float | None) -> str:
     """Bytes for reading: `12.3 MiB`."""
     if count is None:
         return "not measured here"
     amount = float(count)
     for unit in ("B", "KiB", "MiB"):
         if abs(amount) < 1024:
-            return f"{amount:.1f} {unit}" if unit != "B" else f"{count} B"
+            return f"{amount:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         amount /= 1024
     return f"{amount:.2f} GiB"
 
@@ -75,4 +75,4 @@ def size(count: int | None) -> str:
 def seconds(time: float | None) -> str:
     if time is None:
         return "-"
-    return f"{time:.2f} s" if time >= 1 else f"{time * 1000:.1f} ms"
+    return f"{time:.2f} s" if time >= 1 else f"{time * 1000:.0f} ms"

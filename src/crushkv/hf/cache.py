@@ -16,7 +16,7 @@ from ..errors import UnsupportedModelError
 from .attention import hand_over, install
 from .layer import CrushLayer
 from .plan import Plan
-from .support import cache_layers, check_budget, check_prompt
+from .support import cache_layers, check_prompt, check_sizes
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class CrushCache(Cache):
         install(text_config._attn_implementation)
         compressible = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         self.plan = Plan(self.config, layers=len(compressible))
-        check_budget(self.plan.budget, model.config)
+        check_sizes(self.plan.budget, self.config.page_size, model.config)
         for index, i in enumerate(compressible):
             layers[i] = CrushLayer(self.plan, index)
         super().__init__(layers=layers)
@@ -119,12 +119,12 @@ class CrushCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held, over all layers."""
-        return sum(_kv_bytes(layer) for layer in self.layers)
+        return kv_bytes(self)
 
     def report(self) -> CacheReport:
         """Measures what is held now."""
         crushed = [layer for layer in self.crushed_layers if layer.seen]
-        full: int = sum(_kv_bytes(layer) for layer in self.layers if not isinstance(layer, CrushLayer))
+        full: int = sum(_layer_bytes(layer) for layer in self.layers if not isinstance(layer, CrushLayer))
         tiers: dict[str, float] = defaultdict(float)
         held = 0.0
         for layer in crushed:
@@ -145,7 +145,12 @@ class CrushCache(Cache):
         )
 
 
-def _kv_bytes(layer: object) -> int:
+def kv_bytes(cache: Cache) -> int:
+    """Bytes of keys and values that any cache of Transformers holds, room to grow included."""
+    return sum(_layer_bytes(layer) for layer in cache.layers)
+
+
+def _layer_bytes(layer: object) -> int:
     if isinstance(layer, CrushLayer):
         return layer.storage.nbytes
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))

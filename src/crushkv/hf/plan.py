@@ -40,19 +40,21 @@ class Plan:
     def layer_budget(self, layer: int, seen: Tensor) -> Tensor:
         """Tokens that compressed layer number `layer` keeps of rows that have seen `seen [B]` real tokens.
 
-        Sink and window are kept in any case; where a fraction or bytes give less, one warning says so.
+        Sink and window are kept in any case. Where a fraction or bytes leave no room for a page besides them, one
+        warning says so.
         """
         always = self.config.sink + self.config.window
         tokens = self.budget.tokens(seen, self.bytes_per_token)
-        least = seen.clamp(max=always)
-        if not self.warned and bool((tokens < least).any()):
+        tight = (tokens < seen) & (tokens < always + self.config.page_size)
+        if not self.warned and bool(tight.any()):
             self.warned = True
             warnings.warn(
-                f"crushkv: budget={self.config.budget!r} of {int(seen.min())} tokens is smaller than sink + window = "
-                f"{self.config.sink} + {self.config.window}; these are kept all the same",
+                f"crushkv: budget={self.config.budget!r} of {int(seen[tight].min())} tokens leaves no room for a page of "
+                f"{self.config.page_size} besides sink + window = {self.config.sink} + {self.config.window}: only the "
+                "first and the last tokens are kept",
                 stacklevel=2,
             )
-        tokens = tokens.maximum(least)
+        tokens = tokens.maximum(seen.clamp(max=always))
         if self.policy.layer_budget == "pyramid":
             steepness = self.policy.steepness  # type: ignore[attr-defined]
             tokens = pyramid(tokens, seen, layer, self.layers, always, steepness)

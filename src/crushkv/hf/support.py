@@ -49,9 +49,15 @@ def cache_layers(model_config: PreTrainedConfig) -> list[Any]:
     return layers
 
 
-def check_budget(budget: Budget, model_config: PreTrainedConfig) -> None:
-    """Refuses a budget of more tokens than the model has positions: it would never compress anything."""
+def check_sizes(budget: Budget, page_size: int, model_config: PreTrainedConfig) -> None:
+    """Refuses a budget or a page of more tokens than the model has positions: neither could ever do anything.
+
+    Raises:
+        ConfigError: names the argument and the limit.
+    """
     limit = position_limit(model_config)
+    if limit is not None and page_size > limit:
+        raise ConfigError(f"page_size={page_size} tokens is above the model's {limit} positions")
     if budget.kind == "tokens" and limit is not None and budget.amount > limit:
         raise ConfigError(f"budget={int(budget.amount)} tokens is above the model's {limit} positions")
 
