@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .base import LayerView
 
-# A block of attention weights: large enough for efficient products, far below S x S.
-BLOCK_BYTES = 32 * 2**20
+# A block of attention weights: on a CPU one that stays in its cache (two to three times as fast as 32 MiB), elsewhere
+# large enough to keep the device busy; far below S x S in any case.
+CPU_BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 64 * 2**20
 
 
 def attention_mass(
@@ -18,7 +20,7 @@ def attention_mass(
     real: Tensor | None = None,
     queries_real: Tensor | None = None,
     softcap: float | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> Tensor:
     """The attention that each token receives from the given queries, exactly, under the causal mask.
 
@@ -29,7 +31,7 @@ def attention_mass(
         real: bool `[B, S]`; padding receives nothing.
         queries_real: bool `[B, T]`; padding gives nothing.
         softcap: bound of the logits by tanh (Gemma 2), None for none.
-        block_bytes: upper bound of the weights held at a time (at least one query's are).
+        block_bytes: upper bound of the weights held at a time (at least one query's are); None: what suits the device.
 
     Returns:
         float32 `[B, Hq, S]`; a row of q real queries sums to q for each head.
@@ -38,6 +40,8 @@ def attention_mass(
     kv_heads, tokens = keys.shape[1:3]
     group = heads // kv_heads
     mass = torch.zeros((rows, kv_heads, group, tokens), dtype=torch.float32, device=keys.device)
+    if block_bytes is None:
+        block_bytes = CPU_BLOCK_BYTES if keys.device.type == "cpu" else BLOCK_BYTES
     block = max(1, min(count, block_bytes // (rows * heads * tokens * 4)))
     transposed = keys.transpose(-1, -2)
     for start in range(0, count, block):
