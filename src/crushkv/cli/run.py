@@ -17,7 +17,7 @@ from .output import only_result_on_stdout, print_json, say
 @with_options(config=CONFIG, model=MODEL)
 def run(
     *,
-    questions: Annotated[int, typer.Option(help="How many of the bundled questions.", metavar="NUMBER", min=1)] = 4,
+    questions: Annotated[int, typer.Option(help="How many of the bundled questions.", metavar="NUMBER", min=1)] = 3,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.", metavar="TOKENS", min=1)] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     config: CrushConfig,

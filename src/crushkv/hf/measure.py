@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import CrushConfig
-from .cache import CacheReport, CrushCache
+from .cache import CacheReport, CrushCache, kv_bytes
 from .kvcrush import KVCrush
 from .support import check_prompt
 
@@ -121,14 +120,6 @@ def warm_up(model: Any, input_ids: Tensor, config: CrushConfig | None = None, to
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a budget that is small beside so short a prompt
         measure(model, input_ids[:, :tokens], config, max_new_tokens=2, do_sample=False)
-
-
-def kv_bytes(cache: Cache) -> int:
-    """Bytes of keys and values that a cache holds, room to grow included."""
-    if isinstance(cache, CrushCache):
-        return cache.nbytes
-    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
 
 
 class TokenClock(BaseStreamer):
