@@ -50,8 +50,8 @@ class Plan:
             self.warned = True
             warnings.warn(
                 f"crushkv: budget={self.config.budget!r} of {int(seen[tight].min())} tokens leaves no room for a page "
-                f"of {self.config.page_size} besides sink + window = {self.config.sink} + {self.config.window}: only the "
-                "first and the last tokens are kept",
+                f"of {self.config.page_size} besides sink + window = {self.config.sink} + {self.config.window}: only "
+                "the first and the last tokens are kept",
                 stacklevel=2,
             )
         tokens = tokens.maximum(seen.clamp(max=always))
