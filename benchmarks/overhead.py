@@ -1,6 +1,6 @@
 """What KVCrush itself costs: its share of the latency of a whole request, stage by stage.
 
-    python benchmarks/overhead.py [--json] [--tokens 4096] [--new 128] [--repeats 3] [--model ID]
+    python benchmarks/overhead.py [--json] [--tokens 4096] [--new 128] [--repeats 5] [--model ID]
 
 Three ways of answering the same prompt take turns in one process: the full cache, importance-only eviction, and
 KVCrush at the same budget. What KVCrush adds is the time of its eviction (signatures, distances, grouping,
@@ -72,8 +72,10 @@ def measure(
     runs: dict[str, list[Run]] = defaultdict(list)
     request(model, prompt, 2, None)  # first touch of weights and allocator
     for repeat in range(repeats):
-        for name, config in configs.items():
-            runs[name].append(request(model, prompt, new_tokens, config))
+        names = list(configs)
+        first = repeat % len(names)  # none of them always follows the same one
+        for name in names[first:] + names[:first]:
+            runs[name].append(request(model, prompt, new_tokens, configs[name]))
             last = runs[name][-1]
             print(
                 f"{repeat + 1}/{repeats} {name:16} TTFT {last.ttft:6.2f} s, TPOT {1000 * last.tpot:6.1f} ms",
@@ -118,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, default=4096, help="prompt length")
     parser.add_argument("--new", type=int, default=128, help="new tokens")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", help="Hugging Face id or folder; the embedded model where none is given")
     parser.add_argument("--policy", default="snapkv")
     parser.add_argument("--budget", default="0.25")

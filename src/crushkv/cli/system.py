@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .. import embedded
+from ..embedded import embedded_model_ready
 from ..errors import CrushError
 from .output import installed, versions
 
@@ -110,13 +110,9 @@ def _memory() -> dict[str, int | None]:
 def _embedded_model() -> dict[str, Any]:
     """Whether the embedded model has been converted, and otherwise what to do. Converts nothing."""
     try:
-        folders = embedded._cache_folder().glob(f"*-v{embedded.FORMAT}")
-        ready = next((folder for folder in folders if embedded._complete(folder)), None)
-        if installed(embedded.DISTRIBUTION) is None:
-            return {"ready": False, "folder": None, "advice": f"run: {embedded.INSTALL}"}
-        if ready is not None:
-            return {"ready": True, "folder": str(ready), "advice": None}
-        embedded._require_converters()
+        folder = embedded_model_ready()
     except CrushError as error:
         return {"ready": False, "folder": None, "advice": " ".join(str(error).split())}
-    return {"ready": False, "folder": None, "advice": "not converted yet; the first `crushkv run` does it"}
+    if folder is None:
+        return {"ready": False, "folder": None, "advice": "not converted yet; the first `crushkv run` does it"}
+    return {"ready": True, "folder": str(folder), "advice": None}

@@ -182,7 +182,7 @@ class CrushLayer(CacheLayerMixin):
     @property
     def _seed(self) -> int:
         """Differs between layers and evictions, and only there."""
-        return (self.plan.config.seed * 1_000_003 + self.index) * 1_000_003 + self.seen
+        return ((self.plan.config.seed * 1_000_003 + self.index) * 1_000_003 + self.seen) % 2**63
 
     def _evict(self, call: AttentionCall) -> None:
         self.since_eviction = 0

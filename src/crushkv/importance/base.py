@@ -8,6 +8,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ..errors import ConfigError
+
+
+def check_integer(name: str, value: object, odd: bool = False) -> None:
+    """Raises `ConfigError` unless an option is an integer of at least 1 (and odd, where that is asked for)."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (odd and value % 2 == 0):
+        kind = "an odd integer" if odd else "an integer"
+        raise ConfigError(f"policy_options: {name}={value!r}: accepted is {kind} of at least 1")
+
 
 @dataclass(frozen=True)
 class LayerView:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import LayerView, Policy
+from .base import LayerView, Policy, check_integer
 from .registry import register
 
 
@@ -32,9 +32,8 @@ class ExpectedAttention(Policy):
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise ConfigError(f"policy_options: samples={self.samples!r}: accepted is an integer of at least 1")
-        if not self.epsilon >= 0:
+        check_integer("samples", self.samples)
+        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)) or not self.epsilon >= 0:
             raise ConfigError(f"policy_options: epsilon={self.epsilon!r}: accepted is a number of at least 0")
 
     def queries(self, window: int) -> int:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import ConfigError
+from .base import check_integer
 from .registry import register
 from .snapkv import SnapKV
 
@@ -24,5 +24,4 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.steepness, int) or self.steepness < 1:
-            raise ConfigError(f"policy_options: steepness={self.steepness!r}: accepted is an integer of at least 1")
+        check_integer("steepness", self.steepness)

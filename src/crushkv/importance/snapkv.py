@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .attention import window_mass
-from .base import LayerView, Policy
+from .base import LayerView, Policy, check_integer
 from .registry import register
 
 
@@ -29,8 +29,7 @@ class SnapKV(Policy):
     pooling: Literal["max", "avg"] = "max"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError(f"policy_options: kernel={self.kernel!r}: accepted is an odd integer of at least 1")
+        check_integer("kernel", self.kernel, odd=True)
         if self.pooling not in ("max", "avg"):
             raise ConfigError(f"policy_options: pooling={self.pooling!r}: accepted is 'max' or 'avg'")
 
