@@ -36,7 +36,7 @@ lint: $(READY)
 test: lint  ## lint, type check and tests
 	$(BIN)/pytest
 
-bench: $(READY)  ## what KVCrush itself costs (about 10 minutes)
+bench: $(READY)  ## what KVCrush itself costs (about 5 minutes)
 	@$(BIN)/python benchmarks/overhead.py
 
 lock:  ## write requirements.lock anew from the newest versions that pyproject.toml admits
