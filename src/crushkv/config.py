@@ -15,6 +15,7 @@ from .errors import ConfigError, nearest
 from .importance import Policy, make_policy
 
 Threshold = Literal["budget", "median"]
+Signature = Literal["per_head", "collapsed"]
 Grouping = Literal["signature", "random", "position"]
 Representative = Literal["middle", "best"]
 Aggregate = Literal["mean", "max"]
@@ -39,6 +40,8 @@ class CrushConfig:
         share_bounds: least and greatest share under `"dynamic"`.
         threshold: a head's signature bit is 1 for the tokens it would retain within the budget of important
             tokens, or for its upper half (`"median"`).
+        signature: `"per_head"` is KVCrush, a bit for every query head; `"collapsed"` is its control, one bit of the
+            scores' mean over all heads.
         anchors: what signatures are compared with; further anchors split the ties of the earlier ones.
         grouping: `"signature"` is KVCrush; `"random"` and `"position"` are its controls.
         representative: a bucket's middle element, or its `"best"` scored.
@@ -62,6 +65,7 @@ class CrushConfig:
     coverage: float = 0.9
     share_bounds: tuple[float, float] = (0.05, 0.5)
     threshold: Threshold = "budget"
+    signature: Signature = "per_head"
     anchors: tuple[str, ...] = ("mean",)
     grouping: Grouping = "signature"
     representative: Representative = "middle"
@@ -113,6 +117,7 @@ class CrushConfig:
     def _check_choices(self) -> None:
         for name, kind in (
             ("threshold", Threshold),
+            ("signature", Signature),
             ("grouping", Grouping),
             ("representative", Representative),
             ("aggregate", Aggregate),

@@ -36,7 +36,8 @@ CONFIG_FIELDS = (
     _field("representative_share", str, "SHARE", "Share of representatives of what is evicted, or dynamic."),
     _field("coverage", float, "SHARE", "With dynamic: attention mass of the important tokens."),
     _field("share_bounds", str, "LOW,HIGH", "With dynamic: least and greatest share."),
-    _field("threshold", str, "KIND", "Signature bits: budget or median."),
+    _field("threshold", str, "KIND", "A signature bit is 1 above: budget or median."),
+    _field("signature", str, "KIND", "Bits of a signature: per_head or collapsed."),
     _field(
         "anchors",
         list[str],

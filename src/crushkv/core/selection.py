@@ -41,6 +41,7 @@ class SelectionOptions:
     coverage: float = 0.9
     share_bounds: tuple[float, float] = (0.05, 0.5)
     threshold: Literal["budget", "median"] = "budget"
+    signature: Literal["per_head", "collapsed"] = "per_head"
     anchors: tuple[str, ...] = ("mean",)
     grouping: Literal["signature", "random", "position"] = "signature"
     representative: Literal["middle", "best"] = "middle"
@@ -190,6 +191,9 @@ def _order(
     if options.grouping == "position":
         return position_order(units, rows, middle.device)
     with stage("signatures"):
+        if options.signature == "collapsed":
+            middle = middle.mean(1, keepdim=True)
+            important = important.float().mean(1, keepdim=True).long()
         if options.threshold == "budget":
             retained = important.repeat_interleave(middle.shape[1] // important.shape[1], dim=1) * options.page_size
         else:

@@ -3,5 +3,7 @@
 from .cache import CacheReport, CrushCache
 from .kvcrush import KVCrush, Session
 from .layer import CrushLayer
+from .recording import Recording
+from .stacking import stack
 
-__all__ = ["CacheReport", "CrushCache", "CrushLayer", "KVCrush", "Session"]
+__all__ = ["CacheReport", "CrushCache", "CrushLayer", "KVCrush", "Recording", "Session", "stack"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ class CrushCache(Cache):
         ConfigError: the budget does not fit the model.
     """
 
+    layer_class: ClassVar[type[CrushLayer]] = CrushLayer
+
     def __init__(self, model: PreTrainedModel, config: CrushConfig | None = None) -> None:
         self.config = config or CrushConfig()
         self.model_config = model.config
@@ -69,7 +72,7 @@ class CrushCache(Cache):
         self.plan = Plan(self.config, layers=len(compressible))
         check_sizes(self.plan.budget, self.config.page_size, model.config)
         for index, i in enumerate(compressible):
-            layers[i] = CrushLayer(self.plan, index)
+            layers[i] = self.layer_class(self.plan, index)
         super().__init__(layers=layers)
 
     @torch.compiler.disable
@@ -80,13 +83,13 @@ class CrushCache(Cache):
         if not isinstance(layer, CrushLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer.index == 0:
-            self._begin(key_states, value_states, layer)
+            self.begin(key_states, value_states, layer)
         keys, values = layer.update(key_states, value_states)
         hand_over(layer, owner=id(self))
         return keys, values
 
-    def _begin(self, keys: Tensor, values: Tensor, first: CrushLayer) -> None:
-        """What the first compressed layer's input tells about the whole pass."""
+    def begin(self, keys: Tensor, values: Tensor, first: CrushLayer) -> None:
+        """Takes what the first compressed layer's input tells about the whole pass; `update` calls it."""
         if any(layer.seen != first.seen for layer in self.crushed_layers):
             raise UnsupportedModelError(
                 "an earlier pass over this cache was interrupted, and its layers differ: reset() it, or use a new one"

@@ -130,14 +130,14 @@ class CrushLayer(CacheLayerMixin):
 
         end = self.plan.prefill_end
         reading = count > 1 or (end is not None and self.seen - count < end)
-        self._remember(call, new_real, reading)
+        self.remember(call, new_real, reading)
         if reading:
             if end is None or self.seen >= end:
-                self._evict(call)
+                self.evict(call)
         else:
             self.since_eviction += 1
             if self.since_eviction == self.plan.config.interval:
-                self._evict(call)
+                self.evict(call)
 
     def _extend_real(self, new_real: Tensor | None, count: int) -> None:
         if new_real is None and self.real is None:
@@ -149,7 +149,8 @@ class CrushLayer(CacheLayerMixin):
             new_real = past.new_ones((past.shape[0], count))
         self.real = torch.cat([past, new_real], dim=1)
 
-    def _remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
+    def remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
+        """Gathers what the policy will read of this call's queries."""
         policy = self.plan.policy
         if policy.streams:
             # Decoded tokens' queries are gathered for a while; until they are used, every key they saw is here.
@@ -184,7 +185,8 @@ class CrushLayer(CacheLayerMixin):
         """Differs between layers and evictions, and only there."""
         return ((self.plan.config.seed * 1_000_003 + self.index) * 1_000_003 + self.seen) % 2**63
 
-    def _evict(self, call: AttentionCall) -> None:
+    def evict(self, call: AttentionCall) -> None:
+        """Scores what is held and keeps the budget of it."""
         self.since_eviction = 0
         assert self.keys is not None
         if self.real is not None and bool(self.real.all()):
@@ -212,6 +214,30 @@ class CrushLayer(CacheLayerMixin):
         kept = selection.indices.shape[2]
         filled = torch.arange(kept, device=self.keys.device) >= (kept - selection.counts)[:, None]
         self.real = None if bool(filled.all()) else filled
+
+    def restore(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        tiers: Tensor,
+        seen: int,
+        evicted: Tensor,
+        real: Tensor | None = None,
+    ) -> None:
+        """Replaces everything by a compressed part that was held elsewhere.
+
+        Args:
+            keys, values: `[B, Hkv, P, D]`.
+            positions, tiers: `[B, Hkv, P]`, as the properties of these names give them.
+            seen: logical length.
+            evicted: `[B]`, real tokens that are gone.
+            real: bool `[B, P]`, False for slots without a token; None: every slot has one.
+        """
+        self.reset()
+        self.storage.append(keys, values)
+        self._positions, self._tiers = positions.to(torch.int32), tiers
+        self.seen, self.evicted, self.real = seen, evicted, real
 
     # What is held
 

@@ -1,0 +1,97 @@
+"""Configurations as text: `snapkv:budget=0.25,representative_share=0.1`, `full`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .config import CrushConfig
+from .errors import ConfigError, nearest
+from .importance import policies
+
+FULL = "full"
+_FIELDS = frozenset(f.name for f in dataclasses.fields(CrushConfig))
+
+
+def parse_config(text: str) -> CrushConfig | None:
+    """A configuration from `POLICY[:FIELD=VALUE,...]`; None for `full`, the full cache.
+
+    Fields are those of `CrushConfig`, and the policy's own options (`snapkv:kernel=5`). Several anchors are joined
+    with `+` (`anchors=mean+zeros`), bounds with `-` (`share_bounds=0.1-0.4`).
+
+    Raises:
+        ConfigError: a name is unknown, or a value is not accepted; the message quotes the text.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name == FULL and not rest:
+        return None
+    try:
+        if name not in policies():
+            raise ConfigError(f"unknown policy {name!r}.{nearest(name, [*policies(), FULL])}")
+        options = [f.name for f in dataclasses.fields(policies()[name])]
+        values: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        for part in filter(None, (part.strip() for part in rest.split(","))):
+            field, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or not value:
+                raise ConfigError(f"{part!r}: accepted is FIELD=VALUE")
+            if field == "policy" or field in values or field in own:
+                raise ConfigError(f"{field!r} is given twice")
+            if field in _FIELDS:
+                values[field] = read_field(field, value)
+            elif field in options:
+                own[field] = _json(value)
+            else:
+                raise ConfigError(f"unknown field {field!r}.{nearest(field, [*_FIELDS, *options])}")
+        if own:
+            values["policy_options"] = {**values.get("policy_options", {}), **own}
+        return CrushConfig.from_dict({"policy": name, **values})
+    except ConfigError as error:
+        raise ConfigError(f"configuration {text!r}: {error}") from None
+
+
+def expand(text: str) -> list[str]:
+    """Braces stand for each of their alternatives: `{h2o,snapkv}:budget={0.5,0.25}` is four configurations."""
+    pieces = re.split(r"\{([^{}]*)\}", text)
+    choices = [[piece] if i % 2 == 0 else [c.strip() for c in piece.split(",")] for i, piece in enumerate(pieces)]
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def read_field(name: str, text: str) -> Any:
+    """The value of a `CrushConfig` field from text; `CrushConfig` checks it."""
+    return _READ.get(name, _json)(text)
+
+
+def _number(text: str) -> int | float | str:
+    """A number where it is one, so that the configuration's JSON form has numbers."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _flag(text: str) -> bool | str:
+    return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text)
+
+
+def _json(text: str) -> Any:
+    """What is no JSON value is a string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+_READ: Mapping[str, Callable[[str], Any]] = {
+    "budget": _number,
+    "representative_share": _number,
+    "share_bounds": lambda text: tuple(_number(part.strip()) for part in re.split("[-,]", text)),
+    "anchors": lambda text: tuple(part.strip() for part in text.split("+")),
+    "shared_representatives": _flag,
+}

@@ -1,0 +1,202 @@
+"""Runs a sweep: each prompt is read once, and every configuration is measured on a branch of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import CrushConfig
+from ..errors import ConfigError, UnsupportedModelError
+from ..hf import CrushCache, Recording, stack
+from ..hf.cache import kv_bytes
+from .decoding import greedy_answers
+from .fidelity import Reference
+from .results import ResultsFile, Sample, prompt_hash, sample_key
+from .sweep import Sweep
+from .tasks import Prompt, TaskSource, load_tasks, prompts
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under test. `description` and `versions` go into every sample."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    description: dict[str, Any]
+    versions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt with its tokens, and the configurations that are still to be measured on it."""
+
+    prompt: Prompt
+    ids: Tensor  # [1, S]
+    configs: Mapping[str, CrushConfig | None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a sweep has to do. `skipped`: prompts a task that were too long or too short."""
+
+    items: list[Item]
+    skipped: dict[str, int]
+    known: int
+
+
+def plan_work(sweep: Sweep, subject: Subject, source: TaskSource, results: ResultsFile | None) -> Work:
+    """Loads tasks and leaves out what the results have.
+
+    Raises:
+        ConfigError: a task is unknown, or no prompt is left.
+    """
+    tasks = load_tasks(sweep.tasks, source, subject.tokenizer)
+    chat = _chat(subject.tokenizer) if sweep.chat else None
+    longest = subject.model.config.get_text_config(decoder=True).max_position_embeddings
+    items, skipped, known, prompts_seen = [], dict.fromkeys(tasks, 0), 0, 0
+    for name, task in tasks.items():
+        taken = 0
+        for prompt in prompts(task, name, chat):
+            if taken == sweep.limit:
+                break
+            ids = _encode(subject.tokenizer, prompt.text, sweep.chat)
+            room = longest - max(_answer_limit(sweep, prompt), sweep.answer_tokens)
+            most = min(room, sweep.max_prompt_tokens or room)
+            if not sweep.min_prompt_tokens <= ids.shape[1] <= most:
+                skipped[name] += 1
+                continue
+            taken += 1
+            settings = _settings(sweep, prompt)
+            text_hash = prompt_hash(prompt.text)
+            configs = {
+                key: config
+                for key, config in sweep.configurations.items()
+                if results is None or sample_key(name, prompt.id, text_hash, config, settings) not in results
+            }
+            known += len(sweep.configurations) - len(configs)
+            if configs:
+                items.append(Item(prompt, ids, configs))
+        prompts_seen += taken
+    if not prompts_seen:
+        raise ConfigError(
+            f"no prompt of {', '.join(tasks)} has {sweep.min_prompt_tokens} to "
+            f"{sweep.max_prompt_tokens or longest} tokens"
+        )
+    return Work(items, skipped, known)
+
+
+def run_item(item: Item, sweep: Sweep, subject: Subject, add: Callable[[Sample], None]) -> None:
+    """Measures all configurations of one prompt; `add` is given each sample as soon as it is complete."""
+    model, prompt = subject.model, item.prompt
+    with torch.no_grad():
+        recording = Recording(model, item.ids)
+        reference = None
+        if "fidelity" in sweep.measures:
+            gold = None
+            if prompt.gold is not None:
+                gold = subject.tokenizer(prompt.gold, add_special_tokens=False, return_tensors="pt").input_ids[0]
+            reference = Reference(model, recording, gold, sweep.answer_tokens)
+        full = kv_bytes(recording.branch(None))
+        names = list(item.configs)
+        for start in range(0, len(names), sweep.batch):
+            batch = {name: item.configs[name] for name in names[start : start + sweep.batch]}
+            answers = _answers(batch, prompt, sweep, subject, recording) if "score" in sweep.measures else {}
+            for name, config in batch.items():
+                add(_sample(name, config, item, sweep, subject, recording, reference, full, answers.get(name)))
+
+
+def _sample(
+    name: str,
+    config: CrushConfig | None,
+    item: Item,
+    sweep: Sweep,
+    subject: Subject,
+    recording: Recording,
+    reference: Reference | None,
+    full: int,
+    answer: str | None,
+) -> Sample:
+    prompt = item.prompt
+    held, fidelity = full, reference.fidelity if reference else None
+    if config is not None:
+        cache = recording.branch(config)
+        assert isinstance(cache, CrushCache)
+        held = cache.nbytes
+        fidelity = reference.compare(cache) if reference else None
+    return Sample(
+        task=prompt.task,
+        id=prompt.id,
+        prompt_hash=prompt_hash(prompt.text),
+        prompt_tokens=recording.tokens,
+        name=name,
+        config=None if config is None else config.to_dict(),
+        settings=_settings(sweep, prompt),
+        bytes_held=held,
+        bytes_full=full,
+        model=subject.description,
+        versions=subject.versions,
+        kl=fidelity.kl if fidelity else None,
+        agreement=fidelity.agreement if fidelity else None,
+        gold_nll=fidelity.gold_nll if fidelity else None,
+        answer_tokens=fidelity.answer_tokens if fidelity else None,
+        score=None if answer is None else prompt.score(answer),
+        metric=None if answer is None else prompt.metric,
+        answer=answer,
+    )
+
+
+def _answers(
+    batch: Mapping[str, CrushConfig | None], prompt: Prompt, sweep: Sweep, subject: Subject, recording: Recording
+) -> dict[str, str]:
+    """Generated answers by configuration: the compressed ones decoded together, the full cache's by itself."""
+    model, tokenizer = subject.model, subject.tokenizer
+    limit = _answer_limit(sweep, prompt)
+    groups: list[list[str]] = [[name] for name, config in batch.items() if config is None]
+    compressed = [name for name, config in batch.items() if config is not None]
+    try:
+        caches = [cache for name in compressed if isinstance(cache := recording.branch(batch[name]), CrushCache)]
+        stacked = stack(model, caches) if caches else None
+        groups += [compressed] if compressed else []
+    except UnsupportedModelError:  # layers with sliding windows stay apart
+        stacked = None
+        groups += [[name] for name in compressed]
+    answers: dict[str, str] = {}
+    for names in groups:
+        together = stacked is not None and names is compressed
+        cache = stacked if together else recording.branch(batch[names[0]])
+        assert cache is not None
+        texts = greedy_answers(model, tokenizer, recording, cache, len(names), limit, prompt.until)
+        answers.update(zip(names, texts, strict=True))
+    return answers
+
+
+def _settings(sweep: Sweep, prompt: Prompt) -> dict[str, Any]:
+    settings: dict[str, Any] = {"seed": sweep.seed, "chat": sweep.chat, "measures": sorted(sweep.measures)}
+    if "fidelity" in sweep.measures:
+        settings["answer_tokens"] = sweep.answer_tokens
+    if "score" in sweep.measures:
+        settings["max_new_tokens"] = _answer_limit(sweep, prompt)
+    return settings
+
+
+def _answer_limit(sweep: Sweep, prompt: Prompt) -> int:
+    return min(prompt.max_tokens, sweep.max_new_tokens or prompt.max_tokens)
+
+
+def _encode(tokenizer: Any, text: str, chat: bool) -> Tensor:
+    # A chat template brings its special tokens with it.
+    ids: Tensor = tokenizer(text, add_special_tokens=not chat, return_tensors="pt", verbose=False).input_ids
+    return ids
+
+
+def _chat(tokenizer: Any) -> Callable[[list[dict[str, str]]], str]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("chat: the model has no chat template")
+    return lambda messages, **_: str(  # type: ignore[misc]
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    )

@@ -1,0 +1,66 @@
+"""Several caches of one prompt as the rows of one, so that their answers are decoded together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from .cache import CrushCache
+from .layer import CrushLayer
+
+
+@torch.no_grad()
+def stack(model: PreTrainedModel, caches: Sequence[CrushCache]) -> CrushCache:
+    """One cache with a row for each of the given ones, in their order.
+
+    A row that holds fewer tokens than the longest is filled up at the front, and what fills it is never attended
+    to. The rows may differ in their configurations, so nothing is evicted from the result.
+
+    Args:
+        caches: with one row each, and the same logical length. They are not changed.
+
+    Raises:
+        UnsupportedModelError: a layer is not compressed by KVCrush (sliding windows).
+    """
+    lengths = {cache.get_seq_length() for cache in caches}
+    if len(lengths) != 1:
+        raise ValueError(f"caches of different lengths: {sorted(lengths)}")
+    result = CrushCache(model, caches[0].config.replace(interval=0))
+    for index, target in enumerate(result.layers):
+        layers = [layer for cache in caches if isinstance(layer := cache.layers[index], CrushLayer)]
+        if not isinstance(target, CrushLayer) or len(layers) < len(caches):
+            raise UnsupportedModelError("only caches whose layers are all compressed can be stacked")
+        _stack_layers(target, layers)
+    return result
+
+
+def _stack_layers(target: CrushLayer, layers: list[CrushLayer]) -> None:
+    keys = [layer.keys for layer in layers if layer.keys is not None]
+    values = [layer.values for layer in layers if layer.values is not None]
+    held = [k.shape[2] for k in keys]
+    longest = max(held)
+    device = keys[0].device
+    real = None
+    if min(held) < longest:
+        free = longest - torch.tensor(held, device=device)
+        real = torch.arange(longest, device=device) >= free[:, None]
+    evicted = [layer.seen - count for layer, count in zip(layers, held, strict=True)]
+    target.restore(
+        keys=_rows(keys, longest),
+        values=_rows(values, longest),
+        positions=_rows([layer.positions[..., None] for layer in layers], longest)[..., 0],
+        tiers=_rows([layer.tiers[..., None] for layer in layers], longest)[..., 0],
+        seen=layers[0].seen,
+        evicted=torch.tensor(evicted, device=device),
+        real=real,
+    )
+
+
+def _rows(parts: list[Tensor], longest: int) -> Tensor:
+    """`[1, Hkv, P, D]` each, filled up in front to `[B, Hkv, longest, D]`."""
+    return torch.cat([F.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts])
