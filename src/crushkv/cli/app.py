@@ -15,10 +15,16 @@ import typer
 from .._version import __version__
 from ..errors import ConfigError, CrushError
 from .doctor import doctor
+from .eval import evaluate
+from .fidelity import fidelity
 from .generate import generate
+from .inspect import inspect
+from .lm_eval import lm_eval
 from .output import one_line
 from .policies import policies
+from .report import report
 from .run import run
+from .sweep import sweep
 
 # Typer brings its own copy of Click or uses the package, depending on its release; the base class of what they
 # raise for a wrong command line is reached through a public name.
@@ -50,8 +56,12 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _command in (run, generate, policies, doctor):
+for _command in (run, generate, inspect, fidelity, sweep, report, policies, doctor):
     app.command()(_command)
+app.command("eval")(evaluate)
+# Its options are the harness's.
+_FOREIGN = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("lm-eval", add_help_option=False, context_settings=_FOREIGN)(lm_eval)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,11 +65,7 @@ def choose_representatives(order: Tensor, candidates: Tensor, count: Tensor, sco
     Returns:
         bool `[B, Hkv, U]` with `count` True entries a head.
     """
-    shape = candidates.shape
-    by_order = order[:, None].expand(shape)
-    candidate = candidates.gather(-1, by_order)
-    rank = candidate.cumsum(-1) - 1
-    total = candidate.sum(-1, keepdim=True).clamp(min=1)
+    by_order, candidate, rank, total = _ranks(order, candidates)
     buckets = count[..., None]
     bucket = rank * buckets // total
 
@@ -82,10 +79,38 @@ def choose_representatives(order: Tensor, candidates: Tensor, count: Tensor, sco
         # Stable sorts by score and then by bucket leave the best of each bucket first in its run.
         ranked = score.gather(-1, by_order).masked_fill(~candidate, -torch.inf)
         best_first = ranked.argsort(dim=-1, descending=True, stable=True)
-        run = torch.where(candidate, bucket, shape[-1]).gather(-1, best_first)
+        run = torch.where(candidate, bucket, bucket.shape[-1]).gather(-1, best_first)
         run, to_best = run.sort(dim=-1, stable=True)
         starts = torch.ones_like(candidate)
         starts[..., 1:] = run[..., 1:] != run[..., :-1]
         chosen = torch.zeros_like(candidate).scatter(-1, best_first.gather(-1, to_best), starts)
     chosen &= candidate & (buckets > 0)
     return torch.zeros_like(candidates).scatter(-1, by_order, chosen)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What `choose_representatives` was given, and what it chose: enough to tell who represents whom."""
+
+    order: Tensor
+    candidates: Tensor
+    count: Tensor
+    representative: Tensor
+
+    def leaders(self) -> Tensor:
+        """The representative in the bucket of each candidate, int64 `[B, Hkv, U]`; -1 where there is none."""
+        by_order, candidate, rank, total = _ranks(self.order, self.candidates)
+        bucket = rank.clamp(min=0) * self.count[..., None] // total
+        # Units that represent none write into one slot more, which is cut off.
+        slots = bucket.shape[-1]
+        place = torch.where(self.representative.gather(-1, by_order), bucket, slots)
+        leaders = bucket.new_full((*bucket.shape[:-1], slots + 1), -1).scatter(-1, place, by_order)[..., :slots]
+        leader = leaders.gather(-1, bucket).masked_fill(~candidate, -1)
+        return torch.empty_like(bucket).scatter(-1, by_order, leader)
+
+
+def _ranks(order: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The units in `order` for each head, which of them are candidates, their rank among these, and how many are."""
+    by_order = order[:, None].expand_as(candidates)
+    candidate = candidates.gather(-1, by_order)
+    return by_order, candidate, candidate.cumsum(-1) - 1, candidate.sum(-1, keepdim=True).clamp(min=1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreError
-from .grouping import choose_representatives, position_order, random_order, signature_order
+from .grouping import Groups, choose_representatives, position_order, random_order, signature_order
 from .signatures import token_bits, top_mask, unit_signatures
 from .stages import stage
 from .zones import Zones, divide
@@ -123,7 +123,7 @@ def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, options: SelectionOp
     if units and int(zones.keep.max()):
         # The sink is full in every row that has units, so the middle starts at the same place in all of them.
         middle = head_score[..., options.sink : options.sink + units * page]
-        unit_tiers = _contest(middle, kv_heads, zones, options, seed)
+        unit_tiers, _ = contest(middle, kv_heads, zones, options, seed)
         tiers[..., options.sink : options.sink + units * page] = unit_tiers.repeat_interleave(page, dim=-1)
 
     tiers.masked_fill_((position < zones.sink[:, None])[:, None], Tier.SINK)
@@ -131,10 +131,12 @@ def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, options: SelectionOp
     return tiers.masked_fill_(recent[:, None], Tier.RECENT)
 
 
-def _contest(middle: Tensor, kv_heads: int, zones: Zones, options: SelectionOptions, seed: int) -> Tensor:
-    """Important and representative units among the contested ones: uint8 `[B, Hkv, U]`.
+def contest(
+    middle: Tensor, kv_heads: int, zones: Zones, options: SelectionOptions, seed: int
+) -> tuple[Tensor, Groups | None]:
+    """Important and representative units among the contested ones, uint8 `[B, Hkv, U]`, and how they were grouped.
 
-    `middle [B, H, U * page]` holds the contested tokens' scores.
+    `middle [B, H, U * page]` holds the contested tokens' scores. Without representatives there are no groups.
     """
     rows, heads, tokens = middle.shape
     units = tokens // options.page_size
@@ -148,7 +150,7 @@ def _contest(middle: Tensor, kv_heads: int, zones: Zones, options: SelectionOpti
     keep = zones.keep[:, None].expand(rows, kv_heads)
     share = _representatives(score, keep, options)
     if not int(share.max()):
-        return top_mask(score, keep).to(torch.uint8) * Tier.IMPORTANT
+        return top_mask(score, keep).to(torch.uint8) * Tier.IMPORTANT, None
 
     important = top_mask(score, keep - share)
     candidates = real[:, None] & ~important
@@ -167,7 +169,8 @@ def _contest(middle: Tensor, kv_heads: int, zones: Zones, options: SelectionOpti
         # Where no shared candidate was left, each head goes on with what it ranks next.
         important = top_mask(score.masked_fill(representative, -torch.inf), keep - share)
     tier = important.to(torch.uint8) * Tier.IMPORTANT
-    return tier.masked_fill_(representative, Tier.REPRESENTATIVE)
+    tier.masked_fill_(representative, Tier.REPRESENTATIVE)
+    return tier, Groups(order, candidates, share, representative)
 
 
 def _representatives(score: Tensor, keep: Tensor, options: SelectionOptions) -> Tensor:

@@ -25,8 +25,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         DataError: the file cannot be read.
     """
     try:
-        opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-        with opened as lines:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip() and (record := _object(line, path, number)) is not None:
                     yield number, record

@@ -42,9 +42,7 @@ def greedy_answers(
         going = [
             i
             for i in alive
-            if answers[i][-1] not in stop
-            and len(answers[i]) < max_tokens
-            and not _ended(tokenizer, answers[i], until)
+            if answers[i][-1] not in stop and len(answers[i]) < max_tokens and not _ended(tokenizer, answers[i], until)
         ]
         if not going:
             break

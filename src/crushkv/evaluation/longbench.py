@@ -48,7 +48,7 @@ def local_task(name: str, folder: Path, known: set[str]) -> dict[str, Any]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    records = []
+    records: list[dict[str, Any]] = []
     for number, record in read_lines(path):
         where = f"{path}:{number}"
         for field in _TEXT:

@@ -96,7 +96,7 @@ class ResultsFile:
         self._keys = {sample.key for sample in self.samples}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
+            self._file = path.open("a+b", buffering=0)  # what cannot be written must not be tried again at the end
             self._begin_line()
         except OSError as error:
             raise DataError(f"{path}: {error}") from None
@@ -107,7 +107,6 @@ class ResultsFile:
             self._file.seek(-1, 2)
             if self._file.read(1) != b"\n":
                 self._file.write(b"\n")
-                self._file.flush()
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys
@@ -120,8 +119,9 @@ class ResultsFile:
         """
         line = json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            self._file.write(line.encode("utf-8", "replace"))
-            self._file.flush()
+            rest = line.encode("utf-8", "replace")
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise DataError(
                 f"{self.path}: {error}; the {len(self.samples)} samples before are kept, and the same command goes on "
@@ -136,11 +136,7 @@ class ResultsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._file.close()
-        except OSError:  # what is left in the buffer was reported by `add`
-            if error is None:
-                raise
+        self._file.close()
 
 
 def read_samples(paths: Iterable[Path]) -> list[Sample]:

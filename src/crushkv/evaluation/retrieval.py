@@ -23,16 +23,18 @@ LENGTHS = {"1k": 1024, "2k": 2048, "4k": 4096, "8k": 8192}
 # Room for the chat template and the answer, so that `8k` fits models of 8,192 positions.
 SLACK = 160
 _PROMPTS = 100
-_WORDS = (
+_VOCABULARY = (
     "amber anchor apple arrow autumn badger bamboo barrel basket beacon birch blossom bridge bronze butter candle "
-    "canyon carpet cedar cherry circle clover cobalt copper coral cotton cradle crystal dagger desert dolphin donkey "
-    "dragon eagle ember engine falcon feather fiddle forest fossil garden garlic ginger glacier goblet granite hammer "
-    "harbor hazel helmet hollow honey island ivory jacket jasmine jungle kettle ladder lagoon lantern lemon linen "
-    "lizard magnet mantle maple marble meadow mirror monkey mortar needle nickel oasis olive orchid otter oyster "
-    "paddle palace parrot pebble pepper pigeon pillow planet pocket pollen prairie pumpkin quartz rabbit raven ribbon "
-    "river rocket saddle salmon sandal saffron shadow silver sparrow spider summit tablet teapot temple thistle "
-    "thunder tiger timber tulip tunnel turtle valley velvet violet walnut willow window winter yellow zebra"
-).split()
+    "canyon carpet cedar cherry circle clover cobalt copper coral cotton cradle crystal dagger desert dolphin "
+    "donkey dragon eagle ember engine falcon feather fiddle forest fossil garden garlic ginger glacier goblet "
+    "granite hammer harbor hazel helmet hollow honey island ivory jacket jasmine jungle kettle ladder lagoon "
+    "lantern lemon linen lizard magnet mantle maple marble meadow mirror monkey mortar needle nickel oasis olive "
+    "orchid otter oyster paddle palace parrot pebble pepper pigeon pillow planet pocket pollen prairie pumpkin "
+    "quartz rabbit raven ribbon river rocket saddle salmon sandal saffron shadow silver sparrow spider summit "
+    "tablet teapot temple thistle thunder tiger timber tulip tunnel turtle valley velvet violet walnut willow "
+    "window winter yellow zebra"
+)
+_WORDS = _VOCABULARY.split()
 
 
 @dataclass(frozen=True)
@@ -200,17 +202,18 @@ def _hay(room: int, tokenizer: Any, sentences: Sequence[str], draw: random.Rando
 
 def _pairs_prompt(tokens: int, tokenizer: Any, draw: random.Random) -> dict[str, Any]:
     intro = "Each of the following lines has a key and its value.\n\n"
-    count = 0
+    outro = "\n\nThe value of key {key} is the following.\nkey {key}: value"
+    count = _count(tokenizer, intro + outro.format(key=_hex(draw)))
     pairs: list[tuple[str, str]] = []
     while True:
         pair = (_hex(draw), _hex(draw))
         count += _count(tokenizer, f"key {pair[0]}: value {pair[1]}\n")
-        if count > tokens - 48:
+        if count > tokens - 8:  # a little room, for keys of more tokens than the one above
             break
         pairs.append(pair)
     key, value = draw.choice(pairs)
     lines = "\n".join(f"key {k}: value {v}" for k, v in pairs)
-    return {"prompt": f"{intro}{lines}\n\nThe value of key {key} is the following.\nkey {key}: value", "answers": [value]}
+    return {"prompt": intro + lines + outro.format(key=key), "answers": [value]}
 
 
 def _count(tokenizer: Any, text: str) -> int:

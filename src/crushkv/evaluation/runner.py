@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ..config import CrushConfig
 from ..errors import ConfigError, UnsupportedModelError
@@ -154,23 +155,21 @@ def _answers(
     batch: Mapping[str, CrushConfig | None], prompt: Prompt, sweep: Sweep, subject: Subject, recording: Recording
 ) -> dict[str, str]:
     """Generated answers by configuration: the compressed ones decoded together, the full cache's by itself."""
-    model, tokenizer = subject.model, subject.tokenizer
-    limit = _answer_limit(sweep, prompt)
-    groups: list[list[str]] = [[name] for name, config in batch.items() if config is None]
+    model = subject.model
     compressed = [name for name, config in batch.items() if config is not None]
+    branches = [recording.branch(batch[name]) for name in compressed]
+    caches = [cache for cache in branches if isinstance(cache, CrushCache)]
+    groups: list[tuple[list[str], Cache]]
+    groups = [([name], recording.branch(None)) for name, config in batch.items() if config is None]
     try:
-        caches = [cache for name in compressed if isinstance(cache := recording.branch(batch[name]), CrushCache)]
-        stacked = stack(model, caches) if caches else None
-        groups += [compressed] if compressed else []
+        groups += [(compressed, stack(model, caches))] if caches else []
     except UnsupportedModelError:  # layers with sliding windows stay apart
-        stacked = None
-        groups += [[name] for name in compressed]
+        groups += [([name], cache) for name, cache in zip(compressed, caches, strict=True)]
     answers: dict[str, str] = {}
-    for names in groups:
-        together = stacked is not None and names is compressed
-        cache = stacked if together else recording.branch(batch[names[0]])
-        assert cache is not None
-        texts = greedy_answers(model, tokenizer, recording, cache, len(names), limit, prompt.until)
+    for names, cache in groups:
+        texts = greedy_answers(
+            model, subject.tokenizer, recording, cache, len(names), _answer_limit(sweep, prompt), prompt.until
+        )
         answers.update(zip(names, texts, strict=True))
     return answers
 
@@ -197,6 +196,6 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> Tensor:
 def _chat(tokenizer: Any) -> Callable[[list[dict[str, str]]], str]:
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("chat: the model has no chat template")
-    return lambda messages, **_: str(  # type: ignore[misc]
+    return lambda messages, **_: str(
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     )

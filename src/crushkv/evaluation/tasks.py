@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def load_tasks(names: Sequence[str], source: TaskSource, tokenizer: Any) -> dict
         DataError: a file of data cannot be used.
         HarnessError: the harness is missing, or fails.
     """
-    with _quiet():
+    with quiet():
         manager = _task_manager()
         known = set(manager.all_subtasks)
         loaded = {}
@@ -103,6 +104,7 @@ def _single(tasks: dict[str, Any], name: str) -> Any:
     return task
 
 
+@cache
 def _task_manager() -> Any:
     try:
         from lm_eval.tasks import TaskManager
@@ -114,8 +116,8 @@ def _task_manager() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness's notes on what it loads are not the user's."""
+def quiet() -> Iterator[None]:
+    """Keeps the harness's notes on what it loads from the user."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -77,6 +77,7 @@ class Recording:
         full = DynamicCache(config=self._model.config)
         for index, source in enumerate(self._source.layers):
             if isinstance(source, _RecordingLayer):
+                assert source.keys is not None and source.values is not None
                 full.update(source.keys, source.values, index)
             else:
                 full.layers[index] = copy.deepcopy(source)

@@ -1,0 +1,190 @@
+"""Which tokens of one prompt each layer and KV head keeps, and for which others they stand: as data, and as a page."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import CrushConfig
+from ..core import Tier
+from ..core.buckets import stands_for
+from ..hf import CacheReport, CrushCache, CrushLayer
+from ..hf.layer import AttentionCall
+from ..hf.support import check_prompt
+from .pages import environment
+from .token_text import tokenize
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was kept of one prompt. L compressed layers, S tokens.
+
+    Attributes:
+        pieces: S pieces of text, one a token; see `TokenText`.
+        layers: L numbers of the compressed layers among all of the model's.
+        model_layers: how many these are.
+        tiers: uint8 `[L, Hkv, S]`, values of `Tier`, 0 for an evicted token.
+        stands_for: int32 `[L, Hkv, S]`, position of the representative of an evicted token (with pages: of its
+            page's first token), or -1; see `crushkv.core.buckets.stands_for`.
+        report: what the cache held after the prompt.
+        config: what it was compressed with.
+        description: of the model, for the reader.
+        versions: of the packages, for the reader.
+    """
+
+    pieces: tuple[str, ...]
+    layers: tuple[int, ...]
+    model_layers: int
+    tiers: Tensor
+    stands_for: Tensor
+    report: CacheReport
+    config: CrushConfig
+    description: Mapping[str, Any]
+    versions: Mapping[str, Any]
+
+    @property
+    def evicted(self) -> int:
+        """Tokens that were evicted, summed over layers and KV heads."""
+        return int((self.tiers == 0).sum())
+
+    @property
+    def representatives(self) -> int:
+        """Tokens kept as representatives, summed over layers and KV heads."""
+        return int((self.tiers == Tier.REPRESENTATIVE).sum())
+
+    @property
+    def notes(self) -> list[str]:
+        """What the reader would otherwise wonder about."""
+        notes = []
+        if not self.evicted:
+            always = f"sink + window = {self.config.sink} + {self.config.window}"
+            notes.append(
+                f"Nothing was evicted: all {len(self.pieces)} tokens of this prompt are within the budget, or within "
+                f"what is always kept ({always}). Nothing was contested, and every token counts as recent."
+            )
+        elif not self.config.representative_share:
+            notes.append(
+                "representative_share is 0: there are no representatives, and nothing stands for what is evicted."
+            )
+        elif not self.representatives:
+            notes.append("The budget has no room for representatives, and nothing stands for what is evicted.")
+        if left := self.model_layers - len(self.layers):
+            notes.append(
+                f"{left} of the model's {self.model_layers} layers have a sliding window: they are left to themselves, "
+                "and not shown."
+            )
+        return notes
+
+
+class _InspectedLayer(CrushLayer):
+    """Remembers what its representatives stand for."""
+
+    stands_for: Tensor | None = None  # int32 [B, Hkv, S]; None: nothing was evicted
+
+    def evict(self, call: AttentionCall) -> None:
+        assert self.keys is not None
+        rows, kv_heads, held, _ = self.keys.shape
+        budget = self.plan.layer_budget(self.index, torch.full((rows,), held, device=self.keys.device))
+        if held > int(budget.max()):
+            if self.plan.policy.streams:
+                self._accumulate(call)
+            head_score = self.plan.policy.score(self._view(call))
+            self.stands_for = stands_for(head_score, kv_heads, budget, self.plan.options, self._seed)
+        super().evict(call)
+
+
+class _InspectedCache(CrushCache):
+    layer_class = _InspectedLayer
+
+
+@torch.no_grad()
+def inspect_prompt(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str,
+    config: CrushConfig,
+    *,
+    chat: bool | None = None,
+    system: str | None = None,
+    prefill_chunk_size: int | None = None,
+    description: Mapping[str, Any] | None = None,
+    versions: Mapping[str, Any] | None = None,
+) -> Inspection:
+    """Reads one prompt with a compressed cache and tells what it kept.
+
+    Args:
+        chat, system: how the text becomes tokens; see `tokenize`.
+        prefill_chunk_size: read the prompt in pieces of so many tokens; None: in one.
+        description, versions: taken over for the reader.
+
+    Raises:
+        ConfigError: the prompt is empty or longer than the model's positions, or the budget does not fit the model.
+        UnsupportedModelError: the model's cache cannot be compressed.
+    """
+    prompt = tokenize(tokenizer, text, chat, system)
+    tokens = prompt.ids.shape[1]
+    check_prompt(tokens, model.config)
+    cache = _InspectedCache(model, config)
+    cache.prefill_end = tokens
+    for part in prompt.ids.to(model.device).split(prefill_chunk_size or tokens, dim=1):
+        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+
+    crushed = {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, _InspectedLayer)}
+    return Inspection(
+        pieces=prompt.pieces,
+        layers=tuple(crushed),
+        model_layers=len(cache.layers),
+        tiers=torch.stack([_tiers(layer) for layer in crushed.values()]),
+        stands_for=torch.stack([_stands_for(layer) for layer in crushed.values()]),
+        report=cache.report(),
+        config=config,
+        description={"name": model.config._name_or_path or type(model).__name__}
+        if description is None
+        else description,
+        versions=versions or {},
+    )
+
+
+def _tiers(layer: CrushLayer) -> Tensor:
+    """Tier of every token seen, uint8 `[Hkv, S]`."""
+    positions, tiers = layer.positions[0].cpu(), layer.tiers[0].cpu()
+    return tiers.new_zeros((len(tiers), layer.seen)).scatter(-1, positions, tiers)
+
+
+def _stands_for(layer: _InspectedLayer) -> Tensor:
+    if layer.stands_for is None:
+        return torch.full_like(_tiers(layer), -1, dtype=torch.int32)
+    return layer.stands_for[0].cpu()
+
+
+def render(inspection: Inspection) -> str:
+    """One HTML page that needs nothing else: styles, script and data are in it."""
+    template = environment().get_template("inspect.html.j2")
+    return template.render(
+        inspection=inspection, report=inspection.report, config=inspection.config.to_dict(), data=_data(inspection)
+    )
+
+
+def _data(inspection: Inspection) -> dict[str, Any]:
+    """What the page's script reads, arrays in base64 of little-endian numbers."""
+    config = inspection.config
+    # What is behind the sink is contested in units, and a representative stands for whole ones: one number a unit.
+    starts = inspection.stands_for[..., config.sink :: config.page_size]
+    units = torch.where(starts < 0, -1, (starts - config.sink) // config.page_size)
+    wide = units.shape[-1] >= 2**16  # the highest number is that of no unit
+    return {
+        "pieces": inspection.pieces,
+        "layers": inspection.layers,
+        "heads": inspection.tiers.shape[1],
+        "sink": config.sink,
+        "page": config.page_size,
+        "tiers": base64.b64encode(inspection.tiers.numpy().tobytes()).decode(),
+        "wide": wide,
+        "buckets": base64.b64encode(units.numpy().astype("<u4" if wide else "<u2").tobytes()).decode(),
+    }

@@ -1,0 +1,112 @@
+"""Means over tasks with bootstrap intervals, and paired differences between configurations."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from ..config import CrushConfig
+from .results import Sample
+
+RESAMPLES = 4000
+# Fields that say which representatives KVCrush takes; without them a configuration is importance alone.
+KVCRUSH_FIELDS = (
+    "representative_share",
+    "coverage",
+    "share_bounds",
+    "threshold",
+    "signature",
+    "anchors",
+    "grouping",
+    "representative",
+    "shared_representatives",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval. Where no task has two prompts, the bounds are the mean, and say nothing."""
+
+    mean: float
+    low: float
+    high: float
+    prompts: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return (self.low > 0 or self.high < 0) and self.low < self.high
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A configuration against another on the prompts that both have: `values[task]` holds the differences."""
+
+    estimate: Estimate
+    values: Mapping[str, Sequence[float]]
+
+
+def macro_mean(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> Estimate:
+    """The mean of the tasks' means, each task counting alike.
+
+    The interval is a percentile bootstrap, prompts drawn within their task (Efron and Tibshirani 1993, chapter 13). A
+    task with a single prompt adds nothing to its width.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    groups = [np.asarray(values, dtype=float) for values in by_task.values() if len(values)]
+    if not groups:
+        raise ValueError("no values to average")
+    mean = float(np.mean([group.mean() for group in groups]))
+    count = sum(len(group) for group in groups)
+    drawn = [group for group in groups if len(group) > 1]
+    if not drawn:
+        return Estimate(mean, mean, mean, count)
+    fixed = sum(float(group[0]) for group in groups if len(group) == 1)
+
+    def of_means(*samples: Any, axis: int = -1) -> Any:
+        return (sum(sample.mean(axis=axis) for sample in samples) + fixed) / len(groups)
+
+    interval = bootstrap(
+        drawn, of_means, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed), vectorized=True
+    ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high), count)
+
+
+Read = Callable[[Sample], float | None]
+
+
+def by_task(samples: Iterable[Sample], read: Read) -> dict[str, list[float]]:
+    """The figure of every sample that has it, by task."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        if (value := read(sample)) is not None:
+            values[sample.task].append(value)
+    return dict(values)
+
+
+def paired(samples: Iterable[Sample], baseline: Iterable[Sample], read: Read) -> Comparison | None:
+    """`samples` minus `baseline`, prompt by prompt; None where they have no prompt in common."""
+    other = {_prompt(sample): read(sample) for sample in baseline}
+    differences: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        value, base = read(sample), other.get(_prompt(sample))
+        if value is not None and base is not None:
+            differences[sample.task].append(value - base)
+    return Comparison(macro_mean(differences), dict(differences)) if differences else None
+
+
+def _prompt(sample: Sample) -> tuple[str, str, str]:
+    return sample.task, sample.id, sample.prompt_hash
+
+
+def importance_only(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the representatives' part of the budget given to importance."""
+    defaults = CrushConfig().to_dict()
+    plain = {name: defaults[name] for name in KVCRUSH_FIELDS}
+    return {**config, **plain, "representative_share": 0}

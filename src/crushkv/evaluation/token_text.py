@@ -1,0 +1,59 @@
+"""A prompt as tokens, each with the stretch of text that it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """Token ids `[1, S]` and S pieces of text.
+
+    A piece is a slice of the prompt; joined, they are the prompt. Of several tokens that are parts of one character,
+    the first has the character and the others are empty. Tokens that the tokenizer adds have their name.
+    """
+
+    ids: Tensor
+    pieces: tuple[str, ...]
+
+
+def tokenize(tokenizer: Any, text: str, chat: bool | None = None, system: str | None = None) -> TokenText:
+    """The tokens of a prompt.
+
+    Args:
+        chat: whether the text goes through the tokenizer's chat template; None: where it has one.
+        system: the system message before it; only with the chat template.
+    """
+    if chat is None:
+        chat = bool(getattr(tokenizer, "chat_template", None))
+    if chat:
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    # A chat template writes the special tokens itself.
+    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, return_offsets_mapping=fast)
+    ids = encoded["input_ids"]
+    if fast:
+        pieces = _slices(tokenizer, text, ids[0].tolist(), encoded["offset_mapping"][0].tolist())
+    else:
+        # Only fast tokenizers tell which part of the text a token is.
+        pieces = [tokenizer.decode([token]) for token in ids[0].tolist()]
+    return TokenText(ids, tuple(pieces))
+
+
+def _slices(tokenizer: Any, text: str, ids: list[int], offsets: list[list[int]]) -> list[str]:
+    added = set(tokenizer.all_special_ids)
+    pieces, shown = [], 0
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        if start == end and token in added:
+            pieces.append(tokenizer.convert_ids_to_tokens(token))
+            continue
+        # From where the last piece ended: some tokenizers leave white space out of their offsets.
+        pieces.append(text[shown:end])
+        shown = max(shown, end)
+    return pieces

@@ -1,0 +1,67 @@
+"""Configurations as text."""
+
+from __future__ import annotations
+
+import pytest
+
+from crushkv import CrushConfig
+from crushkv.config_text import expand, parse_config
+from crushkv.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("snapkv", {}),
+        ("snapkv:budget=0.25", {"budget": 0.25}),
+        ("snapkv:budget=25%", {"budget": "25%"}),
+        ("snapkv:budget=1024, page_size=1", {"budget": 1024, "page_size": 1}),
+        ("snapkv:budget=64MiB", {"budget": "64MiB"}),
+        ("snapkv:kernel=5,pooling=avg", {"policy_options": {"kernel": 5, "pooling": "avg"}}),
+        ("snapkv:anchors=mean+zeros", {"anchors": ("mean", "zeros")}),
+        ("h2o:representative_share=dynamic", {"policy": "h2o", "representative_share": "dynamic"}),
+        ("h2o:share_bounds=0.1-0.4", {"policy": "h2o", "share_bounds": (0.1, 0.4)}),
+        ("random:seed=3,shared_representatives=true", {"policy": "random", "seed": 3, "shared_representatives": True}),
+        ("snapkv:signature=collapsed,threshold=median", {"signature": "collapsed", "threshold": "median"}),
+    ],
+)
+def test_text_names_fields(text: str, fields: dict[str, object]) -> None:
+    assert parse_config(text) == CrushConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_full_is_no_configuration() -> None:
+    assert parse_config("full") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("snapvk", "snapkv"),
+        ("ful", "full"),
+        ("full:budget=0.5", "unknown policy"),
+        ("snapkv:bugdet=0.5", "budget"),
+        ("snapkv:kernal=5", "kernel"),
+        ("snapkv:budget", "FIELD=VALUE"),
+        ("snapkv:budget=", "FIELD=VALUE"),
+        ("snapkv:budget=0.5,budget=0.25", "twice"),
+        ("snapkv:policy=h2o", "twice"),
+        ("snapkv:budget=7", "budget"),
+        ("snapkv:anchors=mean+mode", "mode"),
+        ("snapkv:kernel=4", "odd"),
+        ("", "unknown policy"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_config(text)
+    assert repr(text) in str(error.value)
+
+
+def test_braces_stand_for_their_alternatives() -> None:
+    assert expand("{h2o,snapkv}:budget={0.5,0.25}") == [
+        "h2o:budget=0.5",
+        "h2o:budget=0.25",
+        "snapkv:budget=0.5",
+        "snapkv:budget=0.25",
+    ]
+    assert expand("full") == ["full"]

@@ -1,0 +1,142 @@
+"""`crushkv fidelity`, `sweep`, `report` and `eval` as a user runs them, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from crushkv.cli import main
+from crushkv.embedded import embedded_model_path
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+CONFIGS = ["--config", "full", "--config", "snapkv:budget={0.5,0.25},representative_share=0.1"]
+
+
+class Outcome(NamedTuple):
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def crushkv(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def call(*args: object, code: int = 0) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(arg) for arg in args])
+        outcome = Outcome(*capfd.readouterr())
+        assert end.value.code == code, outcome.stderr
+        return outcome
+
+    return call
+
+
+@pytest.mark.model
+def test_fidelity_prints_one_object_a_configuration(crushkv: Callable[..., Outcome]) -> None:
+    done = crushkv("fidelity", "--tasks", "retrieval_single_1k", "--limit", 2, *CONFIGS, "--json")
+    full, half, quarter = (json.loads(line) for line in done.stdout.splitlines())
+    assert [full["name"], half["name"]] == ["full", "snapkv:budget=0.5,representative_share=0.1"]
+    assert full["kl"] == 0 and full["agreement"] == 1 and full["bytes_fraction"] == 1
+    assert 0 < half["kl"] < quarter["kl"] and half["prompts"] == quarter["prompts"] == 2
+    assert 0.45 < half["bytes_fraction"] <= 0.5 and 0.2 < quarter["bytes_fraction"] <= 0.25
+    assert 0 < full["gold_nll"] < 1 and quarter["gold_nll"] > 0
+    assert "[2/2] retrieval_single_1k" in done.stderr and "left" in done.stderr
+
+
+@pytest.mark.model
+def test_longbench_records_from_a_folder(crushkv: Callable[..., Outcome]) -> None:
+    folder = SHARED / "longbench"
+    if not folder.is_dir():
+        pytest.skip("no LongBench records beside the checkout")
+    done = crushkv("fidelity", "--data-dir", folder, "--tasks", "trec_short_1k", "--limit", 1, *CONFIGS, "--json")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["prompts"] for line in lines] == [1, 1, 1] and lines[1]["kl"] > 0
+
+
+@pytest.mark.model
+def test_a_sweep_survives_ctrl_c_and_becomes_a_page(tmp_path: Path, crushkv: Callable[..., Outcome]) -> None:
+    file, output, page = tmp_path / "sweep.yaml", tmp_path / "results.jsonl", tmp_path / "report.html"
+    file.write_text(
+        "tasks: [retrieval_single_1k]\nlimit: 3\nmeasures: [fidelity, score]\nanswer_tokens: 8\n"
+        "configurations: [full, 'snapkv:budget=0.25,page_size={1,16},representative_share={0,0.25}']\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "crushkv", "sweep", str(file), "-o", str(output)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    deadline = time.monotonic() + 300
+    while (not output.exists() or not output.read_bytes().count(b"\n")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in messages and "goes on from there" in messages
+    kept = output.read_bytes().count(b"\n")
+    assert 1 <= kept < 15
+    done = crushkv("sweep", file, "-o", output)
+    assert f"{kept} samples are there from an earlier run" in done.stderr
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 15 and len({(line["id"], line["name"]) for line in lines}) == 15
+    assert {line["score"] for line in lines if line["name"] == "full"} == {1.0}
+    crushkv("report", output, "-o", page, "--plots", tmp_path / "plots")
+    assert page.stat().st_size > 50_000
+    assert (tmp_path / "plots" / "score-to-full.png").is_file() and (tmp_path / "plots" / "kl-by-bytes.svg").is_file()
+
+
+@pytest.mark.model
+def test_harness_tasks_with_a_compressed_cache(tmp_path: Path, crushkv: Callable[..., Outcome]) -> None:
+    output = tmp_path / "eval.json"
+    task = ["--tasks", "retrieval_single_1k", "--limit", 2]
+    result = json.loads(crushkv("eval", *task, "--budget", "0.5", "--json", "-o", output).stdout)
+    assert result["prompts"] == {"retrieval_single_1k": 2}
+    assert 0 <= result["tasks"]["retrieval_single_1k"]["score"] <= 1 and result["config"]["budget"] == 0.5
+    samples = json.loads(output.read_text(encoding="utf-8"))["samples"]["retrieval_single_1k"]
+    assert len(samples) == 2 and all(sample["resps"] for sample in samples)
+    full = json.loads(crushkv("eval", *task, "--full", "--json").stdout)
+    assert full["config"] is None and full["tasks"]["retrieval_single_1k"]["score"] == 1
+
+
+@pytest.mark.model
+def test_the_harness_own_command_line_knows_the_model(tmp_path: Path, crushkv: Callable[..., Outcome]) -> None:
+    """A task of the user's own, in the harness's format, through `lm_eval`'s options."""
+    (tmp_path / "data.jsonl").write_text('{"q": "2 + 2 =", "a": "4"}\n{"q": "3 + 3 =", "a": "6"}\n', encoding="utf-8")
+    (tmp_path / "sums.yaml").write_text(
+        "task: sums\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path / 'data.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['4', '6']\n"
+        'doc_to_target: \'{{["4", "6"].index(a)}}\'\nmetric_list:\n  - metric: acc\n',
+        encoding="utf-8",
+    )
+    arguments = f"pretrained={embedded_model_path()},policy=h2o,budget=0.5"
+    done = crushkv(
+        "lm-eval", "--model", "crushkv", "--model_args", arguments, "--tasks", "sums", "--include_path", tmp_path,
+        "--output_path", tmp_path / "out.json", "--device", "cpu",
+    )  # fmt: skip
+    assert "sums" in done.stdout and "acc" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fidelity", "--config", "snapvk"], "snapkv"),
+        (["fidelity", "--tasks", "retrieval_singel_1k"], "retrieval_single_1k"),
+        (["fidelity", "--data-dir", "/none", "--tasks", "qasper"], "no such folder"),
+        (["fidelity", "--answer-tokens", "1"], "answer-tokens"),
+        (["sweep", "/none.yaml"], "none.yaml"),
+        (["eval", "--tasks", "qaspr"], "qasper"),
+        (["eval", "--budget", "nope"], "budget"),
+        (["report", "/none.jsonl"], "none.jsonl"),
+        (["report", "x.jsonl", "-o", "/none/report.html"], "folder does not exist"),
+    ],
+)
+@pytest.mark.model
+def test_what_is_wrong_is_said_in_one_line(args: list[str], message: str, crushkv: Callable[..., Outcome]) -> None:
+    done = crushkv(*args, code=1 if args[:2] == ["report", "/none.jsonl"] else 2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
