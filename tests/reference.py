@@ -116,7 +116,12 @@ def select_row(
                 (keep - count[h // group]) * page if options.threshold == "budget" else units * page // 2
                 for h in range(heads)
             ]
-            order = unit_order(scores.tolist(), retained, units, options, seed)
+            signed = scores.tolist()
+            if options.signature == "collapsed":
+                bits = sum(keep - c for c in count) // kv_heads * page
+                retained = [bits if options.threshold == "budget" else units * page // 2]
+                signed = [scores.mean(0).tolist()]
+            order = unit_order(signed, retained, units, options, seed)
         else:
             order = list(range(units))
         for h in range(kv_heads):

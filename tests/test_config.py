@@ -32,6 +32,7 @@ from crushkv.errors import ConfigError
         ({"anchors": []}, "anchors="),
         ({"anchors": ["mean", "mean"]}, "anchors="),
         ({"threshold": "mean"}, "threshold='mean'"),
+        ({"signature": "per_layer"}, "signature='per_layer'"),
         ({"grouping": "hash"}, "grouping='hash'"),
         ({"representative": "first"}, "representative='first'"),
         ({"aggregate": "sum"}, "aggregate='sum'"),

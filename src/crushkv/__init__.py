@@ -1,9 +1,14 @@
 """crushkv: a KV cache several times smaller, with the model's answers kept (KVCrush, arXiv 2503.00022)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .config import CrushConfig
 from .errors import ConfigError, CrushError, EmbeddedModelError, ScoreError, UnsupportedModelError
-from .hf import CacheReport, CrushCache, KVCrush
+
+if TYPE_CHECKING:
+    from .hf import CacheReport, CrushCache, KVCrush
 
 __all__ = [
     "CacheReport",
@@ -17,3 +22,16 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
 ]
+
+# Importing Transformers takes seconds, which `crushkv --help` or a configuration need not wait for.
+_LAZY = frozenset({"CacheReport", "CrushCache", "KVCrush"})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".hf", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

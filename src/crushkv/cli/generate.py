@@ -16,31 +16,15 @@ from .figures import figures, rows
 from .model_loader import LoadedModel, ModelOptions, load
 from .options import MODEL, with_options
 from .output import message_console, only_result_on_stdout, print_json, result_console, say, versions
-from .prompts import check_room, encode, read_prompt
+from .prompt_options import PROMPT, PromptOptions
+from .prompts import check_room
 
-PROMPT, ANSWER = "Prompt", "Answer"
+ANSWER = "Answer"
 
 
-@with_options(config=CONFIG, model=MODEL)
+@with_options(prompt=PROMPT, config=CONFIG, model=MODEL)
 def generate(
     *,
-    prompt: Annotated[
-        str | None, typer.Option(help="The prompt; - is standard input.", metavar="TEXT", rich_help_panel=PROMPT)
-    ] = None,
-    file: Annotated[
-        str | None,
-        typer.Option(help="A file that comes before it; - is standard input.", metavar="FILE", rich_help_panel=PROMPT),
-    ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Use the chat template.",
-            show_default="where there is one",
-            rich_help_panel=PROMPT,
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT", rich_help_panel=PROMPT)] = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Length of the answer at most.", metavar="TOKENS", min=1, rich_help_panel=ANSWER)
     ] = 256,
@@ -55,6 +39,7 @@ def generate(
         bool, typer.Option("--compare", help="Answer with the full cache, too.", rich_help_panel=ANSWER)
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.", rich_help_panel=ANSWER)] = False,
+    prompt: PromptOptions,
     config: CrushConfig,
     model: ModelOptions,
 ) -> None:
@@ -65,10 +50,10 @@ def generate(
     options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p)}
     if model.prefill_chunk_size is not None:
         options["prefill_chunk_size"] = model.prefill_chunk_size
-    text = read_prompt(prompt, file)
+    text = prompt.read()
     with only_result_on_stdout() if as_json else contextlib.nullcontext():
         loaded = load(model, say)
-        input_ids = encode(loaded.tokenizer, text, chat, system)
+        input_ids = prompt.encode(loaded.tokenizer, text)
         check_room(input_ids.shape[-1], max_new_tokens, loaded.model.config)
         _warm_up(loaded, input_ids, config)
         full = None

@@ -14,37 +14,20 @@ from .files import write_text
 from .model_loader import ModelOptions, load
 from .options import MODEL, with_options
 from .output import say, size, versions
-from .prompts import check_room, encode, read_prompt
+from .prompt_options import PROMPT, PromptOptions
+from .prompts import check_room
 
 if TYPE_CHECKING:
     from ..evaluation.inspection import Inspection
 
-PROMPT = "Prompt"
 
-
-@with_options(config=CONFIG, model=MODEL)
+@with_options(prompt=PROMPT, config=CONFIG, model=MODEL)
 def inspect(
     *,
-    prompt: Annotated[
-        str | None, typer.Option(help="The prompt; - is standard input.", metavar="TEXT", rich_help_panel=PROMPT)
-    ] = None,
-    file: Annotated[
-        str | None,
-        typer.Option(help="A file that comes before it; - is standard input.", metavar="FILE", rich_help_panel=PROMPT),
-    ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Use the chat template.",
-            show_default="where there is one",
-            rich_help_panel=PROMPT,
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT", rich_help_panel=PROMPT)] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The page; a file of that name is replaced.", metavar="FILE")
     ] = Path("inspect.html"),
+    prompt: PromptOptions,
     config: CrushConfig,
     model: ModelOptions,
 ) -> None:
@@ -55,10 +38,10 @@ def inspect(
     from ..evaluation.inspection import inspect_prompt, render
 
     target = _target(output)
-    text = read_prompt(prompt, file)
+    text = prompt.read()
     loaded = load(model, say)
     # Refuses what does not go together, in the words of the options.
-    tokens = encode(loaded.tokenizer, text, chat, system).shape[-1]
+    tokens = prompt.encode(loaded.tokenizer, text).shape[-1]
     check_room(tokens, 0, loaded.model.config)
     say(f"Reading {tokens} tokens")
     inspection = inspect_prompt(
@@ -66,8 +49,8 @@ def inspect(
         loaded.tokenizer,
         text,
         config,
-        chat=chat,
-        system=system,
+        chat=prompt.chat,
+        system=prompt.system,
         prefill_chunk_size=model.prefill_chunk_size,
         description=loaded.describe(),
         versions=versions(),

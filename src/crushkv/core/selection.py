@@ -195,8 +195,8 @@ def _order(
         return position_order(units, rows, middle.device)
     with stage("signatures"):
         if options.signature == "collapsed":
-            middle = middle.mean(1, keepdim=True)
-            important = important.float().mean(1, keepdim=True).long()
+            middle = middle.double().mean(1, keepdim=True)
+            important = important.sum(1, keepdim=True) // kv_heads
         if options.threshold == "budget":
             retained = important.repeat_interleave(middle.shape[1] // important.shape[1], dim=1) * options.page_size
         else:

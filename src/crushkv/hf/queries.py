@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..storage.buffers import writable
+
 
 class QueryTail:
     """The last queries `[B, Hq, T, D]`, and which of them are real.
@@ -18,7 +20,7 @@ class QueryTail:
 
     def clear(self) -> None:
         self._buffer: Tensor | None = None
-        self._real: Tensor | None = None  # bool [B, capacity]
+        self._real: Tensor | None = None  # bool [B, capacity]; None while no padding was seen
         self._start = self._end = 0
 
     @property
@@ -31,7 +33,7 @@ class QueryTail:
 
     @property
     def real(self) -> Tensor | None:
-        """Bool `[B, T]`."""
+        """Bool `[B, T]`, or None: all are."""
         return None if self._real is None else self._real[:, self._start : self._end]
 
     @property
@@ -46,32 +48,39 @@ class QueryTail:
         new = queries.shape[2]
         if limit is not None:
             self._start = max(self._start, self._end + new - limit)
-        buffer, flags = self._with_room(queries)
+        buffer = self._with_room(queries)
         buffer[:, :, self._end : self._end + new] = queries
-        flags[:, self._end : self._end + new] = True if real is None else real
+        if real is not None and self._real is None:
+            self._real = torch.ones((buffer.shape[0], buffer.shape[2]), dtype=torch.bool, device=buffer.device)
+        if self._real is not None:
+            self._real[:, self._end : self._end + new] = True if real is None else real
         self._end += new
 
-    def _with_room(self, new: Tensor) -> tuple[Tensor, Tensor]:
-        """The buffers, moved where the new queries would not fit behind the present ones."""
+    def _with_room(self, new: Tensor) -> Tensor:
+        """The buffer, moved where the new queries would not fit behind the present ones."""
         rows, heads, count, size = new.shape
-        if self._buffer is not None and self._real is not None:
-            # A buffer made under inference_mode cannot be written to outside of it.
-            frozen = self._buffer.is_inference() and not torch.is_inference_mode_enabled()
-            if self._end + count <= self._buffer.shape[2] and not frozen:
-                return self._buffer, self._real
+        if (
+            self._buffer is not None
+            and self._end + count <= self._buffer.shape[2]
+            and writable(self._buffer)
+            and (self._real is None or writable(self._real))
+        ):
+            return self._buffer
         held, queries, real = self.count, self.queries, self.real
         # A prompt's queries fill their buffer; single ones get room for as many again.
         room = held + count if count > 1 and not held else 2 * (held + count)
         buffer = new.new_empty((rows, heads, room, size))
-        flags = torch.ones((rows, room), dtype=torch.bool, device=new.device)
-        if queries is not None and real is not None:
+        if queries is not None:
             buffer[:, :, :held] = queries
-            flags[:, :held] = real
-        self._buffer, self._real, self._start, self._end = buffer, flags, 0, held
-        return buffer, flags
+        if real is not None:
+            self._real = torch.ones((rows, room), dtype=torch.bool, device=new.device)
+            self._real[:, :held] = real
+        self._buffer, self._start, self._end = buffer, 0, held
+        return buffer
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it."""
-        if self._buffer is not None and self._real is not None:
+        if self._buffer is not None:
             self._buffer = self._buffer.index_select(0, rows.to(self._buffer.device))
+        if self._real is not None:
             self._real = self._real.index_select(0, rows.to(self._real.device))

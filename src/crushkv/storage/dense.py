@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .buffers import writable
+
 
 class DenseStorage:
     """Keys and values of one layer, `[B, Hkv, P, D]` each, in buffers with room to grow.
@@ -46,10 +48,7 @@ class DenseStorage:
 
     def _extended(self, buffer: Tensor | None, new: Tensor, capacity: int) -> Tensor:
         end = self.length + new.shape[2]
-        outgrown = buffer is None or buffer.shape[2] < end
-        # A buffer made under inference_mode cannot be written to outside of it.
-        frozen = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if outgrown or frozen:
+        if buffer is None or buffer.shape[2] < end or not writable(buffer):
             if new.shape[2] == 1:
                 capacity = max(capacity, end + self.growth - 1)
             rows, heads, _, size = new.shape
