@@ -196,7 +196,7 @@ def _order(
     with stage("signatures"):
         if options.signature == "collapsed":
             middle = middle.double().mean(1, keepdim=True)
-            important = important.sum(1, keepdim=True) // kv_heads
+            important = important.sum(1, keepdim=True) // important.shape[1]
         if options.threshold == "budget":
             retained = important.repeat_interleave(middle.shape[1] // important.shape[1], dim=1) * options.page_size
         else:
