@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--policy", default="snapkv")
     parser.add_argument("--budget", default="0.25")
     parser.add_argument("--page-size", type=int, default=CrushConfig.page_size)
+    parser.add_argument("--share", type=float, default=0.1, help="of KVCrush's representatives")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
 
@@ -137,7 +138,12 @@ def main() -> None:
     repeated = tokens * (arguments.tokens // len(tokens) + 1)
     prompt = torch.tensor([repeated[: arguments.tokens]], device=device)
 
-    config = CrushConfig(policy=arguments.policy, budget=arguments.budget, page_size=arguments.page_size)
+    config = CrushConfig(
+        policy=arguments.policy,
+        budget=arguments.budget,
+        page_size=arguments.page_size,
+        representative_share=arguments.share,
+    )
     configs = {"full": None, "importance only": config.replace(representative_share=0.0), "kvcrush": config}
     result = {
         **summary(measure(model, prompt, arguments.new, arguments.repeats, configs)),

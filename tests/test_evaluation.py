@@ -37,7 +37,7 @@ from evaluation_models import byte_model, byte_tokenizer
 
 pytest.importorskip("lm_eval")
 
-SMALL = {"sink": 2, "window": 8, "page_size": 4, "interval": 0}
+SMALL: dict[str, Any] = {"sink": 2, "window": 8, "page_size": 4, "representative_share": 0.2, "interval": 0}
 
 
 def record(number: int, **changes: Any) -> dict[str, Any]:
@@ -139,6 +139,16 @@ def test_unknown_tasks_name_the_nearest(tokenizer: Any, tmp_path: Path) -> None:
         load_tasks(["retrieval_singel_2k"], TaskSource(), tokenizer)
     with pytest.raises(ConfigError, match="no such folder"):
         load_tasks(["qasper"], TaskSource(tmp_path / "none"), tokenizer)
+
+
+def test_spaces_at_the_end_of_a_prompt_can_be_cut_off(data: Path, tokenizer: Any) -> None:
+    dialogue = record(0, dataset="samsum", input="Dialogue: A: hello\nSummary: ", answers=["A says hello."])
+    write(data / "chats.jsonl", dialogue, {**dialogue, "_id": "x", "input": "Answer:\n"})
+    task = load_tasks(["chats"], TaskSource(data), tokenizer)["chats"]
+    (plain, _), (trimmed, line) = prompts(task, "chats"), prompts(task, "chats", trim=True)
+    assert plain.text.endswith("Summary: ") and plain.gold == "A says hello." and not plain.trimmed
+    assert trimmed.text == plain.text[:-1] and trimmed.gold == " A says hello." and trimmed.trimmed
+    assert line.text.endswith("Answer:\n") and not line.trimmed
 
 
 # Retrieval
@@ -254,7 +264,7 @@ def test_answers_decoded_together_are_those_of_generate(subject: Subject) -> Non
 def sweep(**changes: Any) -> Sweep:
     fields = {
         "tasks": ["papers"],
-        "configurations": ["full", "snapkv:budget={0.5,0.25},sink=2,window=8,page_size={1,4}"],
+        "configurations": ["full", "snapkv:budget={0.5,0.25},sink=2,window=8,page_size={1,4},representative_share=0.2"],
         "measures": ["fidelity", "score"],
         "answer_tokens": 6,
         "max_new_tokens": 8,
@@ -459,7 +469,7 @@ def test_any_task_of_the_harness_runs(subject: Subject, harness: Any, data: Path
     results = lm_eval.simple_evaluate(model, tasks=[task], limit=3, gen_kwargs="max_gen_toks=8")
     samples = results["samples"]["papers"]
     assert len(samples) == 3
-    plan = sweep(configurations=["snapkv:budget=0.3,sink=2,window=8,page_size=4"], limit=3)
+    plan = sweep(configurations=["snapkv:budget=0.3,sink=2,window=8,page_size=4,representative_share=0.2"], limit=3)
     answers = {}
     for item in plan_work(plan, subject, TaskSource(data), None).items:
         run_item(item, plan, subject, lambda sample: answers.__setitem__(sample.id, (sample.answer, sample.score)))

@@ -21,7 +21,14 @@ from architectures import prompts, small_model
 from crushkv import ConfigError, CrushCache, CrushError, KVCrush, UnsupportedModelError
 from crushkv.core import Tier
 
-SMALL = {"budget": 0.4, "sink": 2, "window": 8, "interval": 8, "page_size": 4}
+SMALL: dict[str, Any] = {
+    "budget": 0.4,
+    "sink": 2,
+    "window": 8,
+    "interval": 8,
+    "page_size": 4,
+    "representative_share": 0.1,
+}
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 24}
 
 

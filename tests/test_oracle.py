@@ -14,6 +14,8 @@ from crushkv.importance import policies
 from oracle import record, replay
 
 TOLERANCE = 1e-4
+# Small enough that a short prompt and a few decoded tokens evict again and again.
+CHURN: dict[str, Any] = {"sink": 2, "window": 8, "interval": 8}
 shared_model = cache(small_model)
 
 
@@ -36,7 +38,7 @@ def check(model: Any, config: CrushConfig, lengths: list[int], **generation: Any
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_policy_and_architecture(architecture: str, policy: str, page_size: int, chunk: int | None) -> None:
     """Padded batch, several decode steps, evictions while decoding."""
-    config = CrushConfig(policy=policy, budget=0.4, page_size=page_size, sink=2, window=8, interval=8)
+    config = CrushConfig(policy=policy, budget=0.4, page_size=page_size, representative_share=0.25, **CHURN)
     check(shared_model(architecture), config, [120, 77, 31], prefill_chunk_size=chunk)
 
 
@@ -59,25 +61,25 @@ def test_every_policy_and_architecture(architecture: str, policy: str, page_size
     ids=str,
 )
 def test_other_configurations(fields: dict[str, Any]) -> None:
-    config = CrushConfig(**{"budget": 0.4, "page_size": 4, "sink": 2, "window": 8, "interval": 8, **fields})
+    config = CrushConfig(**{"budget": 0.4, "page_size": 4, "representative_share": 0.1, **CHURN, **fields})
     check(shared_model("llama"), config, [120, 77, 31])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_eager_attention(architecture: str) -> None:
-    config = CrushConfig(budget=0.4, sink=2, window=8, interval=8)
+    config = CrushConfig(budget=0.4, representative_share=0.1, **CHURN)
     check(shared_model(architecture, "eager"), config, [120, 77, 31], prefill_chunk_size=50)
 
 
 def test_without_padding_no_mask_is_made() -> None:
-    config = CrushConfig(budget=0.4, sink=2, window=8, interval=8)
+    config = CrushConfig(budget=0.4, representative_share=0.1, **CHURN)
     check(shared_model("llama"), config, [120, 120])
 
 
 def test_bfloat16() -> None:
     """Half precision: the same tokens are kept whichever kernel attends, and logits agree to its precision."""
     model = small_model("llama", dtype=torch.bfloat16)
-    config = CrushConfig(budget=0.4, sink=2, window=8, interval=8, page_size=4)
+    config = CrushConfig(budget=0.4, representative_share=0.1, page_size=4, **CHURN)
     recording = record(model, config, prompts([120, 77, 31]), max_new_tokens=20)
     assert recording.cache.layers[0].keys.dtype == torch.bfloat16
     for ours, theirs in zip(recording.logits, replay(model, recording), strict=True):

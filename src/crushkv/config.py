@@ -34,7 +34,8 @@ class CrushConfig:
         window: last tokens, always kept; window policies score with the queries of these tokens.
         page_size: unit of the contested part: 1 keeps single tokens, 16 keeps stretches of 16.
         representative_share: share of the contested part that goes to KVCrush's representatives of what is
-            evicted, at least 0 and below 1; 0 is importance alone. `"dynamic"` gives to the important tokens what
+            evicted, at least 0 and below 1; 0 is importance alone, the default because no other share has
+            measured better (docs/accuracy.md). `"dynamic"` gives to the important tokens what
             covers `coverage` of the attention mass, and to representatives the rest, within `share_bounds`.
         coverage: see `representative_share`.
         share_bounds: least and greatest share under `"dynamic"`.
@@ -61,7 +62,7 @@ class CrushConfig:
     sink: int = 4
     window: int = 32
     page_size: int = 16
-    representative_share: float | Literal["dynamic"] = 0.1
+    representative_share: float | Literal["dynamic"] = 0.0
     coverage: float = 0.9
     share_bounds: tuple[float, float] = (0.05, 0.5)
     threshold: Threshold = "budget"

@@ -61,7 +61,7 @@ def fidelity(
     with evaluation_extra():
         from ..evaluation import Sweep
 
-    texts = config or ["full", "snapkv:budget=0.25,representative_share=0", "snapkv:budget=0.25"]
+    texts = config or ["full", "snapkv:budget=0.25,representative_share={0,0.1}"]
     sweep = Sweep.from_dict(
         {
             "tasks": split_names(tasks),

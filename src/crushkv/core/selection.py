@@ -37,7 +37,7 @@ class SelectionOptions:
     sink: int = 4
     window: int = 32
     page_size: int = 1
-    representative_share: float | Literal["dynamic"] = 0.1
+    representative_share: float | Literal["dynamic"] = 0.0
     coverage: float = 0.9
     share_bounds: tuple[float, float] = (0.05, 0.5)
     threshold: Literal["budget", "median"] = "budget"

@@ -62,7 +62,7 @@ def plan_work(sweep: Sweep, subject: Subject, source: TaskSource, results: Resul
     items, skipped, known, prompts_seen = [], dict.fromkeys(tasks, 0), 0, 0
     for name, task in tasks.items():
         taken = 0
-        for prompt in prompts(task, name, chat):
+        for prompt in prompts(task, name, chat, sweep.trim):
             if taken == sweep.limit:
                 break
             ids = _encode(subject.tokenizer, prompt.text, sweep.chat)
@@ -176,6 +176,8 @@ def _answers(
 
 def _settings(sweep: Sweep, prompt: Prompt) -> dict[str, Any]:
     settings: dict[str, Any] = {"seed": sweep.seed, "chat": sweep.chat, "measures": sorted(sweep.measures)}
+    if prompt.trimmed:
+        settings["trimmed"] = True
     if "fidelity" in sweep.measures:
         settings["answer_tokens"] = sweep.answer_tokens
     if "score" in sweep.measures:

@@ -31,6 +31,7 @@ class Sweep:
         answer_tokens: of the full cache's answer that `fidelity` follows.
         max_new_tokens: of a generated answer, where the task's own limit is higher.
         chat: put prompts into the model's chat template.
+        trim: cut spaces off the end of prompts; see `prompts`.
         batch: answers decoded together.
         seed: of the retrieval prompts.
     """
@@ -44,6 +45,7 @@ class Sweep:
     answer_tokens: int = 32
     max_new_tokens: int | None = None
     chat: bool = False
+    trim: bool = False
     batch: int = 8
     seed: int = 0
 
@@ -60,8 +62,9 @@ class Sweep:
                 raise ConfigError(f"{name}={value!r}: accepted is an integer of at least {least}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: accepted is an integer")
-        if not isinstance(self.chat, bool):
-            raise ConfigError(f"chat={self.chat!r}: accepted is true or false")
+        for name in ("chat", "trim"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: accepted is true or false")
         for measure in self.measures:
             if measure not in get_args(Measure):
                 raise ConfigError(f"unknown measure {measure!r}.{nearest(str(measure), get_args(Measure))}")

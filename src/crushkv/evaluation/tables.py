@@ -118,4 +118,7 @@ def _task_means(group: list[Sample], read: Any) -> dict[str, Estimate]:
 
 
 def _key(config: dict[str, Any] | None) -> str:
-    return json.dumps(config, sort_keys=True)
+    """The same for 0 and 0.0."""
+    numbers = (int, float)
+    same = {k: float(v) if type(v) in numbers else v for k, v in config.items()} if config is not None else None
+    return json.dumps(same, sort_keys=True)

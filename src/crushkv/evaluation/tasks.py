@@ -41,6 +41,7 @@ class Prompt:
 
     Attributes:
         id: of the record within its task.
+        trimmed: spaces were cut off the end of `text`.
         gold: an answer that is right, ready to stand behind `text`; None where the task has none.
         until: strings that end an answer. max_tokens: its length, at most.
         score: the task's main metric of an answer. metric: its name.
@@ -54,6 +55,7 @@ class Prompt:
     max_tokens: int
     score: Callable[[str], float]
     metric: str
+    trimmed: bool = False
 
 
 def load_tasks(names: Sequence[str], source: TaskSource, tokenizer: Any) -> dict[str, Any]:
@@ -127,11 +129,15 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def prompts(task: Any, name: str, chat: Callable[[list[dict[str, str]]], str] | None = None) -> Iterator[Prompt]:
+def prompts(
+    task: Any, name: str, chat: Callable[[list[dict[str, str]]], str] | None = None, trim: bool = False
+) -> Iterator[Prompt]:
     """The prompts of a generating task, in order.
 
     Args:
         chat: renders messages with the model's chat template, up to where the answer begins; None: plain text.
+        trim: cut spaces off the end of prompts. Most tokenizers take them for the start of the next word; behind a
+            space of its own the model is lost for words.
 
     Raises:
         ConfigError: the task's answers are not generated.
@@ -147,10 +153,12 @@ def prompts(task: Any, name: str, chat: Callable[[list[dict[str, str]]], str] | 
         text = task.fewshot_context(
             doc, 0, apply_chat_template=chat is not None, chat_template=chat, gen_prefix=task.doc_to_prefix(doc)
         )
+        whole, text = text, text.rstrip(" ") if trim else text
         yield Prompt(
             task=name,
             id=str(doc.get("id", doc.get("_id", index))),
             text=text,
+            trimmed=text != whole,
             gold=_gold(task.doc_to_target(doc), text),
             until=tuple([until] if isinstance(until, str) else until),
             max_tokens=int(options.get("max_gen_toks", 256)),

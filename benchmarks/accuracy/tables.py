@@ -1,0 +1,217 @@
+"""Prints the tables of docs/accuracy.md from the results beside this file.
+
+python benchmarks/accuracy/tables.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from crushkv.evaluation import Sample, read_report_samples
+from crushkv.evaluation.statistics import Estimate, by_task, macro_mean, paired
+
+RESULTS = Path(__file__).parent / "results"
+BUDGETS = ("0.5", "0.25", "0.125")
+Read = Callable[[Sample], float | None]
+
+
+def kl(sample: Sample) -> float | None:
+    return sample.kl
+
+
+def score(sample: Sample) -> float | None:
+    return sample.score
+
+
+class Table:
+    """Samples by configuration, and cells of Markdown."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.groups: dict[str, list[Sample]] = defaultdict(list)
+        for sample in samples:
+            self.groups[sample.name].append(sample)
+
+    def mean(self, name: str, read: Read = kl, digits: int = 3, interval: bool = True) -> str:
+        values = by_task(self.groups.get(name, []), read)
+        if not values:
+            return ""
+        found = macro_mean(values)
+        text = f"{found.mean:.{digits}f}"
+        return f"{text} ({found.low:.{digits}f} to {found.high:.{digits}f})" if interval else text
+
+    def difference(self, name: str, base: str, read: Read = kl, digits: int = 3) -> str:
+        """Bold where the interval excludes 0."""
+        found = paired(self.groups.get(name, []), self.groups.get(base, []), read)
+        if found is None:
+            return ""
+        return _signed(found.estimate, digits)
+
+    def bytes(self, name: str) -> str:
+        group = self.groups.get(name, [])
+        return f"{sum(s.bytes_fraction for s in group) / len(group):.1%}" if group else ""
+
+    def task(self, name: str, task: str, read: Read, digits: int = 3) -> str:
+        values = [v for s in self.groups.get(name, []) if s.task == task and (v := read(s)) is not None]
+        return f"{sum(values) / len(values):.{digits}f}" if values else ""
+
+
+def _signed(e: Estimate, digits: int) -> str:
+    text = f"{e.mean:+.{digits}f} ({e.low:+.{digits}f} to {e.high:+.{digits}f})"
+    return f"**{text}**" if e.excludes_zero else text
+
+
+def show(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(head) + " |")
+    print("|---|" + "---:|" * (len(head) - 1))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def name(policy: str, budget: str, page: int, share: str, more: str = "") -> str:
+    return f"{policy}:budget={budget},page_size={page},representative_share={share}" + (f",{more}" if more else "")
+
+
+def fidelity(table: Table) -> None:
+    policies = ("snapkv", "expected_attention", "streaming_llm", "tova", "h2o", "pyramidkv", "random")
+    budgets = [f"{float(b):.1%} of the tokens" for b in BUDGETS]
+    show(
+        "KL of importance alone, tokens",
+        ["policy", *budgets],
+        [[p, *(table.mean(name(p, b, 1, "0")) for b in BUDGETS)] for p in policies],
+    )
+    show(
+        "KL of pages, importance alone",
+        ["policy, page", *budgets],
+        [
+            [f"{p}, {page}", *(table.mean(name(p, b, page, "0")) for b in BUDGETS)]
+            for p, pages in (("snapkv", (1, 8, 16, 32)), ("h2o", (1, 16)))
+            for page in pages
+        ],
+    )
+    show(
+        "KL of pages minus KL of tokens",
+        ["policy, page", *budgets],
+        [
+            [f"{p}, {page}", *(table.difference(name(p, b, page, "0"), name(p, b, 1, "0")) for b in BUDGETS)]
+            for p, pages in (("snapkv", (8, 16, 32)), ("h2o", (16,)))
+            for page in pages
+        ],
+    )
+    show(
+        "KL with representatives minus KL of importance alone",
+        ["policy, page, share", *budgets],
+        [
+            [f"{p}, {page}, {s}", *(table.difference(name(p, b, page, s), name(p, b, page, "0")) for b in BUDGETS)]
+            for p, page, shares in (
+                ("snapkv", 1, ("0.05", "0.1", "0.25")),
+                ("h2o", 1, ("0.05", "0.1", "0.25")),
+                ("pyramidkv", 1, ("0.05", "0.1", "0.25")),
+                ("snapkv", 16, ("0.1", "0.25")),
+            )
+            for s in shares
+        ],
+    )
+    show(
+        "KL of signature groups minus KL of the control, a quarter of the part given to representatives",
+        ["policy, page, budget", "minus random groups", "minus groups by position"],
+        [
+            [
+                f"{p}, {page}, {b}",
+                *(
+                    table.difference(name(p, b, page, "0.25"), name(p, b, page, "0.25", f"grouping={g}"))
+                    for g in ("random", "position")
+                ),
+            ]
+            for p, page, b in (
+                ("snapkv", 1, "0.25"),
+                ("snapkv", 1, "0.125"),
+                ("snapkv", 16, "0.25"),
+                ("snapkv", 16, "0.125"),
+                ("h2o", 1, "0.25"),
+            )
+        ],
+    )
+    variants = (
+        "",
+        "anchors=inverse_mean",
+        "anchors=alternating",
+        "anchors=random",
+        "anchors=zeros",
+        "anchors=ones",
+        "signature=collapsed",
+        "threshold=median",
+        "representative=best",
+    )
+    show(
+        "SnapKV at a quarter, a quarter of that representatives: KL minus KL of importance alone",
+        ["variant", "tokens", "pages of 16"],
+        [
+            [
+                v or "mean anchor, a bit a query head, middle of the bucket",
+                *(
+                    table.difference(name("snapkv", "0.25", page, "0.25", v), name("snapkv", "0.25", page, "0"))
+                    for page in (1, 16)
+                ),
+            ]
+            for v in variants
+        ],
+    )
+    tasks = list(dict.fromkeys(s.task for group in table.groups.values() for s in group))
+    main = [
+        name("snapkv", "0.25", 16, "0"),
+        name("snapkv", "0.25", 16, "0.1"),
+        name("snapkv", "0.25", 1, "0"),
+        name("snapkv", "0.25", 1, "0.1"),
+        name("h2o", "0.25", 1, "0"),
+        name("expected_attention", "0.25", 1, "0"),
+        name("streaming_llm", "0.25", 1, "0"),
+        name("random", "0.25", 1, "0"),
+    ]
+    show(
+        "KL by task, at a quarter",
+        ["configuration", *tasks],
+        [[n, *(table.task(n, t, kl) for t in tasks)] for n in main],
+    )
+
+
+def scores(table: Table) -> None:
+    names = [n for n, group in table.groups.items() if any(s.score is not None for s in group)]
+    tasks = list(dict.fromkeys(s.task for s in table.groups[names[0]]))
+    show(
+        "Task scores at a quarter",
+        ["configuration", "bytes", "mean of the tasks", "minus the full cache", *tasks],
+        [
+            [
+                n,
+                table.bytes(n),
+                table.mean(n, score, interval=False),
+                "" if n == "full" else table.difference(n, "full", score),
+                *(table.task(n, t, score) for t in tasks),
+            ]
+            for n in names
+        ],
+    )
+    base = {n: n.replace("representative_share=0.1", "representative_share=0") for n in names if n.endswith("=0.1")}
+    show(
+        "Task scores with representatives minus importance alone",
+        ["configuration", "difference"],
+        [[n, table.difference(n, b, score)] for n, b in base.items()],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="*", type=Path, default=sorted(RESULTS.glob("*.jsonl.gz")))
+    table = Table(read_report_samples(parser.parse_args().results))
+    if any(s.kl is not None for group in table.groups.values() for s in group):
+        fidelity(Table([s for group in table.groups.values() for s in group if s.kl is not None]))
+    if any(s.score is not None for group in table.groups.values() for s in group):
+        scores(Table([s for group in table.groups.values() for s in group if s.score is not None]))
+
+
+if __name__ == "__main__":
+    main()
