@@ -37,6 +37,19 @@ def test_branches_equal_direct_prefills(name: str) -> None:
             torch.testing.assert_close(ours.values, theirs.values)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_prompt_read_in_pieces_is_the_same_recording(name: str) -> None:
+    model = small_model(name)
+    ids = torch.randint(1, model.config.get_text_config(decoder=True).vocab_size, (1, 150))
+    one, pieces = Recording(model, ids), Recording(model, ids, chunk=33)
+    torch.testing.assert_close(one.logits, pieces.logits, rtol=1e-4, atol=1e-4)
+    for config in CONFIGS:
+        a, b = one.branch(config), pieces.branch(config)
+        assert isinstance(a, CrushCache) and isinstance(b, CrushCache)
+        for ours, theirs in zip(a.crushed_layers, b.crushed_layers, strict=True):
+            assert torch.equal(ours.positions, theirs.positions)
+
+
 def _greedy(model: torch.nn.Module, cache: object, first: int, count: int) -> torch.Tensor:
     tokens, logits = [first], []
     for _ in range(count):

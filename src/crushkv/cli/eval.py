@@ -53,6 +53,7 @@ def evaluate(
         raise ConfigError(f"--output {str(output)!r}: the folder does not exist")
     with only_result_on_stdout() if as_json else contextlib.nullcontext():
         loaded = load(model, say)
+        loaded.model.generation_config.prefill_chunk_size = model.prefill_chunk_size
         with evaluation_extra():
             results = _run(loaded, None if full else config, split_names(tasks), source, limit, chat, batch_size)
     result = {

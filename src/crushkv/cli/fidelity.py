@@ -77,7 +77,9 @@ def fidelity(
     found: dict[str, list[Sample]] = defaultdict(list)
     with only_result_on_stdout() if as_json else contextlib.nullcontext():
         loaded = load(model, say)
-        run_sweep(sweep, source, loaded, output, lambda sample: found[sample.name].append(sample))
+        run_sweep(
+            sweep, source, loaded, model.prefill_chunk_size, output, lambda sample: found[sample.name].append(sample)
+        )
     figures = [summary(name, found[name]) for name in sweep.configurations if found[name]]
     if as_json:
         for line in figures:

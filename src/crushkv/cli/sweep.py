@@ -50,5 +50,5 @@ def sweep(
         nonlocal count
         count += 1
 
-    run_sweep(planned, source, loaded, output, add)
+    run_sweep(planned, source, loaded, model.prefill_chunk_size, output, add)
     say(f"{count} samples in {output}; `crushkv report {output}` makes a page of them")

@@ -73,13 +73,18 @@ def split_names(text: str) -> list[str]:
 
 
 def run_sweep(
-    sweep: Sweep, source: TaskSource, loaded: LoadedModel, output: Path | None, add: Callable[[Sample], None]
+    sweep: Sweep,
+    source: TaskSource,
+    loaded: LoadedModel,
+    prefill_chunk_size: int | None,
+    output: Path | None,
+    add: Callable[[Sample], None],
 ) -> None:
     """Runs what is left of a sweep. `add` is given every sample, those of an earlier run included."""
     from ..evaluation import ResultsFile, Subject, plan_work, run_item
 
     source = dataclasses.replace(source, seed=sweep.seed)
-    subject = Subject(loaded.model, loaded.tokenizer, loaded.describe(), evaluation_versions())
+    subject = Subject(loaded.model, loaded.tokenizer, loaded.describe(), evaluation_versions(), prefill_chunk_size)
     with contextlib.ExitStack() as stack, _quiet_libraries():
         results: ResultsFile | None = None
         if output is not None:

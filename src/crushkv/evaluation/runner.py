@@ -24,12 +24,16 @@ from .tasks import Prompt, TaskSource, load_tasks, prompts
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test. `description` and `versions` go into every sample."""
+    """The model under test. `description` and `versions` go into every sample.
+
+    prefill_chunk_size: prompts are read in pieces of so many tokens; None: in one.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     description: dict[str, Any]
     versions: dict[str, Any]
+    prefill_chunk_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def run_item(item: Item, sweep: Sweep, subject: Subject, add: Callable[[Sample],
     """Measures all configurations of one prompt; `add` is given each sample as soon as it is complete."""
     model, prompt = subject.model, item.prompt
     with torch.no_grad():
-        recording = Recording(model, item.ids)
+        recording = Recording(model, item.ids, subject.prefill_chunk_size)
         reference = None
         if "fidelity" in sweep.measures:
             gold = None

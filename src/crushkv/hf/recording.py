@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Recording:
     Args:
         model: the model; nothing on it is changed.
         input_ids: int64 `[1, S]`.
+        chunk: read the prompt in pieces of so many tokens; None: in one.
 
     Attributes:
         logits: float32 `[V]`, of the token that follows the prompt: the same for every branch.
@@ -34,12 +36,13 @@ class Recording:
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, chunk: int | None = None) -> None:
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
             raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: expected [1, tokens]")
         self._model = model
         self._source = _RecordingCache(model)
-        output = model(input_ids=input_ids.to(model.device), past_key_values=self._source, logits_to_keep=1)
+        for part in input_ids.to(model.device).split(chunk or input_ids.shape[1], dim=1):
+            output = model(input_ids=part, past_key_values=self._source, logits_to_keep=1)
         self.logits: Tensor = output.logits[0, -1].float()
         self.tokens: int = input_ids.shape[1]
         self._masses: dict[str, list[Tensor]] = {}
@@ -85,11 +88,13 @@ class Recording:
 
 
 class _RecordingLayer(CrushLayer):
-    """Never evicts, and keeps the call that scores would be made from."""
+    """Never evicts, and keeps the call that scores would be made from, as one over the whole prompt."""
 
     call: AttentionCall | None = None
 
     def after_attention(self, call: AttentionCall) -> None:
+        if self.call is not None:
+            call = replace(call, queries=torch.cat([self.call.queries, call.queries], dim=2))
         self.call = call
 
 

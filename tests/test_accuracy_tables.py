@@ -1,0 +1,19 @@
+"""The tables of docs/accuracy.md are those that the committed results give."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_documentation_has_the_figures_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "accuracy" / "tables.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
+    tables = [table.strip() for table in printed.split("### ")[1:]]
+    assert len(tables) >= 8
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    for table in tables:
+        assert table in page, table.splitlines()[0]
