@@ -8,7 +8,7 @@ from .config import CrushConfig
 from .errors import ConfigError, CrushError, EmbeddedModelError, ScoreError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from .hf import CacheReport, CrushCache, KVCrush
+    from .hf import CacheReport, CrushCache, KVCrush, SavedCache, SavedCacheError, load_cache, save_cache
 
 __all__ = [
     "CacheReport",
@@ -18,13 +18,17 @@ __all__ = [
     "CrushError",
     "EmbeddedModelError",
     "KVCrush",
+    "SavedCache",
+    "SavedCacheError",
     "ScoreError",
     "UnsupportedModelError",
     "__version__",
+    "load_cache",
+    "save_cache",
 ]
 
 # Importing Transformers takes seconds, which `crushkv --help` or a configuration need not wait for.
-_LAZY = frozenset({"CacheReport", "CrushCache", "KVCrush"})
+_LAZY = frozenset({"CacheReport", "CrushCache", "KVCrush", "SavedCache", "SavedCacheError", "load_cache", "save_cache"})
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,8 @@ import typer
 
 from .._version import __version__
 from ..errors import ConfigError, CrushError
+from .ask import ask
+from .build import build
 from .doctor import doctor
 from .eval import evaluate
 from .fidelity import fidelity
@@ -56,7 +58,7 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _command in (run, generate, inspect, fidelity, sweep, report, policies, doctor):
+for _command in (run, generate, build, ask, inspect, fidelity, sweep, report, policies, doctor):
     app.command()(_command)
 app.command("eval")(evaluate)
 # Its options are the harness's.

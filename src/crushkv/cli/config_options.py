@@ -4,53 +4,64 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import CrushConfig
+from ..config_text import read_field
 from ..errors import ConfigError
 from .options import Group, option
 
 PANEL = "KV cache"
-DEFAULTS = CrushConfig()
 
 
-def _field(name: str, kind: Any, metavar: str, help: str, flag: str | None = None) -> inspect.Parameter:
+@dataclass(frozen=True)
+class _Field:
     """An option for a field of `CrushConfig`. Not given, it is None: then --config or the default holds."""
-    value = getattr(DEFAULTS, name)
-    if value != {}:
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-        help += f" [dim]default: {text}[/]"
-    flags = {} if flag is None else {"flag": flag}
-    return option(name, kind | None, None, help=help, metavar=metavar, rich_help_panel=PANEL, **flags)
+
+    name: str
+    kind: Any
+    metavar: str
+    help: str
+    flag: str | None = None
+
+    def option(self, defaults: CrushConfig) -> inspect.Parameter:
+        value, text = getattr(defaults, self.name), self.help
+        if value != {}:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+            text += f" [dim]default: {shown}[/]"
+        flags = {} if self.flag is None else {"flag": self.flag}
+        kind = self.kind | None
+        return option(self.name, kind, None, help=text, metavar=self.metavar, rich_help_panel=PANEL, **flags)
 
 
-CONFIG_FIELDS = (
-    _field("budget", str, "AMOUNT", "What is kept: 0.25 or 25% of the tokens, 1024 tokens, or 64MiB."),
-    _field("policy", str, "NAME", "What is important: `crushkv policies`."),
-    _field("policy_options", list[str], "NAME=VALUE", "A policy's option: kernel=5. Repeatable.", "--policy-option"),
-    _field("sink", int, "TOKENS", "First tokens, always kept."),
-    _field("window", int, "TOKENS", "Last tokens, always kept."),
-    _field("page_size", int, "TOKENS", "Unit of what is kept between them."),
-    _field("representative_share", str, "SHARE", "Share of representatives of what is evicted, or dynamic."),
-    _field("coverage", float, "SHARE", "With dynamic: attention mass of the important tokens."),
-    _field("share_bounds", str, "LOW,HIGH", "With dynamic: least and greatest share."),
-    _field("threshold", str, "KIND", "A signature bit is 1 above: budget or median."),
-    _field("signature", str, "KIND", "Bits of a signature: per_head or collapsed."),
-    _field(
+_FIELDS = (
+    _Field("budget", str, "AMOUNT", "What is kept: 0.25 or 25% of the tokens, 1024 tokens, or 64MiB."),
+    _Field("policy", str, "NAME", "What is important: `crushkv policies`."),
+    _Field("policy_options", list[str], "NAME=VALUE", "A policy's option: kernel=5. Repeatable.", "--policy-option"),
+    _Field("sink", int, "TOKENS", "First tokens, always kept."),
+    _Field("window", int, "TOKENS", "Last tokens, always kept."),
+    _Field("page_size", int, "TOKENS", "Unit of what is kept between them."),
+    _Field("representative_share", str, "SHARE", "Share of representatives of what is evicted, or dynamic."),
+    _Field("coverage", float, "SHARE", "With dynamic: attention mass of the important tokens."),
+    _Field("share_bounds", str, "LOW,HIGH", "With dynamic: least and greatest share."),
+    _Field("threshold", str, "KIND", "A signature bit is 1 above: budget or median."),
+    _Field("signature", str, "KIND", "Bits of a signature: per_head or collapsed."),
+    _Field(
         "anchors",
         list[str],
         "NAME",
         "Compared with signatures: mean, inverse_mean, alternating, random, zeros, ones. Repeatable.",
         "--anchor",
     ),
-    _field("grouping", str, "KIND", "Buckets by signature, random or position."),
-    _field("representative", str, "WHICH", "Of a bucket: middle or best."),
-    _field("shared_representatives", str, "BOOL", "One set of representatives for all KV heads: true or false."),
-    _field("aggregate", str, "KIND", "Scores of heads that share a KV head: mean or max."),
-    _field("interval", int, "TOKENS", "Decoded between two evictions; 0 never evicts."),
-    _field("seed", int, "NUMBER", "Of all that is drawn at random, sampling too."),
+    _Field("grouping", str, "KIND", "Buckets by signature, random or position."),
+    _Field("representative", str, "WHICH", "Of a bucket: middle or best."),
+    _Field("shared_representatives", str, "BOOL", "One set of representatives for all KV heads: true or false."),
+    _Field("aggregate", str, "KIND", "Scores of heads that share a KV head: mean or max."),
+    _Field("interval", int, "TOKENS", "Decoded between two evictions; 0 never evicts."),
+    _Field("seed", int, "NUMBER", "Of all that is drawn at random, sampling too."),
 )
 _CONFIG_FILE = option(
     "config_file",
@@ -63,19 +74,19 @@ _CONFIG_FILE = option(
 )
 
 
-def build_config(config_file: Path | None = None, **given: Any) -> CrushConfig:
+def build_config(defaults: CrushConfig, config_file: Path | None = None, **given: Any) -> CrushConfig:
     """The configuration of a file (or the defaults), with the options that were given in place of its fields.
 
     Raises:
         ConfigError: names the file or the option.
     """
-    base = DEFAULTS
+    base = defaults
     if config_file is not None:
         try:
             base = CrushConfig.load(config_file)
         except ConfigError as error:
             raise ConfigError(f"--config {str(config_file)!r}: {error}") from None
-    changes = {name: _READ.get(name, _same)(value) for name, value in given.items() if value not in (None, [])}
+    changes = {name: _read(name, value) for name, value in given.items() if value not in (None, [])}
     same_policy = changes.get("policy", base.policy) == base.policy
     if "policy_options" in changes or not same_policy:  # another policy's options mean nothing to this one
         changes["policy_options"] = {
@@ -85,27 +96,11 @@ def build_config(config_file: Path | None = None, **given: Any) -> CrushConfig:
     return base.replace(**changes)
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
-def _number(text: str) -> int | float | str:
-    """A number where it is one, so that the configuration's JSON form has numbers; checked by `CrushConfig`."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _flag(text: str) -> bool | str:
-    """Checked by `CrushConfig` where it is neither."""
-    return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text)
-
-
-def _pair(text: str) -> tuple[Any, ...]:
-    return tuple(_number(part.strip()) for part in text.split(","))
+def _read(name: str, value: Any) -> Any:
+    """Text as the field has it; checked by `CrushConfig`."""
+    if name == "policy_options":
+        return _assignments(value)
+    return read_field(name, value) if isinstance(value, str) else value
 
 
 def _assignments(pairs: list[str]) -> dict[str, Any]:
@@ -122,12 +117,9 @@ def _assignments(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-_READ: Mapping[str, Callable[[Any], Any]] = {
-    "budget": _number,
-    "representative_share": _number,
-    "share_bounds": _pair,
-    "policy_options": _assignments,
-    "shared_representatives": _flag,
-}
+def config_group(defaults: CrushConfig) -> Group:
+    """The options, for a command with defaults of its own."""
+    return Group((*(field.option(defaults) for field in _FIELDS), _CONFIG_FILE), partial(build_config, defaults))
 
-CONFIG = Group((*CONFIG_FIELDS, _CONFIG_FILE), build_config)
+
+CONFIG = config_group(CrushConfig())

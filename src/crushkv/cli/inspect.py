@@ -9,8 +9,8 @@ import typer
 
 from ..config import CrushConfig
 from ..errors import ConfigError
+from ..files import write_text
 from .config_options import CONFIG
-from .files import write_text
 from .model_loader import ModelOptions, load
 from .options import MODEL, with_options
 from .output import say, size, versions

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .files import write_text
+from ..files import write_text
 from .options import with_options
 from .output import say
 from .sweeping import evaluation_extra

@@ -4,6 +4,19 @@ from .cache import CacheReport, CrushCache
 from .kvcrush import KVCrush, Session
 from .layer import CrushLayer
 from .recording import Recording
+from .saving import SavedCache, SavedCacheError, load_cache, save_cache
 from .stacking import stack
 
-__all__ = ["CacheReport", "CrushCache", "CrushLayer", "KVCrush", "Recording", "Session", "stack"]
+__all__ = [
+    "CacheReport",
+    "CrushCache",
+    "CrushLayer",
+    "KVCrush",
+    "Recording",
+    "SavedCache",
+    "SavedCacheError",
+    "Session",
+    "load_cache",
+    "save_cache",
+    "stack",
+]

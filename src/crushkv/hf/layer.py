@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -215,29 +216,33 @@ class CrushLayer(CacheLayerMixin):
         filled = torch.arange(kept, device=self.keys.device) >= (kept - selection.counts)[:, None]
         self.real = None if bool(filled.all()) else filled
 
-    def restore(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        tiers: Tensor,
-        seen: int,
-        evicted: Tensor,
-        real: Tensor | None = None,
-    ) -> None:
-        """Replaces everything by a compressed part that was held elsewhere.
+    # As data
 
-        Args:
-            keys, values: `[B, Hkv, P, D]`.
-            positions, tiers: `[B, Hkv, P]`, as the properties of these names give them.
-            seen: logical length.
-            evicted: `[B]`, real tokens that are gone.
-            real: bool `[B, P]`, False for slots without a token; None: every slot has one.
-        """
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Everything that the layer holds: tensors, and numbers."""
+        tensors = {
+            "keys": self.keys,
+            "values": self.values,
+            "positions": self._positions,
+            "tiers": self._tiers,
+            "real": self.real,
+            "evicted": self.evicted,
+            "mass": self.mass,
+            "queries": self.queries.queries,
+            "queries_real": self.queries.real,
+        }
+        held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return held, {"seen": self.seen, "since_eviction": self.since_eviction}
+
+    def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        """Replaces everything by what `state` gave, of this or another layer; keys and values are copied."""
         self.reset()
-        self.storage.append(keys, values)
-        self._positions, self._tiers = positions.to(torch.int32), tiers
-        self.seen, self.evicted, self.real = seen, evicted, real
+        self.storage.append(tensors["keys"], tensors["values"])
+        self._positions, self._tiers = tensors.get("positions"), tensors.get("tiers")
+        self.real, self.evicted, self.mass = tensors.get("real"), tensors.get("evicted"), tensors.get("mass")
+        if (queries := tensors.get("queries")) is not None:
+            self.queries.append(queries, tensors.get("queries_real"))
+        self.seen, self.since_eviction = counts["seen"], counts["since_eviction"]
 
     # What is held
 

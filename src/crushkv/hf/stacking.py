@@ -50,15 +50,16 @@ def _stack_layers(target: CrushLayer, layers: list[CrushLayer]) -> None:
         free = longest - torch.tensor(held, device=device)
         real = torch.arange(longest, device=device) >= free[:, None]
     evicted = [layer.seen - count for layer, count in zip(layers, held, strict=True)]
-    target.restore(
-        keys=_rows(keys, longest),
-        values=_rows(values, longest),
-        positions=_rows([layer.positions[..., None] for layer in layers], longest)[..., 0],
-        tiers=_rows([layer.tiers[..., None] for layer in layers], longest)[..., 0],
-        seen=layers[0].seen,
-        evicted=torch.tensor(evicted, device=device),
-        real=real,
-    )
+    tensors = {
+        "keys": _rows(keys, longest),
+        "values": _rows(values, longest),
+        "positions": _rows([layer.positions[..., None] for layer in layers], longest)[..., 0].to(torch.int32),
+        "tiers": _rows([layer.tiers[..., None] for layer in layers], longest)[..., 0],
+        "evicted": torch.tensor(evicted, device=device),
+    }
+    if real is not None:
+        tensors["real"] = real
+    target.load_state(tensors, {"seen": layers[0].seen, "since_eviction": 0})
 
 
 def _rows(parts: list[Tensor], longest: int) -> Tensor:
