@@ -17,3 +17,5 @@ def test_the_documentation_has_the_figures_of_the_results() -> None:
     page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
     for table in tables:
         assert table in page, table.splitlines()[0]
+    rows = tables[0].split("\n\n", 1)[1]
+    assert rows in (ROOT / "README.md").read_text(encoding="utf-8")

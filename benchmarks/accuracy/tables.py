@@ -26,6 +26,10 @@ def score(sample: Sample) -> float | None:
     return sample.score
 
 
+def longbench(sample: Sample) -> float | None:
+    return None if sample.task.startswith("retrieval") else sample.score
+
+
 class Table:
     """Samples by configuration, and cells of Markdown."""
 
@@ -75,6 +79,36 @@ def name(policy: str, budget: str, page: int, share: str, more: str = "") -> str
     return f"{policy}:budget={budget},page_size={page},representative_share={share}" + (f",{more}" if more else "")
 
 
+def short(table: Table) -> None:
+    """The README's."""
+    retrieval = ("retrieval_single_2k", "retrieval_multikey_2k")
+    labels = {
+        "full": "full cache",
+        name("snapkv", "0.25", 16, "0"): "SnapKV, pages of 16 (the default)",
+        name("snapkv", "0.25", 16, "0.1"): "the same, 10 % of it KVCrush's representatives",
+        name("snapkv", "0.25", 1, "0"): "SnapKV, single tokens",
+        name("snapkv", "0.25", 1, "0.1"): "the same, 10 % representatives: KVCrush as published",
+        name("h2o", "0.25", 1, "0"): "H2O, single tokens",
+        name("h2o", "0.25", 1, "0.1"): "the same, 10 % representatives",
+        name("pyramidkv", "0.25", 1, "0"): "PyramidKV, single tokens",
+        name("streaming_llm", "0.25", 1, "0"): "StreamingLLM (first and last tokens)",
+    }
+    show(
+        "A quarter of the cache, in short",
+        ["", "KL", "same token", "LongBench score", "one needle", "one of four needles"],
+        [
+            [
+                label,
+                table.mean(n, kl, interval=False),
+                table.mean(n, lambda s: s.agreement, interval=False),
+                table.mean(n, longbench, interval=False),
+                *(table.task(n, task, score, 2) for task in retrieval),
+            ]
+            for n, label in labels.items()
+        ],
+    )
+
+
 def fidelity(table: Table) -> None:
     policies = ("snapkv", "expected_attention", "streaming_llm", "tova", "h2o", "pyramidkv", "random")
     budgets = [f"{float(b):.1%} of the tokens" for b in BUDGETS]
@@ -91,6 +125,11 @@ def fidelity(table: Table) -> None:
             for p, pages in (("snapkv", (1, 8, 16, 32)), ("h2o", (1, 16)))
             for page in pages
         ],
+    )
+    show(
+        "KL of larger pages minus KL of pages of 16 (SnapKV)",
+        ["page", *budgets],
+        [["32", *(table.difference(name("snapkv", b, 32, "0"), name("snapkv", b, 16, "0")) for b in BUDGETS)]],
     )
     show(
         "KL of pages minus KL of tokens",
@@ -207,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="*", type=Path, default=sorted(RESULTS.glob("*.jsonl.gz")))
     table = Table(read_report_samples(parser.parse_args().results))
+    short(table)
     if any(s.kl is not None for group in table.groups.values() for s in group):
         fidelity(Table([s for group in table.groups.values() for s in group if s.kl is not None]))
     if any(s.score is not None for group in table.groups.values() for s in group):

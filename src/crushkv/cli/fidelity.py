@@ -27,8 +27,8 @@ def fidelity(
         str, typer.Option(help="Names, separated by commas.", metavar="NAMES", rich_help_panel=PANEL)
     ] = "retrieval_single_1k,retrieval_multikey_1k",
     limit: Annotated[
-        int | None, typer.Option(help="Prompts a task.", metavar="NUMBER", min=1, rich_help_panel=PANEL)
-    ] = None,
+        int, typer.Option(help="Prompts a task, at most.", metavar="NUMBER", min=1, rich_help_panel=PANEL)
+    ] = 12,
     config: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,6 +45,7 @@ def fidelity(
         int | None, typer.Option(help="Longer prompts are left out.", metavar="TOKENS")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    trim: Annotated[bool, typer.Option("--trim", help="Cut spaces off the end of prompts.")] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Keep the samples in this file (JSON lines).", metavar="FILE"),
@@ -55,8 +56,8 @@ def fidelity(
 ) -> None:
     """Measure how near compressed caches stay to the full one.
 
-    KL divergence and top-1 agreement are taken along the full cache's own greedy answer, the gold answer's
-    negative log-likelihood along that. Each prompt is read once for all configurations.
+    KL divergence and top-1 agreement are taken along the full cache's own greedy answer, the negative log-likelihood
+    along the gold answer. Each prompt is read once for all configurations.
     """
     with evaluation_extra():
         from ..evaluation import Sweep
@@ -71,6 +72,7 @@ def fidelity(
             "min_prompt_tokens": min_prompt_tokens,
             "max_prompt_tokens": max_prompt_tokens,
             "chat": chat,
+            "trim": trim,
             "seed": source.seed,
         }
     )
