@@ -76,6 +76,8 @@ def _curves(rows: Sequence[Row], read: Callable[[Row], Estimate | None], label: 
         return None
     full = next((read(row) for row in rows if row.config is None), None)
     references = {method: points for method, points in panels[0].curves.items() if method.startswith(_REFERENCES)}
+    shares = [row.bytes_fraction for panel in panels for points in panel.curves.values() for row in points]
+    lowest, highest = min(shares), max(shares)
     columns = min(_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     longest = max(len(panel.curves) for panel in panels)
@@ -94,6 +96,7 @@ def _curves(rows: Sequence[Row], read: Callable[[Row], Estimate | None], label: 
             axis.axhline(full.mean, color="0.3", linestyle=":", linewidth=1)
         axis.set_title(panel.title)
         axis.set_xscale("log", base=2)
+        axis.set_xlim(lowest / 1.3, highest * 1.3)
         axis.xaxis.set_major_formatter(_plain)
         if log:
             axis.set_yscale("log")
@@ -151,7 +154,7 @@ def _short(name: str, limit: int = 90) -> str:
 
 
 def _plain(value: float, _: object) -> str:
-    return f"{value:.2g}"
+    return f"{value:.3g}"
 
 
 def _line(points: list[Row], read: Callable[[Row], Estimate | None]) -> tuple[list[float], list[float]]:
@@ -206,5 +209,5 @@ def _differences(rows: Sequence[Row], read: Callable[[Row], Comparison | None], 
         )
     axis.axvline(0, color="0.2", linewidth=0.8)
     axis.set_yticks(places, [_short(row.name) for row, _ in found], fontsize=7)
-    axis.set_xlabel(f"{label} (box: samples; dot: mean and 95 % interval, red where it excludes 0)")
+    axis.set_xlabel(f"{label}\n(box: samples; dot: mean and 95 % interval, red where it excludes 0)")
     return figure
