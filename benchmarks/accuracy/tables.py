@@ -30,6 +30,10 @@ def longbench(sample: Sample) -> float | None:
     return None if sample.task.startswith("retrieval") else sample.score
 
 
+def retrieval(sample: Sample) -> float | None:
+    return sample.score if sample.task.startswith("retrieval") else None
+
+
 class Table:
     """Samples by configuration, and cells of Markdown."""
 
@@ -81,7 +85,7 @@ def name(policy: str, budget: str, page: int, share: str, more: str = "") -> str
 
 def short(table: Table) -> None:
     """The README's."""
-    retrieval = ("retrieval_single_2k", "retrieval_multikey_2k")
+    needles = ("retrieval_single_2k", "retrieval_multikey_2k")
     labels = {
         "full": "full cache",
         name("snapkv", "0.25", 16, "0"): "SnapKV, pages of 16 (the default)",
@@ -102,7 +106,7 @@ def short(table: Table) -> None:
                 table.mean(n, kl, interval=False),
                 table.mean(n, lambda s: s.agreement, interval=False),
                 table.mean(n, longbench, interval=False),
-                *(table.task(n, task, score, 2) for task in retrieval),
+                *(table.task(n, task, score, 2) for task in needles),
             ]
             for n, label in labels.items()
         ],
@@ -222,23 +226,42 @@ def scores(table: Table) -> None:
     tasks = list(dict.fromkeys(s.task for s in table.groups[names[0]]))
     show(
         "Task scores at a quarter",
-        ["configuration", "bytes", "mean of the tasks", "minus the full cache", *tasks],
+        ["configuration", "bytes", *tasks],
+        [[n, table.bytes(n), *(table.task(n, t, score) for t in tasks)] for n in names],
+    )
+    show(
+        "Mean scores at a quarter",
+        ["configuration", "LongBench", "minus the full cache", "retrieval", "minus the full cache"],
         [
             [
                 n,
-                table.bytes(n),
-                table.mean(n, score, interval=False),
-                "" if n == "full" else table.difference(n, "full", score),
-                *(table.task(n, t, score) for t in tasks),
+                *(
+                    cell
+                    for read in (longbench, retrieval)
+                    for cell in (
+                        table.mean(n, read, interval=False),
+                        "" if n == "full" else table.difference(n, "full", read),
+                    )
+                ),
             ]
             for n in names
         ],
     )
-    base = {n: n.replace("representative_share=0.1", "representative_share=0") for n in names if n.endswith("=0.1")}
+    pairs = {n: n.replace("representative_share=0.1", "representative_share=0") for n in names if n.endswith("=0.1")}
+    pages = (name("snapkv", "0.25", 16, "0"), name("snapkv", "0.25", 1, "0"))
     show(
-        "Task scores with representatives minus importance alone",
-        ["configuration", "difference"],
-        [[n, table.difference(n, b, score)] for n, b in base.items()],
+        "Differences of mean scores",
+        ["what", "LongBench", "retrieval"],
+        [
+            [label, *(table.difference(n, base, read) for read in (longbench, retrieval))]
+            for label, n, base in (
+                ("SnapKV, pages of 16 minus tokens", *pages),
+                *(
+                    (f"{n.split(',representative')[0]}, 10 % representatives minus none", n, b)
+                    for n, b in pairs.items()
+                ),
+            )
+        ],
     )
 
 
