@@ -26,9 +26,12 @@ class EmbeddedModelError(CrushError):
     """The embedded model cannot be prepared."""
 
 
+_LISTED = 100  # names at most
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` when a known name is close to `name`, and the list of what is known."""
+    """` Did you mean 'x'?` when a known name is close to `name`, and the list of what is known, unless it is long."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{guess} Known: {', '.join(known)}."
+    return guess if len(known) > _LISTED else f"{guess} Known: {', '.join(known)}."

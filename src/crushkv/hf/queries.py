@@ -46,6 +46,10 @@ class QueryTail:
             queries = queries[:, :, -limit:]
             real = None if real is None else real[:, -limit:]
         new = queries.shape[2]
+        # Flags that flag nothing would be multiplied with every block of attention. Single queries are not asked: on a
+        # GPU each answer is waited for.
+        if real is not None and self._real is None and new > 1 and bool(real.all()):
+            real = None
         if limit is not None:
             self._start = max(self._start, self._end + new - limit)
         buffer = self._with_room(queries)
