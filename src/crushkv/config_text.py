@@ -44,7 +44,7 @@ def parse_config(text: str) -> CrushConfig | None:
             if field in _FIELDS:
                 values[field] = read_field(field, value)
             elif field in options:
-                own[field] = _json(value)
+                own[field] = read_value(value)
             else:
                 raise ConfigError(f"unknown field {field!r}.{nearest(field, [*_FIELDS, *options])}")
         if own:
@@ -63,7 +63,7 @@ def expand(text: str) -> list[str]:
 
 def read_field(name: str, text: str) -> Any:
     """The value of a `CrushConfig` field from text; `CrushConfig` checks it."""
-    return _READ.get(name, _json)(text)
+    return _READ.get(name, read_value)(text)
 
 
 def _number(text: str) -> int | float | str:
@@ -80,7 +80,7 @@ def _flag(text: str) -> bool | str:
     return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text)
 
 
-def _json(text: str) -> Any:
+def read_value(text: str) -> Any:
     """What is no JSON value is a string."""
     try:
         return json.loads(text)

@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from ..config import CrushConfig
-from ..errors import ConfigError
 from .config_options import config_group
 from .conversation import frame
 from .model_loader import ModelOptions, load
 from .options import MODEL, with_options
-from .output import say, seconds, size
+from .output import check_folder, say, seconds, size
 from .prompts import check_room, read_prompt
 
 # The questions are not known yet. Whatever is evicted now is evicted blind, and so far every policy loses about as many
@@ -48,8 +47,7 @@ def build(
 
     from ..hf import CrushCache, save_cache
 
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output {str(output)!r}: the folder does not exist")
+    check_folder(output)
     text = read_prompt(None, document)
     loaded = load(model, say)
     framed = frame(loaded.tokenizer, text, chat, system)
@@ -63,7 +61,7 @@ def build(
         for part in ids.to(loaded.model.device).split(model.prefill_chunk_size or ids.shape[1], dim=1):
             loaded.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
     cache.prefill_end = None
-    notes = {"document": document, "model": model.model, "after": framed.after, "name": loaded.name}
+    notes = {"document": document, "model": model.model, "after": framed.after}
     save_cache(output, cache, loaded.model, ids, notes)
     report = cache.report()
     say(f"Read in {seconds(time.perf_counter() - begin)}")

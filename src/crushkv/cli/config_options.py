@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import CrushConfig
-from ..config_text import read_field
+from ..config_text import read_field, read_value
 from ..errors import ConfigError
 from .options import Group, option
 
@@ -110,10 +109,7 @@ def _assignments(pairs: list[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not name or not equals:
             raise ConfigError(f"--policy-option {pair!r}: accepted is NAME=VALUE, for example kernel=5")
-        try:
-            options[name] = json.loads(text)
-        except json.JSONDecodeError:
-            options[name] = text
+        options[name] = read_value(text)
     return options
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from .prompts import apply_chat, uses_chat
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,10 @@ def frame(tokenizer: Any, document: str, chat: bool | None, system: str | None) 
     Raises:
         ConfigError: the tokenizer has no chat template, or it changes what it is given.
     """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not has_template:
-        raise ConfigError("--chat: the tokenizer of this model has no chat template; use --no-chat")
-    if chat is None:
-        chat = has_template
-    if not chat:
-        if system is not None:
-            raise ConfigError("--system: needs the chat template")
+    if not uses_chat(tokenizer, chat, system):
         return Frame(f"{document.strip()}\n\nQuestion: ", "\nAnswer:", chat=False)
     mark = uuid.uuid4().hex  # where the question will stand
-    messages = [{"role": "user", "content": f"{document.strip()}\n\n{mark}"}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise what they like
-        raise ConfigError(f"--chat: the chat template of this model refuses the messages: {error}") from error
+    text = apply_chat(tokenizer, f"{document.strip()}\n\n{mark}", system, tokenize=False)
     before, found, after = text.partition(mark)
     if not found:
         raise ConfigError("--chat: the chat template of this model changes its messages; use --no-chat")

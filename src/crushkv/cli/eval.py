@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from .config_options import CONFIG
 from .model_loader import LoadedModel, ModelOptions, load
 from .options import MODEL, with_options
-from .output import only_result_on_stdout, print_json, result_console, say
+from .output import check_folder, only_result_on_stdout, print_json, result_console, say
 from .sweeping import PANEL, SOURCE, evaluation_extra, evaluation_versions, split_names
 
 
@@ -49,8 +49,8 @@ def evaluate(
 
     Prompts, metrics and generation are the harness's own.
     """
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output {str(output)!r}: the folder does not exist")
+    if output is not None:
+        check_folder(output)
     with only_result_on_stdout() if as_json else contextlib.nullcontext():
         loaded = load(model, say)
         loaded.model.generation_config.prefill_chunk_size = model.prefill_chunk_size

@@ -8,17 +8,25 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from .._version import __version__
+from ..errors import ConfigError
 
 
 def one_line(text: str, limit: int = 1000) -> str:
     """Text without line breaks, and no longer than `limit` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def check_folder(output: Path) -> None:
+    """Refuses an `--output` that cannot be written, before anything runs."""
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {str(output)!r}: the folder does not exist")
 
 
 def result_console() -> Console:

@@ -2,61 +2,41 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
 
-from .output import message_console
+from .bar import Bar
 
 
-class Progress:
+class Progress(Bar):
     """Use it as a context manager; `begin` and `done` around each of `total` runs, `token` at each new token."""
 
     def __init__(self, total: int) -> None:
-        self.console = message_console()
+        super().__init__(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            total=total,
+        )
         self.total = total
         self.finished = 0
         self._text = ""
         self._prompt_tokens = self._tokens = 0
-        self._bar: RichProgress | None = None
-        if self.console.is_terminal:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-            )
-            self._bar = RichProgress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, description=text)
+        if self.visible:
+            self.update(description=text)
         else:
             self.console.print(text, soft_wrap=True)
 
     def begin(self, text: str, prompt_tokens: int) -> None:
         self._text, self._prompt_tokens, self._tokens = text, prompt_tokens, 0
-        if self._bar is not None:
-            self._bar.update(self._task, description=f"{text}: reading {prompt_tokens} tokens")
+        self.update(description=f"{text}: reading {prompt_tokens} tokens")
 
     def token(self) -> None:
         self._tokens += 1
-        if self._bar is not None:
-            self._bar.update(self._task, description=f"{self._text}: writing token {self._tokens}")
+        self.update(description=f"{self._text}: writing token {self._tokens}")
 
     def done(self, result: str) -> None:
         """Ends a run; its line stays on the screen."""
@@ -64,5 +44,4 @@ class Progress:
         tokens = f"{self._prompt_tokens} tokens read, {self._tokens} written"
         line = f"[{self.finished}/{self.total}] {self._text}: {tokens}, {result}"
         self.console.print(line, markup=False, soft_wrap=True)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.finished)
+        self.update(completed=self.finished)

@@ -60,6 +60,17 @@ def encode(tokenizer: Any, text: str, chat: bool | None = None, system: str | No
     Raises:
         ConfigError: what is asked for does not go with this tokenizer.
     """
+    if not uses_chat(tokenizer, chat, system):
+        return tokenizer(text, return_tensors="pt").input_ids
+    return apply_chat(tokenizer, text, system, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"]
+
+
+def uses_chat(tokenizer: Any, chat: bool | None, system: str | None) -> bool:
+    """Whether a prompt goes through the chat template; None: where there is one.
+
+    Raises:
+        ConfigError: what is asked for does not go with this tokenizer.
+    """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template:
         raise ConfigError("--chat: the tokenizer of this model has no chat template; use --no-chat")
@@ -68,21 +79,25 @@ def encode(tokenizer: Any, text: str, chat: bool | None = None, system: str | No
     if system is not None and not chat:
         why = "the tokenizer of this model has none" if not has_template else "--no-chat leaves it out"
         raise ConfigError(f"--system: needs the chat template, and {why}")
-    if not chat:
-        return tokenizer(text, return_tensors="pt").input_ids
+    return chat
+
+
+def apply_chat(tokenizer: Any, text: str, system: str | None, **options: Any) -> Any:
+    """A user's message through the chat template, up to where the answer begins.
+
+    Raises:
+        ConfigError: the template refuses it.
+    """
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
     except Exception as error:  # templates raise what they like, for roles that they do not know for example
         option = "--system" if system is not None else "--chat"
         raise ConfigError(
             f"{option}: the chat template of this model refuses the messages: {one_line(str(error))}"
         ) from (error)
-    return encoded["input_ids"]
 
 
 def check_room(prompt_tokens: int, new_tokens: int, model_config: Any) -> None:

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ConfigError
 from ..files import write_text
 from .options import with_options
-from .output import say
+from .output import check_folder, say
 from .sweeping import evaluation_extra
 
 
@@ -26,17 +25,17 @@ def report(
     ] = None,
 ) -> None:
     """Make a self-contained page of results: tables, plots, paired differences with intervals."""
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output {str(output)!r}: the folder does not exist")
+    check_folder(output)
     with evaluation_extra():
         from ..evaluation import read_report_samples
         from ..evaluation.plots import figures, save
         from ..evaluation.report import render
         from ..evaluation.tables import rows
     samples = read_report_samples(results)
-    write_text(output, render(samples))
+    table = rows(samples)
+    write_text(output, render(samples, table=table))
     say(f"{output}: {len(samples)} samples")
     if plots is not None:
-        drawn = figures(rows(samples))
+        drawn = figures(table)
         save(drawn, plots)
         say(f"{plots}: {', '.join(drawn)} as PNG and SVG")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
+from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
 
-from .output import message_console
+from .bar import Bar
 
 
-class WorkProgress:
+class WorkProgress(Bar):
     """Use it as a context manager, and `done` after each item.
 
     Args:
@@ -19,37 +18,25 @@ class WorkProgress:
     """
 
     def __init__(self, weights: list[float]) -> None:
-        self.console = message_console()
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            total=len(weights),
+            left="",
+        )
         self._weights = weights
         self._finished = 0
         self._begin = time.monotonic()
-        self._bar: RichProgress | None = None
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-            )
-            self._bar = RichProgress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task("", total=len(weights), left="")
 
-    def __enter__(self) -> WorkProgress:
+    def __enter__(self) -> Self:
         self._begin = time.monotonic()
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        return super().__enter__()
 
     def begin(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, description=text)
+        self.update(description=text)
 
     def done(self, text: str) -> None:
         """Ends an item."""
@@ -57,8 +44,8 @@ class WorkProgress:
         passed = time.monotonic() - self._begin
         done = sum(self._weights[: self._finished])
         left = passed / done * sum(self._weights[self._finished :]) if done else 0.0
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._finished, left=f"about {duration(left)} left")
+        if self.visible:
+            self.update(completed=self._finished, left=f"about {duration(left)} left")
         else:
             line = f"[{self._finished}/{len(self._weights)}] {text}, about {duration(left)} left"
             self.console.print(line, markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from .pages import environment
 from .plots import as_svg, figures
 from .results import Sample
 from .statistics import Comparison, Estimate
-from .tables import rows
+from .tables import Row, rows
 
 TITLES = {
     "kl-by-bytes": "Fidelity against bytes",
@@ -21,9 +21,16 @@ TITLES = {
 }
 
 
-def render(samples: Sequence[Sample], title: str = "KVCrush: what a smaller cache costs") -> str:
-    """HTML with tables, plots and the environment; it loads nothing."""
-    table = rows(samples)
+def render(
+    samples: Sequence[Sample],
+    title: str = "KVCrush: what a smaller cache costs",
+    table: Sequence[Row] | None = None,
+) -> str:
+    """HTML with tables, plots and the environment; it loads nothing.
+
+    table: `rows(samples)`, where the caller has them; their intervals take a while.
+    """
+    table = rows(samples) if table is None else table
     first = samples[0]
     templates = environment()
     templates.filters.update(estimate=_estimate, interval=_interval, change=_change)

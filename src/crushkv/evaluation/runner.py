@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache
 from ..config import CrushConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..hf import CrushCache, Recording, stack
-from ..hf.cache import kv_bytes
 from .decoding import greedy_answers
 from .fidelity import Reference
 from .results import ResultsFile, Sample, prompt_hash, sample_key
@@ -106,13 +105,12 @@ def run_item(item: Item, sweep: Sweep, subject: Subject, add: Callable[[Sample],
             if prompt.gold is not None:
                 gold = subject.tokenizer(prompt.gold, add_special_tokens=False, return_tensors="pt").input_ids[0]
             reference = Reference(model, recording, gold, sweep.answer_tokens)
-        full = kv_bytes(recording.branch(None))
         names = list(item.configs)
         for start in range(0, len(names), sweep.batch):
             batch = {name: item.configs[name] for name in names[start : start + sweep.batch]}
             answers = _answers(batch, prompt, sweep, subject, recording) if "score" in sweep.measures else {}
             for name, config in batch.items():
-                add(_sample(name, config, item, sweep, subject, recording, reference, full, answers.get(name)))
+                add(_sample(name, config, item, sweep, subject, recording, reference, answers.get(name)))
 
 
 def _sample(
@@ -123,11 +121,10 @@ def _sample(
     subject: Subject,
     recording: Recording,
     reference: Reference | None,
-    full: int,
     answer: str | None,
 ) -> Sample:
     prompt = item.prompt
-    held, fidelity = full, reference.fidelity if reference else None
+    held, fidelity = recording.nbytes, reference.fidelity if reference else None
     if config is not None:
         cache = recording.branch(config)
         assert isinstance(cache, CrushCache)
@@ -142,7 +139,7 @@ def _sample(
         config=None if config is None else config.to_dict(),
         settings=_settings(sweep, prompt),
         bytes_held=held,
-        bytes_full=full,
+        bytes_full=recording.nbytes,
         model=subject.description,
         versions=subject.versions,
         kl=fidelity.kl if fidelity else None,

@@ -47,6 +47,11 @@ class Recording:
         self.tokens: int = input_ids.shape[1]
         self._masses: dict[str, list[Tensor]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Keys and values of the full cache."""
+        return self._source.nbytes
+
     @torch.no_grad()
     def branch(self, config: CrushConfig | None) -> CrushCache | DynamicCache:
         """The cache after the prompt: of a configuration, or the full cache (None). Each call makes a new one."""
