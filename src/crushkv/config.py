@@ -13,12 +13,14 @@ from typing import Any, Literal, get_args
 from .core import ANCHORS, Budget, SelectionOptions
 from .errors import ConfigError, nearest
 from .importance import Policy, make_policy
+from .storage import RAW, WIDTHS, Formats
 
 Threshold = Literal["budget", "median"]
 Signature = Literal["per_head", "collapsed"]
-Grouping = Literal["signature", "random", "position"]
+Grouping = Literal["signature", "random", "position", "score"]
 Representative = Literal["middle", "best"]
 Aggregate = Literal["mean", "max"]
+Bits = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,10 @@ class CrushConfig:
     """What is kept of a KV cache. Frozen, checked when it is made, and equal to its JSON form.
 
     Attributes:
-        budget: tokens kept per KV head in each layer: a fraction of the tokens seen (float, or `"25%"`), a number
-            of tokens (int), or bytes for one sequence over all layers (`"64MiB"`). Everything kept counts.
+        budget: what is kept: a fraction of the full cache's bytes (float, or `"25%"`), a number of tokens per KV head
+            in each layer (int), or bytes for one sequence over all layers (`"64MiB"`). Everything kept counts. A
+            fraction counts 16 bits for a number in the model's dtype, also in a float32 model; where nothing is
+            quantized it is as well the fraction of the tokens seen.
         policy: name of an importance policy (`crushkv policies` lists them).
         policy_options: the policy's own options, for example `{"kernel": 5}` for SnapKV.
         sink: first tokens of a sequence, always kept.
@@ -44,12 +48,21 @@ class CrushConfig:
         signature: `"per_head"` is KVCrush, a bit for every query head; `"collapsed"` is its control, one bit of the
             scores' mean over all heads.
         anchors: what signatures are compared with; further anchors split the ties of the earlier ones.
-        grouping: `"signature"` is KVCrush; `"random"` and `"position"` are its controls.
+        grouping: `"signature"` is KVCrush; `"random"` and `"position"` are its controls. `"score"` makes no groups: the
+            next best scores are the representatives, which only their format tells from the important tokens.
         representative: a bucket's middle element, or its `"best"` scored.
         shared_representatives: one set of representatives for all KV heads of a layer.
+        bits: of the important tokens' numbers: 16 (the model's dtype), 8, 4, 3 or 2; or two such, of keys and of values
+            (`"3/2"`). Fewer bits leave room for more tokens in the same budget. Sink and window stay in the model's
+            dtype.
+        representative_bits: the same for representatives; None: as `bits`, and never more.
+        group_size: numbers of one token that share a scale, at most.
+        rotation: rotate keys and values before they are quantized.
+        rank: project keys and values onto so many (int) leading singular directions of each head, or onto those that
+            cover a share of the energy (float below 1); None: onto none. Found once, at the end of the first prompt.
         aggregate: how the scores of the query heads that share a KV head are joined.
-        interval: while decoding, tokens between two evictions: a layer holds at most budget + interval tokens.
-            0 never evicts while decoding.
+        interval: while decoding, tokens between two evictions, in the model's dtype until then: a layer holds at most
+            budget + interval tokens. 0 never evicts (or quantizes) while decoding.
         seed: of everything drawn at random.
 
     Raises:
@@ -71,6 +84,11 @@ class CrushConfig:
     grouping: Grouping = "signature"
     representative: Representative = "middle"
     shared_representatives: bool = False
+    bits: Bits = RAW
+    representative_bits: Bits | None = None
+    group_size: int = 64
+    rotation: bool = True
+    rank: int | float | None = None
     aggregate: Aggregate = "mean"
     interval: int = 128
     seed: int = 0
@@ -84,13 +102,16 @@ class CrushConfig:
         if not isinstance(self.policy_options, Mapping):
             raise ConfigError(f"policy_options={self.policy_options!r}: accepted is a mapping of option to value")
         object.__setattr__(self, "policy_options", dict(self.policy_options))
+        for name in ("bits", "representative_bits"):
+            object.__setattr__(self, name, _as_bits(name, getattr(self, name)))
         self._check_numbers()
         self._check_choices()
+        self._check_formats()
         self._check_budget()
         self._check_policy()
 
     def _check_numbers(self) -> None:
-        least = {"sink": 0, "window": 1, "page_size": 1, "interval": 0, "seed": 0}
+        least = {"sink": 0, "window": 1, "page_size": 1, "group_size": 1, "interval": 0, "seed": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -112,8 +133,15 @@ class CrushConfig:
             or not 0 <= bounds[0] <= bounds[1] < 1
         ):
             raise ConfigError(f"share_bounds={bounds!r}: accepted are two numbers, 0 <= least <= greatest < 1")
-        if not isinstance(self.shared_representatives, bool):
-            raise ConfigError(f"shared_representatives={self.shared_representatives!r}: accepted is true or false")
+        for name in ("shared_representatives", "rotation"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: accepted is true or false")
+        rank = self.rank
+        if rank is not None and not (_is_number(rank) and (rank >= 1 if isinstance(rank, int) else 0 < rank < 1)):
+            raise ConfigError(
+                f"rank={rank!r}: accepted is a number of directions (an integer of at least 1), or a share of the energy "
+                "(above 0 and below 1)"
+            )
 
     def _check_choices(self) -> None:
         for name, kind in (
@@ -131,6 +159,28 @@ class CrushConfig:
         for anchor in self.anchors:
             if anchor not in ANCHORS:
                 raise ConfigError(f"anchors: unknown anchor {anchor!r}.{nearest(str(anchor), ANCHORS)}")
+
+    def _check_formats(self) -> None:
+        formats = self.formats
+        for of, important, representative in zip(("keys", "values"), formats.important, formats.representative, strict=True):
+            if representative > important:
+                raise ConfigError(
+                    f"representative_bits={self.representative_bits!r}: {of} of representatives would take more bits than "
+                    f"those of important tokens (bits={self.bits!r})"
+                )
+            if representative < important == RAW:
+                raise ConfigError(
+                    f"representative_bits={self.representative_bits!r} beside unquantized important tokens: a token that "
+                    "goes from one tier to the other and back would be quantized again and again. Use bits=8, which "
+                    "loses next to nothing"
+                )
+        if self.grouping == "score" and self.shared_representatives:
+            raise ConfigError("grouping='score' ranks tokens for each head, and shared_representatives wants one ranking")
+        if len(formats.blocks) == 2 and (self.representative_share == "dynamic" or self.shared_representatives):
+            raise ConfigError(
+                f"representative_bits={self.representative_bits!r}, other than bits={self.bits!r}, needs as many "
+                "representatives in every head: a number for representative_share, and shared_representatives=false"
+            )
 
     def _check_budget(self) -> None:
         budget = Budget.parse(self.budget)
@@ -168,6 +218,13 @@ class CrushConfig:
         names = (f.name for f in dataclasses.fields(SelectionOptions))
         return SelectionOptions(**{name: getattr(self, name) for name in names})
 
+    @property
+    def formats(self) -> Formats:
+        """The formats of the tiers, as `crushkv.storage` takes them."""
+        important = _pair(self.bits)
+        representative = important if self.representative_bits is None else _pair(self.representative_bits)
+        return Formats(important, representative, self.group_size, self.rotation, self.rank)
+
     def replace(self, **changes: Any) -> CrushConfig:
         """A copy with some fields changed, checked again."""
         return CrushConfig.from_dict({**self.to_dict(), **changes})
@@ -177,6 +234,9 @@ class CrushConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["anchors"] = list(self.anchors)
         values["share_bounds"] = list(self.share_bounds)
+        for name in ("bits", "representative_bits"):
+            if isinstance(values[name], tuple):
+                values[name] = "/".join(map(str, values[name]))
         values["policy_options"] = dict(self.policy_options)
         return values
 
@@ -212,6 +272,25 @@ class CrushConfig:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"configuration {str(path)!r}: {error}") from None
         return cls.from_json(text)
+
+
+def _pair(bits: Bits) -> tuple[int, int]:
+    """Bits of keys and of values."""
+    return (bits, bits) if isinstance(bits, int) else bits
+
+
+def _as_bits(name: str, value: object) -> object:
+    """A width, or two, checked: from 4, (3, 2), [3, 2] or "3/2"."""
+    if value is None and name == "representative_bits":
+        return None
+    if isinstance(value, str):
+        parts: tuple[object, ...] = tuple(int(p) if p.strip().isdecimal() else p for p in value.split("/"))
+    else:
+        parts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not 1 <= len(parts) <= 2 or any(isinstance(p, bool) or p not in WIDTHS for p in parts):
+        widths = ", ".join(map(str, WIDTHS))
+        raise ConfigError(f"{name}={value!r}: accepted are {widths}, or two of them for keys and values ('3/2')")
+    return parts[0] if len(set(parts)) == 1 else parts
 
 
 def _is_number(value: object) -> bool:

@@ -93,5 +93,9 @@ _READ: Mapping[str, Callable[[str], Any]] = {
     "representative_share": _number,
     "share_bounds": lambda text: tuple(_number(part.strip()) for part in re.split("[-,]", text)),
     "anchors": lambda text: tuple(part.strip() for part in text.split("+")),
+    "bits": _number,
+    "representative_bits": lambda text: None if text == "none" else _number(text),
     "shared_representatives": _flag,
+    "rotation": _flag,
+    "rank": lambda text: None if text == "none" else _number(text),
 }

@@ -55,7 +55,7 @@ _FIELDS = (
         "Compared with signatures: mean, inverse_mean, alternating, random, zeros, ones. Repeatable.",
         "--anchor",
     ),
-    _Field("grouping", str, "KIND", "Buckets by signature, random or position."),
+    _Field("grouping", str, "KIND", "Buckets by signature, random or position; or score."),
     _Field("representative", str, "WHICH", "Of a bucket: middle or best."),
     _Field("shared_representatives", str, "BOOL", "One set of representatives for all KV heads: true or false."),
     _Field("aggregate", str, "KIND", "Scores of heads that share a KV head: mean or max."),

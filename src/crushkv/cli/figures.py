@@ -25,7 +25,7 @@ def figures(run: Measurement, answer: str) -> dict[str, Any]:
         "tiers": None if report is None else {name: round(count, 3) for name, count in report.tiers.items()},
         "kv_bytes": run.kv_bytes,
         "full_kv_bytes": run.full_kv_bytes,
-        "bytes_fraction": run.kv_bytes / run.full_kv_bytes if run.full_kv_bytes else 1.0,
+        "bytes_fraction": run.bytes_fraction,
         "state_bytes": 0 if report is None else report.state_bytes,
         "ttft_seconds": run.ttft,
         "tpot_seconds": run.tpot,

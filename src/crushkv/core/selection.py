@@ -43,7 +43,7 @@ class SelectionOptions:
     threshold: Literal["budget", "median"] = "budget"
     signature: Literal["per_head", "collapsed"] = "per_head"
     anchors: tuple[str, ...] = ("mean",)
-    grouping: Literal["signature", "random", "position"] = "signature"
+    grouping: Literal["signature", "random", "position", "score"] = "signature"
     representative: Literal["middle", "best"] = "middle"
     shared_representatives: bool = False
     aggregate: Literal["mean", "max"] = "mean"
@@ -136,7 +136,8 @@ def contest(
 ) -> tuple[Tensor, Groups | None]:
     """Important and representative units among the contested ones, uint8 `[B, Hkv, U]`, and how they were grouped.
 
-    `middle [B, H, U * page]` holds the contested tokens' scores. Without representatives there are no groups.
+    `middle [B, H, U * page]` holds the contested tokens' scores. Without representatives, or with those of the
+    next best scores, there are no groups.
     """
     rows, heads, tokens = middle.shape
     units = tokens // options.page_size
@@ -153,6 +154,9 @@ def contest(
         return top_mask(score, keep).to(torch.uint8) * Tier.IMPORTANT, None
 
     important = top_mask(score, keep - share)
+    if options.grouping == "score":
+        tier = top_mask(score, keep).to(torch.uint8) * Tier.REPRESENTATIVE
+        return tier.masked_fill_(important, Tier.IMPORTANT), None
     candidates = real[:, None] & ~important
     if options.shared_representatives:
         candidates = candidates.all(1, keepdim=True).expand_as(candidates)

@@ -22,7 +22,8 @@ class Sample:
         task, id: the prompt. prompt_hash: of its text.
         name: of the configuration. config: all its fields; None is the full cache.
         settings: of the sweep, as far as they bear on the figures.
-        bytes_held, bytes_full: keys and values after the prompt, here and in the full cache.
+        bytes_held, bytes_full: keys and values after the prompt, here and in the full cache; both with the same number
+            of bytes (two) for a number in the model's dtype.
         kl, agreement, gold_nll, answer_tokens: see `Fidelity`; None where not measured.
         score, metric, answer: of the generated answer; None where not measured.
         model, versions: what ran.

@@ -124,11 +124,11 @@ def _sample(
     answer: str | None,
 ) -> Sample:
     prompt = item.prompt
-    held, fidelity = recording.nbytes, reference.fidelity if reference else None
+    held, fidelity = recording.nbytes_at_16_bits, reference.fidelity if reference else None
     if config is not None:
         cache = recording.branch(config)
         assert isinstance(cache, CrushCache)
-        held = cache.nbytes
+        held = cache.nbytes_at_16_bits
         fidelity = reference.compare(cache) if reference else None
     return Sample(
         task=prompt.task,
@@ -139,7 +139,7 @@ def _sample(
         config=None if config is None else config.to_dict(),
         settings=_settings(sweep, prompt),
         bytes_held=held,
-        bytes_full=recording.nbytes,
+        bytes_full=recording.nbytes_at_16_bits,
         model=subject.description,
         versions=subject.versions,
         kl=fidelity.kl if fidelity else None,

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError, nearest
+from ..storage import turn
 from .layer import AttentionCall, CrushLayer
 
 SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -92,7 +93,12 @@ class CrushAttention:
         if layer is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
         mask = layer.mask(attention_mask, query.shape[2], aligned="flash" in self.name)
-        output = attend(module, query, key, value, mask, *args, **kwargs)
+        turned_keys, turned_values = layer.storage.rotations()
+        turned = query if turned_keys is None else turn(query, turned_keys)
+        output = attend(module, turned, key, value, mask, *args, **kwargs)
+        if turned_values is not None:
+            attended, *rest = output
+            output = (turn(attended, turned_values.T), *rest)
         scaling = kwargs.get("scaling")
         layer.after_attention(
             AttentionCall(

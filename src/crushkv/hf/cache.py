@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,8 @@ class CacheReport:
         kv_bytes: keys and values of all layers, room to grow included.
         full_kv_bytes: what the full cache would hold of the same tokens in the same dtype.
         state_bytes: what KVCrush holds besides (positions, tiers, scores, last queries).
+        bytes_fraction: `kv_bytes` as a part of `full_kv_bytes`, both with 16 bits for a number in the model's dtype, so
+            that 4 bits are a quarter and not an eighth beside a model in float32.
     """
 
     tokens_seen: int
@@ -39,10 +41,7 @@ class CacheReport:
     kv_bytes: int
     full_kv_bytes: int
     state_bytes: int
-
-    @property
-    def bytes_fraction(self) -> float:
-        return self.kv_bytes / self.full_kv_bytes if self.full_kv_bytes else 1.0
+    bytes_fraction: float
 
 
 class CrushCache(Cache):
@@ -83,22 +82,19 @@ class CrushCache(Cache):
         if not isinstance(layer, CrushLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer.index == 0:
-            self.begin(key_states, value_states, layer)
+            self.begin(key_states.shape[2], layer)
         keys, values = layer.update(key_states, value_states)
         hand_over(layer, owner=id(self))
         return keys, values
 
-    def begin(self, keys: Tensor, values: Tensor, first: CrushLayer) -> None:
-        """Takes what the first compressed layer's input tells about the whole pass; `update` calls it."""
+    def begin(self, tokens: int, first: CrushLayer) -> None:
+        """Checks a pass over so many new tokens when it reaches the first compressed layer; `update` calls it."""
         if any(layer.seen != first.seen for layer in self.crushed_layers):
             raise UnsupportedModelError(
                 "an earlier pass over this cache was interrupted, and its layers differ: reset() it, or use a new one"
             )
-        if keys.shape[2] > 1:
-            check_prompt(first.seen + keys.shape[2], self.model_config)
-        # Heads and sizes are the same in all compressed layers of the supported models.
-        per_layer = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
-        self.plan.bytes_per_token = per_layer * self.plan.layers
+        if tokens > 1:
+            check_prompt(first.seen + tokens, self.model_config)
 
     @property
     def prefill_end(self) -> int | None:
@@ -124,18 +120,25 @@ class CrushCache(Cache):
         """Bytes of keys and values held, over all layers."""
         return kv_bytes(self)
 
+    @property
+    def nbytes_at_16_bits(self) -> int:
+        """`nbytes`, with two bytes for each number in the model's dtype: what is compared, whatever that dtype is."""
+        return sum(_bytes_at_16_bits(layer) for layer in self.layers)
+
     def report(self) -> CacheReport:
         """Measures what is held now."""
         crushed = [layer for layer in self.crushed_layers if layer.seen]
-        full: int = sum(_layer_bytes(layer) for layer in self.layers if not isinstance(layer, CrushLayer))
+        others = [layer for layer in self.layers if not isinstance(layer, CrushLayer)]
+        full = sum(_layer_bytes(layer) for layer in others)
+        full_at_16 = sum(_bytes_at_16_bits(layer) for layer in others)
         tiers: dict[str, float] = defaultdict(float)
         held = 0.0
         for layer in crushed:
-            keys, values = layer.keys, layer.values
-            assert keys is not None and values is not None
-            rows, kv_heads, slots, size = keys.shape
-            full += rows * kv_heads * layer.seen * (size + values.shape[-1]) * keys.element_size()
-            held += slots / len(crushed)
+            rows, kv_heads = layer.storage.rows, layer.storage.kv_heads
+            sizes = layer.storage.sizes()
+            full += rows * sizes.raw(layer.seen)
+            full_at_16 += rows * replace(sizes, raw_bytes=2).raw(layer.seen)
+            held += layer.storage.length / len(crushed)
             for tier in (Tier.SINK, Tier.IMPORTANT, Tier.REPRESENTATIVE, Tier.RECENT):
                 tiers[tier.name.lower()] += int((layer.tiers == tier).sum()) / (len(crushed) * rows * kv_heads)
         return CacheReport(
@@ -145,6 +148,7 @@ class CrushCache(Cache):
             kv_bytes=self.nbytes,
             full_kv_bytes=full,
             state_bytes=sum(layer.state_nbytes for layer in crushed),
+            bytes_fraction=self.nbytes_at_16_bits / full_at_16 if full_at_16 else 1.0,
         )
 
 
@@ -158,3 +162,10 @@ def _layer_bytes(layer: object) -> int:
         return layer.storage.nbytes
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+
+def _bytes_at_16_bits(layer: object) -> int:
+    if isinstance(layer, CrushLayer):
+        return layer.storage.nbytes_at_16_bits
+    keys = getattr(layer, "keys", None)
+    return 0 if keys is None else _layer_bytes(layer) * 2 // keys.element_size()

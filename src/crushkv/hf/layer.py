@@ -12,7 +12,9 @@ from transformers.cache_utils import CacheLayerMixin
 from ..core import Tier, select, stage
 from ..errors import UnsupportedModelError
 from ..importance import LayerView
-from ..storage import DenseStorage
+from ..storage import TieredStorage
+from ..storage.buffers import take
+from .arrangement import arrange
 from .masks import last_query_row, physical_mask
 from .plan import Plan
 from .queries import QueryTail
@@ -49,7 +51,8 @@ class CrushLayer(CacheLayerMixin):
     def __init__(self, plan: Plan, index: int) -> None:
         self.plan = plan
         self.index = index  # among the compressed layers
-        self.storage = DenseStorage(growth=min(GROWTH, plan.config.interval or GROWTH))
+        growth = min(GROWTH, plan.config.interval or GROWTH)
+        self.storage = TieredStorage(plan.formats, growth, plan.workspace)
         self.reset()
 
     def reset(self) -> None:
@@ -67,19 +70,19 @@ class CrushLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        return self.storage.keys
+        return None if self.storage.empty else self.storage.read()[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        return self.storage.values
+        return None if self.storage.empty else self.storage.read()[1]
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        return self.storage.keys is not None
+        return not self.storage.empty
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.keys is None else self.keys.shape[0]
+        return -1 if self.storage.empty else self.storage.rows
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the first update brings shapes, dtype and device."""
@@ -118,9 +121,8 @@ class CrushLayer(CacheLayerMixin):
         if not self.compressed:
             return mask
         padding = None if self.real is None else self.real[:, : self.compressed]
-        recent = self.storage.length - self.compressed
-        assert self.keys is not None
-        return physical_mask(mask, padding, self.compressed, recent, self.seen, queries, aligned, self.keys)
+        rows, device = self.storage.rows, self.storage.device
+        return physical_mask(mask, padding, self.compressed, self._since, self.seen, queries, aligned, rows, device)
 
     @torch.no_grad()
     def after_attention(self, call: AttentionCall) -> None:
@@ -143,9 +145,8 @@ class CrushLayer(CacheLayerMixin):
     def _extend_real(self, new_real: Tensor | None, count: int) -> None:
         if new_real is None and self.real is None:
             return
-        assert self.keys is not None
-        held = (self.keys.shape[0], self.storage.length - count)
-        past = self.keys.new_ones(held, dtype=torch.bool) if self.real is None else self.real
+        held = (self.storage.rows, self.storage.length - count)
+        past = torch.ones(held, dtype=torch.bool, device=self.storage.device) if self.real is None else self.real
         if new_real is None:
             new_real = past.new_ones((past.shape[0], count))
         self.real = torch.cat([past, new_real], dim=1)
@@ -167,16 +168,23 @@ class CrushLayer(CacheLayerMixin):
                 self.mass = self.plan.policy.accumulate(self._view(call))
             self.queries.clear()
 
-    def _view(self, call: AttentionCall) -> LayerView:
-        assert self.keys is not None and self.values is not None
+    def _view(self, call: AttentionCall, order: Tensor | None = None) -> LayerView:
+        """What a policy reads, slot by slot, or with the slots in the given order `[B, Hkv, P]`."""
+        keys, values = self.storage.read()
+        real, mass = self.real, self.mass
+        if order is not None:
+            keys, values = take(keys, order), take(values, order)
+            mass = None if mass is None else _by_kv_head(mass, order)
+            if real is not None:
+                real = real.gather(1, order[:, 0])
         return LayerView(
-            keys=self.keys,
-            values=self.values,
+            keys=keys,
+            values=values,
             queries=self.queries.queries,
             scaling=call.scaling,
-            real=self.real,
+            real=real,
             queries_real=self.queries.real,
-            mass=self.mass,
+            mass=mass,
             softcap=call.softcap,
             seed=self._seed,
         )
@@ -187,42 +195,50 @@ class CrushLayer(CacheLayerMixin):
         return ((self.plan.config.seed * 1_000_003 + self.index) * 1_000_003 + self.seen) % 2**63
 
     def evict(self, call: AttentionCall) -> None:
-        """Scores what is held and keeps the budget of it."""
+        """Scores what is held, keeps the budget of it, and puts it into the formats of its tiers."""
         self.since_eviction = 0
-        assert self.keys is not None
+        storage, plan = self.storage, self.plan
         if self.real is not None and bool(self.real.all()):
             self.real = None
-        rows, kv_heads, held, _ = self.keys.shape
-        count = torch.full((rows,), held, device=self.keys.device) if self.real is None else self.real.sum(-1)
+        held, device = storage.length, storage.device
+        count = torch.full((storage.rows,), held, device=device) if self.real is None else self.real.sum(-1)
         seen = count if self.evicted is None else count + self.evicted
-        budget = self.plan.layer_budget(self.index, seen)
-        if held <= int(budget.minimum(count).max()):
+        if held <= plan.config.sink + plan.config.window:
             return
-        if self.plan.policy.streams:
+        storage.fit(self.real)
+        budget = plan.layer_budget(self.index, seen, count, storage.sizes())
+        if plan.formats.raw and held <= int(budget.minimum(count).max()):
+            return
+        if plan.policy.streams:
             self._accumulate(call)
+        order = self._text_order() if storage.blocked else None
         with stage("importance"):
-            head_score = self.plan.policy.score(self._view(call))
+            view = self._view(call, order)
+            head_score = plan.policy.score(view)
         with stage("selection"):
-            selection = select(head_score, kv_heads, budget, self.plan.options, self.real, self._seed)
+            selection = select(head_score, storage.kv_heads, budget, plan.options, view.real, self._seed)
         with stage("gather"):
-            self._positions = self.positions.gather(2, selection.indices).to(torch.int32)
-            self._tiers = selection.tiers
-            self.storage.keep(selection.indices)
+            kept = arrange(selection, plan.formats)
+            slots = kept.indices if order is None else order.gather(2, kept.indices)
+            self._positions = self.positions.gather(2, slots).to(torch.int32)
+            self._tiers = kept.tiers
+            storage.keep(slots, kept.lengths)
             if self.mass is not None:
-                group = self.mass.shape[1] // kv_heads
-                self.mass = self.mass.gather(2, selection.indices.repeat_interleave(group, dim=1))
+                self.mass = _by_kv_head(self.mass, slots)
         self.evicted = seen - selection.counts
-        kept = selection.indices.shape[2]
-        filled = torch.arange(kept, device=self.keys.device) >= (kept - selection.counts)[:, None]
+        filled = kept.tiers[:, 0] != Tier.PADDING
         self.real = None if bool(filled.all()) else filled
+
+    def _text_order(self) -> Tensor:
+        """The slots in the order of the text, `[B, Hkv, P]`, those that hold no token first."""
+        positions = self.positions
+        return (positions if self.real is None else positions.masked_fill(~self.real[:, None], -1)).argsort(dim=-1)
 
     # As data
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the layer holds: tensors, and numbers."""
         tensors = {
-            "keys": self.keys,
-            "values": self.values,
             "positions": self._positions,
             "tiers": self._tiers,
             "real": self.real,
@@ -232,12 +248,12 @@ class CrushLayer(CacheLayerMixin):
             "queries_real": self.queries.real,
         }
         held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return held, {"seen": self.seen, "since_eviction": self.since_eviction}
+        return self.storage.state() | held, {"seen": self.seen, "since_eviction": self.since_eviction}
 
     def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
-        """Replaces everything by what `state` gave, of this or another layer; keys and values are copied."""
+        """Replaces everything by what `state` gave, of this or another layer of the same formats."""
         self.reset()
-        self.storage.append(tensors["keys"], tensors["values"])
+        self.storage.load_state(tensors)
         self._positions, self._tiers = tensors.get("positions"), tensors.get("tiers")
         self.real, self.evicted, self.mass = tensors.get("real"), tensors.get("evicted"), tensors.get("mass")
         if (queries := tensors.get("queries")) is not None:
@@ -249,20 +265,22 @@ class CrushLayer(CacheLayerMixin):
     @property
     def positions(self) -> Tensor:
         """Logical position of every slot, int64 `[B, Hkv, P]`, padding counted; meaningless where `real` is False."""
-        assert self.keys is not None
-        rows, kv_heads, held, _ = self.keys.shape
-        recent = torch.arange(self.seen - (held - self.compressed), self.seen, device=self.keys.device)
-        recent = recent.expand(rows, kv_heads, -1)
+        recent = torch.arange(self.seen - self._since, self.seen, device=self.storage.device)
+        recent = recent.expand(self.storage.rows, self.storage.kv_heads, -1)
         return recent if self._positions is None else torch.cat([self._positions.long(), recent], dim=2)
 
     @property
     def tiers(self) -> Tensor:
         """Tier of every slot, uint8 `[B, Hkv, P]`; tokens that came since the last eviction are recent."""
-        assert self.keys is not None
-        rows, kv_heads, held, _ = self.keys.shape
-        recent = self.keys.new_full((rows, kv_heads, held - self.compressed), Tier.RECENT, dtype=torch.uint8)
+        size = (self.storage.rows, self.storage.kv_heads, self._since)
+        recent = torch.full(size, Tier.RECENT, dtype=torch.uint8, device=self.storage.device)
         tiers = recent if self._tiers is None else torch.cat([self._tiers, recent], dim=2)
         return tiers if self.real is None else tiers.masked_fill(~self.real[:, None], Tier.PADDING)
+
+    @property
+    def _since(self) -> int:
+        """Slots of tokens that came since the last eviction."""
+        return self.storage.length - self.compressed
 
     @property
     def state_nbytes(self) -> int:
@@ -302,3 +320,8 @@ class CrushLayer(CacheLayerMixin):
         raise UnsupportedModelError(
             "offloading is not supported together with KVCrush: leave cache_implementation unset"
         )
+
+
+def _by_kv_head(mass: Tensor, slots: Tensor) -> Tensor:
+    """The mass `[B, Hq, K]` of the tokens at `slots [B, Hkv, K]`."""
+    return mass.gather(2, slots.repeat_interleave(mass.shape[1] // slots.shape[1], dim=1))

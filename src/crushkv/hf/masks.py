@@ -26,7 +26,8 @@ def physical_mask(
     seen: int,
     queries: int,
     aligned: bool,
-    like: Tensor,
+    rows: int,
+    device: torch.device,
 ) -> Tensor | None:
     """A mask over physical slots: the compressed part, then the tokens that came since.
 
@@ -40,7 +41,7 @@ def physical_mask(
         seen: logical length.
         queries: q, the queries of this pass.
         aligned: the attention implementation aligns a causal mask at the last key by itself.
-        like: a tensor on the device of the mask.
+        rows, device: B, and where the mask is needed.
 
     Returns:
         None, `[B, compressed + recent]` or `[B, 1, q, compressed + recent]`, of the kind of `mask`.
@@ -48,11 +49,10 @@ def physical_mask(
     if mask is None:
         if filled is None and (queries == 1 or aligned):
             return None
-        rows = like.shape[0]
         if aligned:
-            mask = torch.ones((rows, seen), dtype=torch.bool, device=like.device)
+            mask = torch.ones((rows, seen), dtype=torch.bool, device=device)
         else:
-            position = torch.arange(seen, device=like.device)
+            position = torch.arange(seen, device=device)
             mask = (position <= position[-queries:, None]).expand(rows, 1, queries, seen)
     behind = mask[..., seen - recent : seen]
     if mask.is_floating_point():

@@ -53,6 +53,11 @@ class Measurement:
     memory_before: int | None
     report: CacheReport | None
 
+    @property
+    def bytes_fraction(self) -> float:
+        """`kv_bytes` as a part of `full_kv_bytes`; see `CacheReport`."""
+        return 1.0 if self.report is None else self.report.bytes_fraction
+
 
 def measure(
     model: Any,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from ..config import CrushConfig
 from ..core import Budget, SelectionOptions, pyramid
 from ..importance import Policy
+from ..split import split_bytes
+from ..storage import Formats, LayerSizes, Workspace
 
 
 @dataclass
@@ -18,34 +20,75 @@ class Plan:
 
     Attributes:
         layers: number of compressed layers.
-        bytes_per_token: keys and values of one token in all of them; known once the first layer has been filled.
         prefill_end: logical length at which the prompt being read ends; None while that is not known, and then
             each forward pass over several tokens is a whole prompt.
     """
 
     config: CrushConfig
     layers: int
-    bytes_per_token: int = 0
     prefill_end: int | None = None
     warned: bool = False
     policy: Policy = field(init=False)
     options: SelectionOptions = field(init=False)
     budget: Budget = field(init=False)
+    formats: Formats = field(init=False)
+    workspace: Workspace = field(default_factory=Workspace)
 
     def __post_init__(self) -> None:
         self.policy = self.config.make_policy()
         self.options = self.config.selection
         self.budget = self.config.parsed_budget
+        self.formats = self.config.formats
 
-    def layer_budget(self, layer: int, seen: Tensor) -> Tensor:
+    def layer_budget(self, layer: int, seen: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
         """Tokens that compressed layer number `layer` keeps of rows that have seen `seen [B]` real tokens.
 
         Sink and window are kept in any case. Where a fraction or bytes leave no room for a page besides them, one
         warning says so.
+
+        Args:
+            held: `[B]`, how many of them are left to choose from.
+            sizes: of one row of this layer, a number of the model counted as in the model.
         """
-        always = self.config.sink + self.config.window
-        tokens = self.budget.tokens(seen, self.bytes_per_token)
-        tight = (tokens < seen) & (tokens < always + self.config.page_size)
+        if self.formats.raw or self.budget.kind == "tokens":
+            return self._layer_tokens(layer, seen, sizes)
+        if self.budget.kind == "fraction":
+            sizes = replace(sizes, raw_bytes=2)  # of 16 bits a number, whatever the model's dtype
+        return self._layer_bytes(layer, seen, held, sizes)
+
+    def _layer_tokens(self, layer: int, seen: Tensor, sizes: LayerSizes) -> Tensor:
+        tokens = self.budget.tokens(seen, sizes.raw(1) * self.layers)
+        self._warn_where_tight(tokens, seen)
+        return self._shaped(tokens, seen, layer, self._always)
+
+    def _layer_bytes(self, layer: int, seen: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
+        """Tokens that fit into the layer's bytes, each tier in its own format."""
+        full = seen * sizes.raw(1)
+        if self.budget.kind == "fraction":
+            limit = self.budget.tokens(full, 1)
+        else:
+            limit = full.clamp(max=int(self.budget.amount) // self.layers)
+        self._warn_where_tight(self._fitting(limit, held, sizes), seen)
+        return self._fitting(self._shaped(limit, full, layer, sizes.raw(self._always)), held, sizes)
+
+    def _fitting(self, limit: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
+        pairs = zip(limit.tolist(), held.tolist(), strict=True)
+        return limit.new_tensor([split_bytes(most, left, self.options, sizes).tokens for most, left in pairs])
+
+    @property
+    def _always(self) -> int:
+        return self.config.sink + self.config.window
+
+    def _shaped(self, mean: Tensor, most: Tensor, layer: int, least: int) -> Tensor:
+        """A layer's part of a budget, in tokens or in bytes, given the mean of the layers and what there is."""
+        mean = mean.maximum(most.clamp(max=least))
+        if self.policy.layer_budget != "pyramid":
+            return mean
+        steepness = self.policy.steepness  # type: ignore[attr-defined]
+        return pyramid(mean, most, layer, self.layers, least, steepness)
+
+    def _warn_where_tight(self, tokens: Tensor, seen: Tensor) -> None:
+        tight = (tokens < seen) & (tokens < self._always + self.config.page_size)
         if not self.warned and bool(tight.any()):
             self.warned = True
             warnings.warn(
@@ -54,8 +97,3 @@ class Plan:
                 "the first and the last tokens are kept",
                 stacklevel=2,
             )
-        tokens = tokens.maximum(seen.clamp(max=always))
-        if self.policy.layer_budget == "pyramid":
-            steepness = self.policy.steepness  # type: ignore[attr-defined]
-            tokens = pyramid(tokens, seen, layer, self.layers, always, steepness)
-        return tokens

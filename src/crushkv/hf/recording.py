@@ -52,6 +52,11 @@ class Recording:
         """Keys and values of the full cache."""
         return self._source.nbytes
 
+    @property
+    def nbytes_at_16_bits(self) -> int:
+        """The same with two bytes a number, whatever the model's dtype."""
+        return self._source.nbytes_at_16_bits
+
     @torch.no_grad()
     def branch(self, config: CrushConfig | None) -> CrushCache | DynamicCache:
         """The cache after the prompt: of a configuration, or the full cache (None). Each call makes a new one."""
@@ -69,7 +74,7 @@ class Recording:
             layer, keys, values, call = cache.layers[index], source.keys, source.values, source.call
             assert isinstance(layer, CrushLayer) and keys is not None and values is not None and call is not None
             if not layer.index:
-                cache.begin(keys, values, layer)
+                cache.begin(self.tokens, layer)
             layer.update(keys, values)
             if layer.index < len(masses):
                 layer.mass = masses[layer.index]

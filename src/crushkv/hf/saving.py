@@ -24,7 +24,7 @@ from .cache import CrushCache
 from .layer import CrushLayer
 
 FORMAT = "crushkv cache"
-FORMAT_VERSION = "1"  # changes whenever older code could not read a file, or newer code an older one
+FORMAT_VERSION = "2"  # changes whenever older code could not read a file, or newer code an older one
 # Enough of each parameter to tell weights apart, little enough to be read in a moment.
 _SAMPLED = 64
 
@@ -58,9 +58,6 @@ class SavedCache:
                 layer.load_state(tensors, counts)
             else:
                 _load_window(layer, tensors, counts)
-        first = cache.crushed_layers[0]
-        assert first.keys is not None and first.values is not None
-        cache.begin(first.keys, first.values, first)
         return cache
 
 

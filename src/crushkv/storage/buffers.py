@@ -1,4 +1,4 @@
-"""Buffers that are written to again and again."""
+"""What all tensors of tokens need: writing to them again and again, and taking some of them out."""
 
 from __future__ import annotations
 
@@ -9,3 +9,11 @@ from torch import Tensor
 def writable(buffer: Tensor) -> bool:
     """Whether a buffer may be written to: one made under `inference_mode` cannot be, outside of it."""
     return torch.is_inference_mode_enabled() or not buffer.is_inference()
+
+
+def take(x: Tensor, indices: Tensor) -> Tensor:
+    """Tokens `[..., K, R]` at `indices [..., K]` of `x [..., P, R]`: rows copied whole, faster than a gather."""
+    *batch, tokens, size = x.shape
+    flat = x.reshape(-1, tokens, size)
+    offsets = torch.arange(flat.shape[0], device=x.device).view(*batch, 1) * tokens
+    return flat.view(-1, size).index_select(0, (indices + offsets).flatten()).view(*indices.shape, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .buffers import writable
+from .buffers import take, writable
 
 
 class DenseStorage:
@@ -64,8 +64,7 @@ class DenseStorage:
     def keep(self, indices: Tensor) -> None:
         """Keeps the tokens at `indices [B, Hkv, K]` of each head, in that order, and frees the rest."""
         assert self._keys is not None and self._values is not None
-        self._keys = _gather(self._keys, indices)
-        self._values = _gather(self._values, indices)
+        self._keys, self._values = take(self._keys, indices), take(self._values, indices)
         self.length = indices.shape[2]
 
     def select_rows(self, rows: Tensor) -> None:
@@ -77,11 +76,3 @@ class DenseStorage:
     def clear(self) -> None:
         self._keys = self._values = None
         self.length = 0
-
-
-def _gather(buffer: Tensor, indices: Tensor) -> Tensor:
-    """Rows of D numbers, copied whole: faster than an element-wise gather."""
-    rows, heads, capacity, size = buffer.shape
-    offsets = torch.arange(rows * heads, device=buffer.device).view(rows, heads, 1) * capacity
-    flat = buffer.reshape(rows * heads * capacity, size).index_select(0, (indices + offsets).flatten())
-    return flat.view(rows, heads, -1, size)

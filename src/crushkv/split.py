@@ -1,0 +1,55 @@
+"""How a budget in bytes is split between the tiers: what `CrushLayer` does, and what `plan` shows beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .core import SelectionOptions
+from .core.zones import divide
+from .storage import LayerSizes
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokens of one row that a layer keeps for each KV head, by tier, and the bytes that hold them.
+
+    With a dynamic share, `important` counts the representatives, too.
+    """
+
+    sink: int
+    important: int
+    representative: int
+    recent: int
+    nbytes: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sink + self.important + self.representative + self.recent
+
+
+def split_tokens(budget: int, held: int, options: SelectionOptions, sizes: LayerSizes) -> Split:
+    """What `core.select` makes of `budget` tokens when a row holds `held` real ones."""
+    zones = divide(torch.tensor([held]), torch.tensor([min(budget, held)]), options.sink, options.window, options.page_size)
+    keep, sink, recent = (int(t) for t in (zones.keep, zones.sink, zones.recent))
+    share = options.representative_share
+    representative = 0 if share == "dynamic" else int(keep * share + 0.5)
+    important = (keep - representative) * options.page_size
+    representative *= options.page_size
+    nbytes = sizes.tiers(sink + recent, important, representative)
+    return Split(sink, important, representative, recent, nbytes)
+
+
+@lru_cache(maxsize=1024)
+def split_bytes(limit: int, held: int, options: SelectionOptions, sizes: LayerSizes) -> Split:
+    """The most tokens that fit into `limit` bytes; sink and window are kept in any case."""
+    fits, above = min(held, options.sink + options.window), held
+    while fits < above:  # bytes never shrink when tokens are added
+        middle = (fits + above + 1) // 2
+        if split_tokens(middle, held, options, sizes).nbytes <= limit:
+            fits = middle
+        else:
+            above = middle - 1
+    return split_tokens(fits, held, options, sizes)

@@ -1,0 +1,92 @@
+"""Tokens of one tier, packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .basis import Basis
+from .formats import RAW
+from .packing import pack, unpack
+from .buffers import take
+from .quantization import Codes, dequantize, narrowed, quantize, widened
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Tokens on their way from one tier to another: codes, or numbers where a tier is not quantized."""
+
+    values: Codes | Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, basis: Basis, bits: int, group_size: int) -> Coordinates:
+        """What a tensor of `bits` bits will hold of `x [B, Hkv, P, D]`."""
+        found = basis.coordinates(x)
+        return cls(found.to(x.dtype) if bits == RAW else quantize(found, group_size))
+
+    @staticmethod
+    def joined(parts: list[Coordinates]) -> Coordinates:
+        """One after the other."""
+        codes = [part.values for part in parts if isinstance(part.values, Codes)]
+        if codes:
+            names = ("codes", "low", "span")
+            return Coordinates(Codes(*(torch.cat([getattr(c, name) for c in codes], dim=2) for name in names)))
+        return Coordinates(torch.cat([part.values for part in parts if isinstance(part.values, Tensor)], dim=2))
+
+    def gather(self, indices: Tensor) -> Coordinates:
+        """The tokens at `indices [B, Hkv, K]`."""
+        values = self.values
+        return Coordinates(values.gather(indices) if isinstance(values, Codes) else take(values, indices))
+
+
+class PackedTensor:
+    """Keys or values of a tier, `[B, Hkv, P, R]`, in so many bits.
+
+    tensors: uint8 `planes`, float16 `low` and `span`; or, with 16 bits, `raw` in the model's dtype.
+    """
+
+    def __init__(self, bits: int, tensors: Mapping[str, Tensor]) -> None:
+        self.bits = bits
+        self.tensors = dict(tensors)
+
+    @classmethod
+    def of(cls, coordinates: Coordinates, bits: int) -> PackedTensor:
+        values = coordinates.values
+        if isinstance(values, Tensor):
+            return cls(bits, {"raw": values})
+        planes = pack(narrowed(values.codes, bits), bits)
+        # Clones: parts of a larger tensor would keep all of it alive.
+        packed = {f"plane{i}": plane.contiguous() for i, plane in enumerate(planes)}
+        return cls(bits, {**packed, "low": values.low, "span": values.span})
+
+    @property
+    def tokens(self) -> int:
+        return self.tensors["raw" if self.bits == RAW else "low"].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+    def _codes(self) -> Tensor:
+        planes = tuple(tensor for name, tensor in self.tensors.items() if name.startswith("plane"))
+        return unpack(planes, self.bits, self.tokens)
+
+    def coordinates(self) -> Coordinates:
+        """What is held, ready to move to another tier."""
+        if self.bits == RAW:
+            return Coordinates(self.tensors["raw"])
+        return Coordinates(Codes(widened(self._codes(), self.bits), self.tensors["low"], self.tensors["span"]))
+
+    def write(self, out: Tensor) -> None:
+        """Writes the numbers that are held to float32 `out [B, Hkv, P, R]`."""
+        if self.bits == RAW:
+            out.copy_(self.tensors["raw"])
+        else:
+            dequantize(self._codes(), self.tensors["low"], self.tensors["span"], self.bits, out)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replaces the batch by the given rows of it."""
+        self.tensors = {name: t.index_select(0, rows.to(t.device)) for name, t in self.tensors.items()}

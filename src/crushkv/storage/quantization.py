@@ -1,0 +1,88 @@
+"""Uniform quantization whose codes nest: the high bits of a code are the code of fewer bits.
+
+A group of numbers of one token spans [low, low + span]. A code of b bits names one of 2 ** b equal cells of the span
+and stands for the middle of its cell. So the 8-bit code is the whole story: dropping low bits gives exactly what
+quantizing the numbers themselves to fewer bits would have given, and a token that moves from a tier of 8 bits to one
+of 2 is quantized once in its life.
+
+KIVI (arXiv 2402.02750) quantizes keys per channel, over groups of tokens, because a few channels are much larger than
+the others. Here a rotation spreads these over all channels (QuaRot, arXiv 2404.00456), and every group lies within one
+token, so that tokens can move and leave one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .buffers import take
+
+EMBEDDED_BITS = 8
+# Above what float16 holds nothing can be scaled; below, a span has no 256 different cells.
+_LARGEST, _LEAST_SPAN = 65504.0, 2.0**-14
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Quantized numbers of some tokens.
+
+    codes: uint8 `[..., P, R]`, of 8 bits. low, span: float16 `[..., P, groups]`.
+    """
+
+    codes: Tensor
+    low: Tensor
+    span: Tensor
+
+    def gather(self, indices: Tensor) -> Codes:
+        """The tokens at `indices [..., K]`."""
+        return Codes(*(take(t, indices) for t in (self.codes, self.low, self.span)))
+
+
+def group_length(size: int, group_size: int) -> int:
+    """Numbers a group: the largest divisor of `size` up to `group_size`, or all where only small ones divide it."""
+    length = next(n for n in range(min(size, group_size), 0, -1) if size % n == 0)
+    return length if 2 * length > min(size, group_size) else size
+
+
+def groups(size: int, group_size: int) -> int:
+    """Groups that `size` numbers of a token are divided into."""
+    return size // group_length(size, group_size)
+
+
+def quantize(x: Tensor, group_size: int) -> Codes:
+    """Quantizes `x [..., P, R]` to 8 bits, `group_size` numbers of a token at a time."""
+    length = group_length(x.shape[-1], group_size)
+    parts = x.float().unflatten(-1, (-1, length))
+    low = parts.amin(-1).clamp(-_LARGEST, _LARGEST).half()
+    span = (parts.amax(-1) - low.float()).clamp(_LEAST_SPAN, _LARGEST).half()
+    cells = (parts - low.float()[..., None]) * (2**EMBEDDED_BITS / span.float())[..., None]
+    codes = cells.clamp_(0, 2**EMBEDDED_BITS - 1).to(torch.uint8)  # truncates: the cell's number
+    return Codes(codes.flatten(-2), low, span)
+
+
+def dequantize(codes: Tensor, low: Tensor, span: Tensor, bits: int, out: Tensor) -> None:
+    """Writes what codes of `bits` bits stand for.
+
+    Args:
+        codes: uint8 `[..., P, R]`. low, span: float16 `[..., P, groups]`.
+        out: float32 `[..., P, R]`.
+    """
+    parts = out.unflatten(-1, (low.shape[-1], -1))
+    step = span.float() * 2.0**-bits
+    out.copy_(codes)
+    parts.mul_(step[..., None]).add_((low.float() + step / 2)[..., None])
+
+
+def narrowed(codes: Tensor, bits: int) -> Tensor:
+    """8-bit codes as codes of fewer bits."""
+    return codes >> (EMBEDDED_BITS - bits) if bits < EMBEDDED_BITS else codes
+
+
+def widened(codes: Tensor, bits: int) -> Tensor:
+    """Codes of fewer bits as 8-bit codes that narrow to the same again, and stand for nearly the same value."""
+    if bits == EMBEDDED_BITS:
+        return codes
+    missing = EMBEDDED_BITS - bits
+    return (codes << missing) | (1 << (missing - 1))
