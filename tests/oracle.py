@@ -1,4 +1,5 @@
-"""What a crushed cache has to equal: the full cache, with the evicted entries masked per head."""
+"""What a crushed cache has to equal: the full cache, with the evicted entries masked per head, and quantized ones
+rounded."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 
 from crushkv import CrushConfig, KVCrush
+from crushkv.core import Tier
 from crushkv.hf import CrushLayer
+from crushkv.storage import RAW, Formats
+from reference import rotation_matrix, rounded_token
 
 
 @dataclass
@@ -19,23 +23,28 @@ class Recording:
     """The forward passes of one generation: what went in, what came out, and what each head could see."""
 
     inputs: list[dict[str, Any]] = field(default_factory=list)
-    visible: list[dict[int, Tensor]] = field(default_factory=list)  # layer -> bool [B, Hkv, tokens before the pass]
+    tiers: list[dict[int, Tensor]] = field(default_factory=list)  # layer -> uint8 [B, Hkv, tokens before the pass]
     logits: list[Tensor] = field(default_factory=list)  # of the last query
     sequences: Tensor | None = None
     cache: Any = None
 
+    @property
+    def visible(self) -> list[dict[int, Tensor]]:
+        """Which of the tokens before each pass a head still holds, bool."""
+        return [{index: tiers != Tier.PADDING for index, tiers in step.items()} for step in self.tiers]
 
-def visible_past(cache: Any) -> dict[int, Tensor]:
-    """For each compressed layer, which of the tokens seen a head still holds."""
+
+def tiers_of_past(cache: Any) -> dict[int, Tensor]:
+    """For each compressed layer, the tier of each token seen, by position; PADDING where a head holds it no more."""
     result = {}
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, CrushLayer) or not layer.seen:
             continue
         rows, kv_heads, slots = layer.positions.shape
         filled = torch.ones(rows, slots, dtype=torch.bool) if layer.real is None else layer.real
-        held = torch.zeros(rows, kv_heads, layer.seen + 1, dtype=torch.bool)
+        held = torch.zeros(rows, kv_heads, layer.seen + 1, dtype=torch.uint8)
         # Slots without a token are written to a place behind the end.
-        held.scatter_(2, layer.positions.masked_fill(~filled[:, None], layer.seen), True)
+        held.scatter_(2, layer.positions.masked_fill(~filled[:, None], layer.seen), layer.tiers)
         result[index] = held[..., :-1]
     return result
 
@@ -46,7 +55,7 @@ def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], **generat
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         keep = ("input_ids", "attention_mask", "position_ids")
         recording.inputs.append({k: kwargs[k] for k in keep if kwargs.get(k) is not None})
-        recording.visible.append(visible_past(kwargs["past_key_values"]))
+        recording.tiers.append(tiers_of_past(kwargs["past_key_values"]))
 
     def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         recording.logits.append(output.logits[:, -1])
@@ -69,15 +78,22 @@ def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], **generat
 def replay(model: Any, recording: Recording) -> list[Tensor]:
     """The same passes with Transformers' full cache and plain attention under per-head masks: last logits."""
     implementation = model.config._attn_implementation
-    visible: dict[int, Tensor] = {}
+    tiers: dict[int, Tensor] = {}
+    rounding: dict[int, Rounding] = {}
+    formats = recording.cache.config.formats
+    mask = recording.inputs[-1].get("attention_mask")
+    real = None if mask is None else mask.bool()
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, None]:
         group = query.shape[1] // key.shape[1]
+        if module.layer_idx in tiers and not formats.raw:
+            rounded = rounding.setdefault(module.layer_idx, Rounding(formats, real))
+            key, value = rounded(key, value, tiers[module.layer_idx])
         logits = query.float() @ key.float().repeat_interleave(group, 1).transpose(-1, -2) * scaling + mask
-        if module.layer_idx in visible:
-            past = visible[module.layer_idx].repeat_interleave(group, 1)
+        if module.layer_idx in tiers:
+            past = (tiers[module.layer_idx] != Tier.PADDING).repeat_interleave(group, 1)
             logits[..., : past.shape[-1]].masked_fill_(~past[:, :, None], torch.finfo(logits.dtype).min)
         output = logits.softmax(-1) @ value.float().repeat_interleave(group, 1)
         return output.to(value.dtype).transpose(1, 2).contiguous(), None
@@ -88,10 +104,56 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
     try:
         cache = DynamicCache(config=model.config)
         result = []
-        for inputs, seen in zip(recording.inputs, recording.visible, strict=True):
-            visible.clear()
-            visible.update(seen)
+        for inputs, seen in zip(recording.inputs, recording.tiers, strict=True):
+            tiers.clear()
+            tiers.update(seen)
             result.append(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1])
         return result
     finally:
         model.set_attn_implementation(implementation)
+
+
+class Rounding:
+    """What quantization makes of a layer's keys and values, token by token, from the numbers that the model made.
+
+    A token's codes are those of the narrowest format it has been in. `real [B, S]`: False for padding.
+    """
+
+    def __init__(self, formats: Formats, real: Tensor | None) -> None:
+        self.formats, self.real = formats, real
+        self.means: list[Tensor] = []
+        self.narrowest: dict[tuple[int, int, int, int], int] = {}
+        self.known: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, key: Tensor, value: Tensor, tiers: Tensor) -> tuple[Tensor, Tensor]:
+        contested = (tiers == Tier.IMPORTANT) | (tiers == Tier.REPRESENTATIVE)
+        if not contested.any():
+            return key, value
+        if not self.means:
+            self._centre(key, tiers.shape[-1])
+        result = []
+        for which, x in enumerate((key, value)):
+            out = x.clone()
+            matrix = rotation_matrix(x.shape[-1]) if self.formats.rotation else torch.eye(x.shape[-1])
+            for row, head, token in contested.nonzero().tolist():
+                tier = tiers[row, head, token]
+                bits = (self.formats.important if tier == Tier.IMPORTANT else self.formats.representative)[which]
+                if bits == RAW:
+                    continue
+                place = (which, row, head, token)
+                self.narrowest[place] = min(bits, self.narrowest.get(place, bits))
+                key_of = (*place, self.narrowest[place], bits)
+                if key_of not in self.known:
+                    mean = self.means[row][head] if which == 0 else torch.zeros(x.shape[-1])
+                    numbers = (x[row, head, token].float() - mean) @ matrix
+                    found = rounded_token(numbers, self.narrowest[place], bits, self.formats.group_size)
+                    self.known[key_of] = (found @ matrix.T + mean).to(x.dtype)
+                out[row, head, token] = self.known[key_of]
+            result.append(out)
+        return result[0], result[1]
+
+    def _centre(self, key: Tensor, seen: int) -> None:
+        """The mean of the first prompt's keys, `[Hkv, D]` a row."""
+        for row in range(key.shape[0]):
+            tokens = key[row, :, :seen] if self.real is None else key[row, :, :seen][:, self.real[row, :seen]]
+            self.means.append(tokens.float().mean(1))

@@ -157,3 +157,41 @@ def attention_mass(
     if real is not None:
         weights = weights * real[:, None, -count:, None]
     return weights.sum(-2)
+
+
+def quantized(numbers: list[float], bits: int) -> tuple[list[int], float, float]:
+    """Codes of one group, and the low end and the width of the span that its cells divide, both as float16."""
+
+    def half(value: float) -> float:
+        return float(torch.tensor(value).half())
+
+    low = half(min(numbers))
+    span = half(max(max(numbers) - low, 2.0**-14))
+    codes = []
+    for number in numbers:
+        cell = math.floor(float(torch.tensor(number) - low) * (2**8 / span))
+        codes.append(min(max(cell, 0), 2**8 - 1) >> (8 - bits))
+    return codes, low, span
+
+
+def dequantized(codes: list[int], low: float, span: float, bits: int) -> list[float]:
+    """The middle of each code's cell."""
+    return [low + span * (code + 0.5) / 2**bits for code in codes]
+
+
+def rounded_token(numbers: torch.Tensor, narrowest: int, bits: int, group_size: int) -> torch.Tensor:
+    """What `bits` bits say of a token that `narrowest` bits were left of; `group_size` divides its numbers."""
+    result = []
+    for group in numbers.split(min(group_size, len(numbers))):
+        codes, low, span = quantized(group.tolist(), narrowest)
+        if bits > narrowest:  # the middle of the narrower cell
+            codes = [code << (bits - narrowest) | 1 << (bits - narrowest - 1) for code in codes]
+        result += dequantized(codes, low, span, bits)
+    return torch.tensor(result)
+
+
+def rotation_matrix(size: int) -> torch.Tensor:
+    """Hadamard's matrix of a power of two, from its definition: the sign counts the bits that both indices share."""
+    assert size & (size - 1) == 0
+    signs = [[(-1) ** bin(i & j).count("1") for j in range(size)] for i in range(size)]
+    return torch.tensor(signs, dtype=torch.float32) / math.sqrt(size)

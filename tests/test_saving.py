@@ -19,6 +19,16 @@ from crushkv.errors import ConfigError, CrushError
 from crushkv.hf import CrushCache
 
 CHURN: dict[str, Any] = {"budget": 0.4, "sink": 2, "window": 8, "page_size": 4, "interval": 8}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "h2o": {"policy": "h2o", "representative_share": 0.25},
+    "snapkv": {},
+    "expected_attention": {"policy": "expected_attention"},
+    "key_diff": {"policy": "key_diff"},
+    "4 and 3/2 bits": {"bits": 4, "representative_bits": "3/2", "representative_share": 0.25},
+    "h2o, 8 bits": {"policy": "h2o", "bits": 8},
+    "a quarter of the rank": {"rank": 4},
+    "most of the energy, 4 bits": {"rank": 0.8, "bits": 4},
+}
 
 
 def filled(model: Any, config: CrushConfig, lengths: list[int], new: int = 5) -> tuple[CrushCache, torch.Tensor]:
@@ -41,12 +51,13 @@ def go_on(model: Any, cache: CrushCache, steps: int = 20) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("lengths", [[120], [120, 77]], ids=["one", "padded"])
-@pytest.mark.parametrize("policy", ["h2o", "snapkv", "expected_attention", "key_diff"])
+@pytest.mark.parametrize("fields", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_a_loaded_cache_goes_on_bit_for_bit(architecture: str, policy: str, lengths: list[int], tmp_path: Path) -> None:
+def test_a_loaded_cache_goes_on_bit_for_bit(
+    architecture: str, fields: dict[str, Any], lengths: list[int], tmp_path: Path
+) -> None:
     model = small_model(architecture)
-    share = 0.25 if policy == "h2o" else 0
-    cache, ids = filled(model, CrushConfig(policy=policy, representative_share=share, **CHURN), lengths)
+    cache, ids = filled(model, CrushConfig(**fields, **CHURN), lengths)
     save_cache(tmp_path / "a.safetensors", cache, model, ids, {"title": "é"})
     saved = load_cache(tmp_path / "a.safetensors", model)
     assert saved.config == cache.config and torch.equal(saved.input_ids, ids) and saved.notes == {"title": "é"}

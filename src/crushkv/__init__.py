@@ -8,9 +8,20 @@ from .config import CrushConfig
 from .errors import ConfigError, CrushError, EmbeddedModelError, ScoreError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from .hf import CacheReport, CrushCache, KVCrush, SavedCache, SavedCacheError, load_cache, save_cache
+    from .hf import (
+        CachePlan,
+        CacheReport,
+        CrushCache,
+        KVCrush,
+        SavedCache,
+        SavedCacheError,
+        load_cache,
+        plan_cache,
+        save_cache,
+    )
 
 __all__ = [
+    "CachePlan",
     "CacheReport",
     "ConfigError",
     "CrushCache",
@@ -24,11 +35,24 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "load_cache",
+    "plan_cache",
     "save_cache",
 ]
 
 # Importing Transformers takes seconds, which `crushkv --help` or a configuration need not wait for.
-_LAZY = frozenset({"CacheReport", "CrushCache", "KVCrush", "SavedCache", "SavedCacheError", "load_cache", "save_cache"})
+_LAZY = frozenset(
+    {
+        "CachePlan",
+        "CacheReport",
+        "CrushCache",
+        "KVCrush",
+        "SavedCache",
+        "SavedCacheError",
+        "load_cache",
+        "plan_cache",
+        "save_cache",
+    }
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from .core import ANCHORS, Budget, SelectionOptions
 from .errors import ConfigError, nearest
 from .importance import Policy, make_policy
+from .presets import PRESETS
 from .storage import RAW, WIDTHS, Formats
 
 Threshold = Literal["budget", "median"]
@@ -139,8 +140,8 @@ class CrushConfig:
         rank = self.rank
         if rank is not None and not (_is_number(rank) and (rank >= 1 if isinstance(rank, int) else 0 < rank < 1)):
             raise ConfigError(
-                f"rank={rank!r}: accepted is a number of directions (an integer of at least 1), or a share of the energy "
-                "(above 0 and below 1)"
+                f"rank={rank!r}: accepted is a number of directions (an integer of at least 1), or a share of the "
+                "energy (above 0 and below 1)"
             )
 
     def _check_choices(self) -> None:
@@ -162,20 +163,24 @@ class CrushConfig:
 
     def _check_formats(self) -> None:
         formats = self.formats
-        for of, important, representative in zip(("keys", "values"), formats.important, formats.representative, strict=True):
+        for of, important, representative in zip(
+            ("keys", "values"), formats.important, formats.representative, strict=True
+        ):
             if representative > important:
                 raise ConfigError(
-                    f"representative_bits={self.representative_bits!r}: {of} of representatives would take more bits than "
-                    f"those of important tokens (bits={self.bits!r})"
+                    f"representative_bits={self.representative_bits!r}: {of} of representatives would take more "
+                    f"bits than those of important tokens (bits={self.bits!r})"
                 )
             if representative < important == RAW:
                 raise ConfigError(
-                    f"representative_bits={self.representative_bits!r} beside unquantized important tokens: a token that "
-                    "goes from one tier to the other and back would be quantized again and again. Use bits=8, which "
-                    "loses next to nothing"
+                    f"representative_bits={self.representative_bits!r} beside unquantized important tokens: a token "
+                    "that goes from one tier to the other and back would be quantized again and again. Use "
+                    "bits=8, which loses next to nothing"
                 )
         if self.grouping == "score" and self.shared_representatives:
-            raise ConfigError("grouping='score' ranks tokens for each head, and shared_representatives wants one ranking")
+            raise ConfigError(
+                "grouping='score' ranks tokens for each head, and shared_representatives wants one ranking"
+            )
         if len(formats.blocks) == 2 and (self.representative_share == "dynamic" or self.shared_representatives):
             raise ConfigError(
                 f"representative_bits={self.representative_bits!r}, other than bits={self.bits!r}, needs as many "
@@ -241,6 +246,17 @@ class CrushConfig:
         return values
 
     @classmethod
+    def preset(cls, name: str) -> CrushConfig:
+        """One of the presets, `safe`, `balanced` and `small`.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}.{nearest(name, PRESETS)}")
+        return cls.from_dict(PRESETS[name])
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CrushConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
@@ -266,7 +282,9 @@ class CrushConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> CrushConfig:
-        """Reads a JSON file."""
+        """Reads a JSON file; or a preset, by its name."""
+        if str(path) in PRESETS:
+            return cls.preset(str(path))
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

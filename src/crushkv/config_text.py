@@ -12,13 +12,14 @@ from typing import Any
 from .config import CrushConfig
 from .errors import ConfigError, nearest
 from .importance import policies
+from .presets import PRESETS
 
 FULL = "full"
 _FIELDS = frozenset(f.name for f in dataclasses.fields(CrushConfig))
 
 
 def parse_config(text: str) -> CrushConfig | None:
-    """A configuration from `POLICY[:FIELD=VALUE,...]`; None for `full`, the full cache.
+    """A configuration from `POLICY[:FIELD=VALUE,...]` or `PRESET[:FIELD=VALUE,...]`; None for `full`, the full cache.
 
     Fields are those of `CrushConfig`, and the policy's own options (`snapkv:kernel=5`). Several anchors are joined
     with `+` (`anchors=mean+zeros`), bounds with `-` (`share_bounds=0.1-0.4`).
@@ -30,9 +31,10 @@ def parse_config(text: str) -> CrushConfig | None:
     if name == FULL and not rest:
         return None
     try:
-        if name not in policies():
-            raise ConfigError(f"unknown policy {name!r}.{nearest(name, [*policies(), FULL])}")
-        options = [f.name for f in dataclasses.fields(policies()[name])]
+        if name not in policies() and name not in PRESETS:
+            raise ConfigError(f"unknown policy or preset {name!r}.{nearest(name, [*policies(), *PRESETS, FULL])}")
+        base = CrushConfig.preset(name).to_dict() if name in PRESETS else {"policy": name}
+        options = [f.name for f in dataclasses.fields(policies()[base["policy"]])]
         values: dict[str, Any] = {}
         own: dict[str, Any] = {}
         for part in filter(None, (part.strip() for part in rest.split(","))):
@@ -49,7 +51,7 @@ def parse_config(text: str) -> CrushConfig | None:
                 raise ConfigError(f"unknown field {field!r}.{nearest(field, [*_FIELDS, *options])}")
         if own:
             values["policy_options"] = {**values.get("policy_options", {}), **own}
-        return CrushConfig.from_dict({"policy": name, **values})
+        return CrushConfig.from_dict({**base, **values})
     except ConfigError as error:
         raise ConfigError(f"configuration {text!r}: {error}") from None
 

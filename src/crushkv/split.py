@@ -32,7 +32,9 @@ class Split:
 
 def split_tokens(budget: int, held: int, options: SelectionOptions, sizes: LayerSizes) -> Split:
     """What `core.select` makes of `budget` tokens when a row holds `held` real ones."""
-    zones = divide(torch.tensor([held]), torch.tensor([min(budget, held)]), options.sink, options.window, options.page_size)
+    zones = divide(
+        torch.tensor([held]), torch.tensor([min(budget, held)]), options.sink, options.window, options.page_size
+    )
     keep, sink, recent = (int(t) for t in (zones.keep, zones.sink, zones.recent))
     share = options.representative_share
     representative = 0 if share == "dynamic" else int(keep * share + 0.5)

@@ -23,6 +23,7 @@ from .generate import generate
 from .inspect import inspect
 from .lm_eval import lm_eval
 from .output import one_line
+from .plan import plan
 from .policies import policies
 from .report import report
 from .run import run
@@ -58,7 +59,7 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _command in (run, generate, build, ask, inspect, fidelity, sweep, report, policies, doctor):
+for _command in (run, generate, build, ask, plan, inspect, fidelity, sweep, report, policies, doctor):
     app.command()(_command)
 app.command("eval")(evaluate)
 # Its options are the harness's.

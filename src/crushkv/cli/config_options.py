@@ -28,7 +28,7 @@ class _Field:
 
     def option(self, defaults: CrushConfig) -> inspect.Parameter:
         value, text = getattr(defaults, self.name), self.help
-        if value != {}:
+        if value not in ({}, None):
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
             text += f" [dim]default: {shown}[/]"
         flags = {} if self.flag is None else {"flag": self.flag}
@@ -37,7 +37,7 @@ class _Field:
 
 
 _FIELDS = (
-    _Field("budget", str, "AMOUNT", "What is kept: 0.25 or 25% of the tokens, 1024 tokens, or 64MiB."),
+    _Field("budget", str, "AMOUNT", "What is kept: 0.25 or 25% of the bytes, 1024 tokens, or 64MiB."),
     _Field("policy", str, "NAME", "What is important: `crushkv policies`."),
     _Field("policy_options", list[str], "NAME=VALUE", "A policy's option: kernel=5. Repeatable.", "--policy-option"),
     _Field("sink", int, "TOKENS", "First tokens, always kept."),
@@ -58,6 +58,11 @@ _FIELDS = (
     _Field("grouping", str, "KIND", "Buckets by signature, random or position; or score."),
     _Field("representative", str, "WHICH", "Of a bucket: middle or best."),
     _Field("shared_representatives", str, "BOOL", "One set of representatives for all KV heads: true or false."),
+    _Field("bits", str, "BITS", "Of important tokens: 16, 8, 4, 3, 2, or 3/2 for keys and values."),
+    _Field("representative_bits", str, "BITS", "Of representatives. [dim]default: as --bits[/]"),
+    _Field("group_size", int, "NUMBERS", "Numbers of a token that share a scale."),
+    _Field("rotation", str, "BOOL", "Rotate before quantizing: true or false."),
+    _Field("rank", str, "RANK", "Project onto so many directions, or onto a share (0.9) of the energy."),
     _Field("aggregate", str, "KIND", "Scores of heads that share a KV head: mean or max."),
     _Field("interval", int, "TOKENS", "Decoded between two evictions; 0 never evicts."),
     _Field("seed", int, "NUMBER", "Of all that is drawn at random, sampling too."),
@@ -67,8 +72,8 @@ _CONFIG_FILE = option(
     Path | None,
     None,
     flag="--config",
-    metavar="FILE",
-    help="JSON file of these settings; options given beside it win.",
+    metavar="NAME|FILE",
+    help="safe, balanced, small, or a JSON file of these settings; options given beside it win.",
     rich_help_panel=PANEL,
 )
 

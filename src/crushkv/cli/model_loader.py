@@ -83,6 +83,23 @@ def load(options: ModelOptions, say: Callable[[str], None]) -> LoadedModel:
         raise ModelError(f"--device {options.device!r}: {one_line(str(error), limit=300)}") from error
 
 
+def load_config(model: str | None, say: Callable[[str], None]) -> tuple[str, Any]:
+    """The name of a model (None: the embedded one) and its configuration, without its weights.
+
+    Raises:
+        ModelError: it cannot be found or read.
+        EmbeddedModelError: the embedded model cannot be prepared.
+    """
+    source, name = _find(model, say)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        return name, transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise ModelError(f"--model {name!r}: {_reason(error)}") from error
+
+
 def _find(model: str | None, say: Callable[[str], None]) -> tuple[str, str]:
     """Where to load from, and the name to show."""
     if model is None:

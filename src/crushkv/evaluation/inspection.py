@@ -88,14 +88,14 @@ class _InspectedLayer(CrushLayer):
     stands_for: Tensor | None = None  # int32 [B, Hkv, S]; None: nothing was evicted
 
     def evict(self, call: AttentionCall) -> None:
-        assert self.keys is not None
-        rows, kv_heads, held, _ = self.keys.shape
-        budget = self.plan.layer_budget(self.index, torch.full((rows,), held, device=self.keys.device))
-        if held > int(budget.max()):
-            if self.plan.policy.streams:
+        storage, plan = self.storage, self.plan
+        seen = torch.full((storage.rows,), storage.length, device=storage.device)
+        budget = self._budget(seen, seen)
+        if storage.length > int(budget.max()):
+            if plan.policy.streams:
                 self._accumulate(call)
-            head_score = self.plan.policy.score(self._view(call))
-            self.stands_for = stands_for(head_score, kv_heads, budget, self.plan.options, self._seed)
+            head_score = plan.policy.score(self._view(call))
+            self.stands_for = stands_for(head_score, storage.kv_heads, budget, plan.options, self._seed)
         super().evict(call)
 
 

@@ -25,6 +25,7 @@ KVCRUSH_FIELDS = (
     "grouping",
     "representative",
     "shared_representatives",
+    "representative_bits",
 )
 
 

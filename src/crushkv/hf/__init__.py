@@ -3,11 +3,13 @@
 from .cache import CacheReport, CrushCache
 from .kvcrush import KVCrush, Session
 from .layer import CrushLayer
+from .planning import CachePlan, plan_cache
 from .recording import Recording
 from .saving import SavedCache, SavedCacheError, load_cache, save_cache
 from .stacking import stack
 
 __all__ = [
+    "CachePlan",
     "CacheReport",
     "CrushCache",
     "CrushLayer",
@@ -17,6 +19,7 @@ __all__ = [
     "SavedCacheError",
     "Session",
     "load_cache",
+    "plan_cache",
     "save_cache",
     "stack",
 ]

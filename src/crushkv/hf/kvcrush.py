@@ -33,15 +33,17 @@ class KVCrush:
     its own configuration. Nothing is left on the model afterwards.
 
     Args:
-        config: a `CrushConfig`; or give its fields as keywords.
+        config: a `CrushConfig`, or the name of a preset (`"balanced"`); fields given as keywords replace its own.
 
     Raises:
         ConfigError: a field is unknown, or has a value that is not accepted.
     """
 
-    def __init__(self, config: CrushConfig | None = None, **fields: Any) -> None:
+    def __init__(self, config: CrushConfig | str | None = None, **fields: Any) -> None:
+        if isinstance(config, str):
+            config = CrushConfig.preset(config)
         if config is not None and not isinstance(config, CrushConfig):
-            raise ConfigError(f"config={config!r}: expected a CrushConfig, or its fields as keywords")
+            raise ConfigError(f"config={config!r}: expected a CrushConfig, a preset's name, or fields as keywords")
         self.config = CrushConfig.from_dict(fields) if config is None else config.replace(**fields)
 
     def cache(self, model: Any) -> CrushCache:

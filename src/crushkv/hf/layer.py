@@ -203,11 +203,8 @@ class CrushLayer(CacheLayerMixin):
         held, device = storage.length, storage.device
         count = torch.full((storage.rows,), held, device=device) if self.real is None else self.real.sum(-1)
         seen = count if self.evicted is None else count + self.evicted
-        if held <= plan.config.sink + plan.config.window:
-            return
-        storage.fit(self.real)
-        budget = plan.layer_budget(self.index, seen, count, storage.sizes())
-        if plan.formats.raw and held <= int(budget.minimum(count).max()):
+        budget = self._budget(seen, count)
+        if held <= int(budget.minimum(count).max()) and (plan.formats.raw or not self._contested):
             return
         if plan.policy.streams:
             self._accumulate(call)
@@ -228,6 +225,17 @@ class CrushLayer(CacheLayerMixin):
         self.evicted = seen - selection.counts
         filled = kept.tiers[:, 0] != Tier.PADDING
         self.real = None if bool(filled.all()) else filled
+
+    @property
+    def _contested(self) -> bool:
+        """Whether there is more than sink and window."""
+        return self.storage.length > self.plan.config.sink + self.plan.config.window
+
+    def _budget(self, seen: Tensor, held: Tensor) -> Tensor:
+        """Tokens that are kept of rows that have seen and hold so many real ones, `[B]`."""
+        if self._contested:
+            self.storage.fit(self.real)
+        return self.plan.layer_budget(self.index, seen, held, self.storage.sizes())
 
     def _text_order(self) -> Tensor:
         """The slots in the order of the text, `[B, Hkv, P]`, those that hold no token first."""

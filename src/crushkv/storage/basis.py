@@ -88,4 +88,7 @@ def _leading(x: Tensor, centre: Tensor | None, weight: Tensor | None, rank: int 
     if isinstance(rank, float):
         share = (energy.cumsum(-1) / energy.sum(-1, keepdim=True).clamp(min=1e-30)).mean((0, 1))
         rank = min(int((share < rank).sum()) + 1, x.shape[-1])
-    return directions[..., :rank]
+    directions = directions[..., :rank]
+    # Either sign will do; with the largest entry positive, nearly equal tokens lead to nearly equal directions.
+    largest = directions.gather(-2, directions.abs().argmax(-2, keepdim=True))
+    return directions * largest.sign()

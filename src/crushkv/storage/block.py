@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
+from .buffers import take
 from .formats import RAW
 from .packing import pack, unpack
-from .buffers import take
 from .quantization import Codes, dequantize, narrowed, quantize, widened
 
 

@@ -66,9 +66,7 @@ class LayerSizes:
 
     def block(self, bits: tuple[int, int], tokens: int) -> int:
         """Keys and values of a tier."""
-        return self.kv_heads * sum(
-            self._tensor(b, tokens, rank) for b, rank in zip(bits, self.ranks, strict=True)
-        )
+        return self.kv_heads * sum(self._tensor(b, tokens, rank) for b, rank in zip(bits, self.ranks, strict=True))
 
     def _tensor(self, bits: int, tokens: int, rank: int) -> int:
         if bits == RAW:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .basis import Basis, fit
 from .block import Coordinates, PackedTensor
+from .buffers import take
 from .dense import DenseStorage
 from .formats import RAW, Formats, LayerSizes
-from .buffers import take
 from .rotation import rotation, turn
 from .workspace import Workspace
 
@@ -126,22 +126,27 @@ class TieredStorage:
         *blocks, stays = indices.split(list(lengths), dim=2)
         # What only fills rows up may point into a block.
         dense = (stays - self.blocked).clamp(min=0)
-        self._blocks = [
-            (PackedTensor.of(self._coordinates(0, part), bits[0]), PackedTensor.of(self._coordinates(1, part), bits[1]))
-            for part, bits in zip(blocks, self.formats.blocks, strict=True)
-        ]
+        self._blocks = list(zip(self._moved(0, blocks), self._moved(1, blocks), strict=True))
         self.dense.keep(dense)
+        if not self.blocked:
+            self._blocks, self.bases = [], None
 
-    def _coordinates(self, which: int, indices: Tensor) -> Coordinates:
-        """Keys (0) or values (1) in slots `indices`, as they are held or will be."""
-        assert self.bases is not None
+    def _moved(self, which: int, parts: Sequence[Tensor]) -> list[PackedTensor]:
+        """Keys (0) or values (1) of the tokens in the slots of each part, in the format of its block."""
+        if not parts:
+            return []
+        assert self.bases is not None, "fit() comes first"
         x = (self.dense.keys, self.dense.values)[which]
         assert x is not None
-        basis, bits, group_size = self.bases[which], self.formats.important[which], self.formats.group_size
-        if not self._blocks:
-            return Coordinates.of(take(x, indices), basis, bits, group_size)
-        held = [block[which].coordinates() for block in self._blocks]
-        return Coordinates.joined([*held, Coordinates.of(x, basis, bits, group_size)]).gather(indices)
+        basis, widest, group_size = self.bases[which], self.formats.important[which], self.formats.group_size
+        if self._blocks:
+            held = [block[which].coordinates() for block in self._blocks]
+            source = Coordinates.joined([*held, Coordinates.of(x, basis, widest, group_size)])
+            moved = [source.gather(part) for part in parts]
+        else:  # a whole prompt, most of which goes: only what stays is quantized
+            moved = [Coordinates.of(take(x, part), basis, widest, group_size) for part in parts]
+        widths = (bits[which] for bits in self.formats.blocks)
+        return [PackedTensor.of(tokens, bits) for tokens, bits in zip(moved, widths, strict=True)]
 
     # What comes out
 
@@ -178,7 +183,9 @@ class TieredStorage:
         assert self.bases is not None
         basis = self.bases[which]
         rows, heads, length, size = dense.shape
-        out = self._workspace.take(("keys", "values")[which], (rows, heads, self.length, size), dense.dtype, dense.device)
+        out = self._workspace.take(
+            ("keys", "values")[which], (rows, heads, self.length, size), dense.dtype, dense.device
+        )
         start = 0
         for block in self._blocks:
             part = block[which]
@@ -205,7 +212,9 @@ class TieredStorage:
                 numbers = numbers @ basis.directions.float().transpose(-1, -2)
         centre = basis.centre
         if centre is not None:
-            centre = centre.float() @ basis.directions if basis.rotates and basis.directions is not None else centre.float()
+            centre = (
+                centre.float() @ basis.directions if basis.rotates and basis.directions is not None else centre.float()
+            )
             numbers += centre
         if numbers is not target:
             target.copy_(numbers)
@@ -228,7 +237,10 @@ class TieredStorage:
                 named |= {f"block{number}.{name}.{key}": t for key, t in block[which].tensors.items()}
             if self.bases is not None:
                 basis = self.bases[which]
-                named |= {f"centre.{name}": basis.centre, f"directions.{name}": basis.directions if basis.projects else None}
+                named |= {
+                    f"centre.{name}": basis.centre,
+                    f"directions.{name}": basis.directions if basis.projects else None,
+                }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,248 @@
+"""How kept tokens are held: packing, quantization and projection against plain code, bytes against arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crushkv.core import SelectionOptions
+from crushkv.split import split_bytes, split_tokens
+from crushkv.storage import RAW, Formats, LayerSizes, TieredStorage
+from crushkv.storage.basis import fit
+from crushkv.storage.packing import PLANES, pack, packed_bytes, unpack
+from crushkv.storage.quantization import dequantize, group_length, groups, narrowed, quantize, widened
+from crushkv.storage.rotation import rotation
+from crushkv.storage.workspace import Workspace
+from reference import dequantized, quantized
+
+WIDTHS = sorted(PLANES)
+ODD = [1, 2, 3, 7, 8, 9, 64, 65]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("tokens", ODD)
+@pytest.mark.parametrize("size", [1, 3, 4, 16, 80])
+def test_codes_come_back_from_their_bytes(bits: int, tokens: int, size: int) -> None:
+    codes = torch.randint(0, 2**bits, (2, 3, tokens, size), dtype=torch.uint8)
+    planes = pack(codes, bits)
+    assert torch.equal(unpack(planes, bits, tokens), codes)
+    assert sum(plane.nbytes for plane in planes) == 2 * 3 * packed_bytes(tokens, size, bits)
+    # Never more than the bits themselves, but for bytes that are not full.
+    full = tokens * size * bits / 8
+    assert full <= packed_bytes(tokens, size, bits) < full + size * len(planes)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(WIDTHS), st.integers(1, 20), st.integers(1, 96), st.integers(1, 128), st.integers(0, 99))
+def test_quantization_equals_plain_code(bits: int, tokens: int, size: int, group_size: int, seed: int) -> None:
+    x = torch.randn(1, 2, tokens, size, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed % 5 - 2)
+    found = quantize(x, group_size)
+    out = torch.empty_like(x)
+    dequantize(narrowed(found.codes, bits), found.low, found.span, bits, out)
+    length = group_length(size, group_size)
+    assert size % length == 0 and found.low.shape[-1] == size // length == groups(size, group_size)
+    for head, token in itertools.product(range(2), range(tokens)):
+        for start in range(0, size, length):
+            numbers = x[0, head, token, start : start + length].tolist()
+            codes, low, span = quantized(numbers, bits)
+            expected = dequantized(codes, low, span, bits)
+            assert out[0, head, token, start : start + length].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            # Half a cell, and what float16 cannot say of the limits.
+            bound = span / 2 ** (bits + 1) + (abs(low) + span) * 2**-10 + 2**-14
+            assert max(abs(a - b) for a, b in zip(numbers, expected, strict=True)) <= bound
+
+
+def test_codes_nest() -> None:
+    """Fewer bits of the 8-bit code are the code of fewer bits; more bits of it lead back."""
+    every = torch.arange(256, dtype=torch.uint8)
+    for bits in WIDTHS:
+        codes = narrowed(every, bits)
+        assert torch.equal(codes, every // 2 ** (8 - bits))
+        assert torch.equal(narrowed(widened(codes, bits), bits), codes)
+        for fewer in (width for width in WIDTHS if width < bits):
+            assert torch.equal(narrowed(widened(codes, bits), fewer), narrowed(every, fewer))
+
+
+@pytest.mark.parametrize(("size", "group_size", "length"), [(64, 64, 64), (128, 64, 64), (80, 64, 40), (67, 64, 67)])
+def test_groups_divide_a_head(size: int, group_size: int, length: int) -> None:
+    assert group_length(size, group_size) == length
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 64, 80, 96, 128, 5 * 7])
+def test_the_rotation_is_orthogonal_and_spreads(size: int) -> None:
+    matrix = rotation(size, torch.device("cpu"))
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size), atol=1e-5)
+    # One large channel becomes a part of all of them.
+    assert matrix.abs().max() <= math.sqrt(2 / size) + 1e-6 or size == 1
+
+
+def test_a_projection_equals_a_singular_value_decomposition() -> None:
+    x = torch.randn(2, 3, 50, 16) @ torch.diag(0.7 ** torch.arange(16.0)) + 3
+    real = torch.ones(2, 50, dtype=torch.bool)
+    real[1, :20] = False
+    basis = fit(x, real, centred=True, rotate=True, rank=5)
+    back = basis.coordinates(x) @ basis.directions.transpose(-1, -2) + basis.centre  # type: ignore[union-attr]
+    for row, head in itertools.product(range(2), range(3)):
+        tokens = x[row, head][real[row]]
+        mean = tokens.mean(0)
+        u, s, v = torch.linalg.svd(tokens - mean, full_matrices=False)
+        expected = u[:, :5] * s[:5] @ v[:5] + mean
+        assert torch.allclose(back[row, head][real[row]], expected, atol=1e-3)
+
+
+def test_a_share_of_the_energy_decides_the_rank() -> None:
+    scale = torch.tensor([10.0, 5.0, 1.0, 0.1])
+    x = torch.linalg.qr(torch.randn(40, 4))[0] * scale
+    energy = (scale**2).cumsum(0) / (scale**2).sum()
+    for rank in (1, 2, 3):
+        for share in (float(energy[rank - 1]) - 1e-3, float(energy[rank - 1]) + 1e-4):
+            basis = fit(x[None, None], None, centred=False, rotate=False, rank=share)
+            assert basis.directions is not None
+            assert basis.directions.shape[-1] == rank + (share > float(energy[rank - 1]))
+
+
+FORMATS = [
+    Formats((4, 4), (4, 4)),
+    Formats((8, 8), (2, 2)),
+    Formats((4, 3), (2, 3), group_size=8),
+    Formats((3, 3), (3, 3), rotation=False),
+    Formats((RAW, 4), (RAW, 4)),
+    Formats((RAW, RAW), (RAW, RAW), rank=5),
+    Formats((8, 4), (4, 2), rank=5),
+]
+
+
+def filled(formats: Formats, tokens: int = 60, dtype: torch.dtype = torch.float32) -> tuple[TieredStorage, Any, Any]:
+    torch.manual_seed(0)
+    keys, values = (torch.randn(2, 3, tokens, size).to(dtype) for size in (16, 12))
+    keys[..., 3] += 20  # a channel as keys have them
+    storage = TieredStorage(formats)
+    storage.append(keys, values)
+    storage.fit(None)
+    return storage, keys, values
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_held_are_the_arithmetic(formats: Formats, dtype: torch.dtype) -> None:
+    for important, representative, kept in ((31, 9, 10), (1, 1, 1), (40, 0, 5), (0, 17, 5)):
+        storage, *_ = filled(formats, dtype=dtype)
+        tokens = important + representative + kept
+        lengths = (important, representative, kept) if len(formats.blocks) == 2 else (important + representative, kept)
+        storage.keep(torch.arange(tokens).expand(2, 3, -1), lengths)
+        sizes = storage.sizes()
+        assert storage.nbytes == 2 * sizes.tiers(kept, important, representative)
+        halves = LayerSizes(formats, sizes.kv_heads, sizes.sizes, sizes.ranks, raw_bytes=2)
+        assert storage.nbytes_at_16_bits == 2 * halves.tiers(kept, important, representative)
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+def test_a_token_is_quantized_once(formats: Formats) -> None:
+    """Twenty times the tokens are shuffled between the tiers, and new ones come: codes stay what they were."""
+    storage, keys, values = filled(formats)
+    origin = torch.arange(60).expand(2, 3, -1)  # which token lies in each slot
+    narrowest = torch.full((2, 3, 260), 2)  # 0: was representative; 1: was important; 2: never in a block
+    for step in range(20):
+        order = torch.rand(2, 3, storage.length).argsort(-1)
+        dense_slots = storage.blocked
+        # What was quantized never becomes raw again.
+        order = torch.stack([row[row < dense_slots] for row in order.flatten(0, 1)]).view(2, 3, -1) if step else order
+        new = torch.arange(dense_slots, storage.length).expand(2, 3, -1) if step else order[..., :0]
+        slots = torch.cat([new[..., :-4], order], dim=-1) if step else order[..., :-4]
+        tail = new[..., -4:] if step else order[..., -4:]
+        half = slots.shape[-1] // 2
+        lengths = (half, slots.shape[-1] - half, 4) if len(formats.blocks) == 2 else (slots.shape[-1], 4)
+        indices = torch.cat([slots, tail], dim=-1)
+        storage.keep(indices, lengths)
+        origin = origin.gather(-1, indices)
+        tiers = [1, 0] if len(lengths) == 3 else [1]
+        start = 0
+        for tier, length in zip(tiers, lengths, strict=False):
+            inside = origin[..., start : start + length]
+            narrowest.scatter_(-1, inside, narrowest.gather(-1, inside).clamp(max=tier))
+            start += length
+        added = [torch.randn(2, 3, 10, x.shape[-1]) for x in (keys, values)]
+        keys, values = torch.cat([keys, added[0]], dim=2), torch.cat([values, added[1]], dim=2)
+        origin = torch.cat([origin, torch.arange(keys.shape[2] - 10, keys.shape[2]).expand(2, 3, -1)], dim=-1)
+        storage.append(*added)
+    assert storage.bases is not None
+    for which, (x, read) in enumerate(zip((keys, values), storage.read(), strict=True)):
+        basis = storage.bases[which]
+        coordinates = basis.coordinates(x)
+        found = basis.coordinates(read)
+        error = (found - coordinates.gather(2, origin[..., None].expand_as(found))).abs()
+        level = narrowest.gather(-1, origin)
+        for tier, bits in ((1, formats.important[which]), (0, formats.representative[which])):
+            if bits == RAW:
+                continue
+            length = group_length(coordinates.shape[-1], formats.group_size)
+            span = coordinates.unflatten(-1, (-1, length))
+            span = (span.amax(-1) - span.amin(-1)).repeat_interleave(length, -1)
+            span = span.gather(2, origin[..., None].expand_as(found))
+            at = (level == tier) & (torch.arange(level.shape[-1]) < storage.blocked)
+            # Half a cell, and half a finer one for what came back to the wider tier; float16.
+            bound = span / 2 ** (bits + 1) + span / 2 ** (formats.important[which] + 1) + 0.02
+            assert (error <= bound)[at].all()
+            assert at.any() or tier == 0
+
+
+def test_attention_over_rotated_keys_is_attention() -> None:
+    storage, keys, values = filled(Formats((8, 8), (8, 8)), tokens=40)
+    storage.keep(torch.arange(40).expand(2, 3, -1), (30, 10))
+    query = torch.randn(2, 3, 5, 16)
+    turn_keys, turn_values = storage.rotations()
+    assert turn_keys is not None and turn_values is not None
+    rotated_keys, rotated_values = storage.attended()
+    found = (
+        torch.nn.functional.scaled_dot_product_attention(query @ turn_keys, rotated_keys, rotated_values)
+        @ turn_values.T
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *storage.read())
+    assert torch.allclose(found, expected, atol=1e-5)
+    exact = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+    assert (found - exact).abs().max() < 0.1
+    # Tokens outside of the blocks come back exactly.
+    assert torch.allclose(storage.read()[0][:, :, 30:], keys[:, :, 30:], atol=1e-5)
+
+
+def test_one_layer_is_unpacked_at_a_time() -> None:
+    workspace = Workspace()
+    layers = [TieredStorage(Formats((4, 4), (4, 4)), workspace=workspace) for _ in range(5)]
+    for layer in layers:
+        layer.append(torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16))
+        layer.fit(None)
+        layer.keep(torch.arange(50).expand(1, 2, -1), (40, 10))
+    first = layers[0].attended()[0]
+    again = layers[1].attended()[0]
+    assert first.data_ptr() == again.data_ptr()
+    one = 2 * 2 * 50 * 16 * 4
+    assert one <= workspace.nbytes <= 1.2 * one
+
+
+OPTIONS = st.builds(
+    SelectionOptions,
+    sink=st.integers(0, 4),
+    window=st.integers(1, 20),
+    page_size=st.sampled_from([1, 4, 16]),
+    representative_share=st.sampled_from([0.0, 0.1, 0.5]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(OPTIONS, st.integers(1, 400), st.integers(0, 200_000), st.sampled_from(FORMATS))
+def test_a_split_is_the_largest_that_fits(options: SelectionOptions, held: int, limit: int, formats: Formats) -> None:
+    sizes = LayerSizes(formats, 3, (16, 12), (16, 12) if formats.rank is None else (5, 5), 2)
+    found = split_bytes(limit, held, options, sizes)
+    every = [
+        split_tokens(budget, held, options, sizes)
+        for budget in range(min(held, options.sink + options.window), held + 1)
+    ]
+    fitting = [split for split in every if split.nbytes <= limit]
+    assert found.tokens == max((split.tokens for split in fitting), default=every[0].tokens)
+    assert [split.nbytes for split in every] == sorted(split.nbytes for split in every)
