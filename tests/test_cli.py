@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from crushkv import CrushConfig
 from crushkv.cli import main
 from crushkv.importance import policies
+from crushkv.presets import PRESETS
 
 TEXT = (
     "The lighthouse keeper wrote down the weather every morning. On the third of May the wind came from the east, "
@@ -405,6 +406,11 @@ def test_every_field_of_the_configuration_is_an_option(crushkv: Any, tiny: Path,
         "grouping": (["--grouping", "position"], "position"),
         "representative": (["--representative", "best"], "best"),
         "shared_representatives": (["--shared-representatives", "true"], True),
+        "bits": (["--bits", "4/3"], "4/3"),
+        "representative_bits": (["--representative-bits", "4/3"], "4/3"),
+        "group_size": (["--group-size", "32"], 32),
+        "rotation": (["--rotation", "false"], False),
+        "rank": (["--rank", "0.9"], 0.9),
         "aggregate": (["--aggregate", "max"], "max"),
         "interval": (["--interval", "8"], 8),
         "seed": (["--seed", "7"], 7),
@@ -431,6 +437,38 @@ def test_ways_to_give_a_budget(crushkv: Any, tiny: Path, budget: str, parsed: An
     result = generate(crushkv, tiny, "--prompt", TEXT * 4, "--budget", budget)
     assert result["config"]["budget"] == parsed
     assert type(result["config"]["budget"]) is type(parsed)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_stand_where_a_configuration_can(crushkv: Any, tiny: Path, preset: str) -> None:
+    result = generate(crushkv, tiny, "--prompt", TEXT * 20, "--config", preset, "--window", 8)
+    assert result["config"] == CrushConfig.preset(preset).replace(window=8).to_dict()
+    assert result["bytes_fraction"] < 1
+
+
+def test_a_plan_is_what_is_held(crushkv: Any, tiny: Path) -> None:
+    options = ["--config", "small", "--representative-bits", 2, "--representative-share", 0.5]
+    run = generate(crushkv, tiny, "--prompt", TEXT * 40, *options, "--max-new-tokens", 1)
+    asked = ("plan", run["prompt_tokens"], "--model", tiny, *options)
+    plan = crushkv(*asked, "--json").json
+    assert plan["full_kv_bytes"] == run["prompt_tokens"] * LAYERS * KV_HEADS * HEAD_SIZE * 2 * 2
+    assert plan["bytes_fraction"] == pytest.approx(run["bytes_fraction"]) and plan["bytes_fraction"] <= 0.125
+    for tier, tokens in run["tiers"].items():
+        assert [layer[tier] for layer in plan["layers"]] == [tokens] * LAYERS
+    shown = crushkv(*asked)
+    assert shown.code == 0 and "0-1" in shown.out and "representative" in shown.out and "times smaller" in shown.out
+
+
+def test_a_plan_that_cannot_be_is_refused(crushkv: Any, tiny: Path) -> None:
+    for options, said in (
+        (["--rank", 0.5], "rank=0.5"),
+        (["--budget", POSITIONS + 1], "positions"),
+        (["--config", "tiny"], "tiny"),
+        (["--model", "/nowhere"], "no such folder"),
+    ):
+        model = [] if "--model" in options else ["--model", tiny]
+        outcome = crushkv("plan", 100, *model, *options)
+        assert outcome.code in (1, 2) and said in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_options_win_over_the_config_file(crushkv: Any, tiny: Path, tmp_path: Path) -> None:

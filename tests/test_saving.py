@@ -170,7 +170,7 @@ def test_a_document_is_read_once_and_asked_later(tmp_path: Path) -> None:
     crushkv("build", tmp_path / "report.txt", "-o", cache)
     with safe_open(cache, framework="pt") as opened:
         config = CrushConfig.from_json(opened.metadata()["config"])
-    assert (config.policy, config.budget) == ("expected_attention", 1.0)
+    assert (config.policy, config.budget, config.bits) == ("expected_attention", 1.0, 8)
     questions = ["What is the secret number for the amber door?", "What did the barge Helena bring?"]
     result = json.loads(crushkv("ask", cache, *questions, "--max-new-tokens", 24, "--json").stdout)
     first, second = result["answers"]

@@ -1,7 +1,7 @@
 """What is lost when a document is compressed before its questions are known (`crushkv build`).
 
 The bundled questions over 7,000 characters around each answer: mean negative log-likelihood of the gold answer behind
-the question, in nats a token, with half of the cache of the document.
+the question, in nats a token, with half of the cache of the document, or with all of it in fewer bits.
 
     python benchmarks/accuracy/blind.py
 """
@@ -24,6 +24,7 @@ from crushkv.hf import Recording
 CONFIGURATIONS = (
     "full",
     "{expected_attention,h2o,snapkv,key_diff,key_norm,streaming_llm,random}:budget=0.5,page_size={1,16}",
+    "expected_attention:budget=1.0,bits={8,4,3,3/2,2}",
 )
 AROUND = 3500  # characters before the answer
 

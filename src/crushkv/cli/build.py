@@ -16,9 +16,9 @@ from .output import check_folder, say, seconds, size
 from .prompts import check_room, read_prompt
 
 # The questions are not known yet. Whatever is evicted now is evicted blind, and so far every policy loses about as many
-# answers by that as chance does (benchmarks/accuracy/blind.py): by default nothing is. A policy that scores with the
-# last tokens' queries would keep what the end of the document asks for.
-BLIND = CrushConfig(budget=1.0, policy="expected_attention")
+# answers by that as chance does (benchmarks/accuracy/blind.py), where 8 bits lose nothing: by default every token is kept,
+# in 8 bits. A policy that scores with the last tokens' queries would keep what the end of the document asks for.
+BLIND = CrushConfig(budget=1.0, bits=8, policy="expected_attention")
 
 
 @with_options(config=config_group(BLIND), model=MODEL)
@@ -38,8 +38,9 @@ def build(
 ) -> None:
     """Read a document once, and keep its compressed cache as a file.
 
-    `crushkv ask` answers questions from it, in other processes, without reading the document again. Nothing is
-    evicted unless --budget says so: the questions are not known yet, and what is evicted cannot answer them.
+    `crushkv ask` answers questions from it, in other processes, without reading the document again. Every token is
+    kept, in 8 bits, unless --budget says otherwise: the questions are not known yet, and what is evicted cannot answer
+    them.
     """
     import time
 

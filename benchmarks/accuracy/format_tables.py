@@ -1,0 +1,161 @@
+"""Prints the tables of docs/accuracy.md on bits, tiers and low rank, and draws its plot, from results/formats.
+
+python benchmarks/accuracy/format_tables.py [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+from tables import RESULTS, Table, kl, longbench, retrieval, show
+
+from crushkv.evaluation import read_report_samples
+from crushkv.evaluation.statistics import by_task, macro_mean
+
+BUDGETS = ("0.25", "0.125", "0.0625")
+SIZES = ("4 times smaller", "8 times", "16 times")
+HALF_REPRESENTATIVES = "representative_bits=2,representative_share=0.5,grouping"
+CURVES = {
+    "tokens, 16 bits": "page_size=1",
+    "pages of 16, 16 bits": "page_size=16",
+    "pages, 4 bits": "bits=4",
+    "pages, 3 bits": "bits=3",
+    "pages, keys 3 and values 2 bits": "bits=3/2",
+    "pages, 2 bits": "bits=2",
+    "half 4, half 2 bits, by score": f"bits=4,{HALF_REPRESENTATIVES}=score",
+    "half 4, half 2 bits, by position": f"bits=4,{HALF_REPRESENTATIVES}=position",
+    "half 4, half 2 bits, KVCrush": f"bits=4,{HALF_REPRESENTATIVES}=signature",
+}
+# What it is, by its names in the two sweeps.
+PRESETS = {
+    "full cache": ("full", "full"),
+    "`safe`: 8 bits": ("snapkv:budget=0.5,bits=8",) * 2,
+    "`balanced`: 4 bits": ("snapkv:budget=0.25,bits=4",) * 2,
+    "`small`: keys 3, values 2 bits": ("snapkv:budget=0.125,bits=3/2",) * 2,
+    "16 times smaller, keys 3, values 2 bits": ("snapkv:budget=0.0625,bits=3/2",) * 2,
+    "a quarter in 16 bits": ("snapkv:budget=0.25", "snapkv:budget=0.25,page_size=16"),
+    "an eighth in 16 bits": ("snapkv:budget=0.125", "snapkv:budget=0.125,page_size=16"),
+    "a sixteenth in 16 bits": ("snapkv:budget=0.0625", "snapkv:budget=0.0625,page_size=16"),
+    "an eighth, 4 bits": ("snapkv:budget=0.125,bits=4",) * 2,
+    "an eighth, half 4, half 2 bits, KVCrush": (
+        "snapkv:budget=0.125,bits=4,representative_bits=2,representative_share=0.5",
+        f"snapkv:budget=0.125,bits=4,{HALF_REPRESENTATIVES}=signature",
+    ),
+}
+
+
+def name(budget: str, rest: str) -> str:
+    return f"snapkv:budget={budget},{rest}"
+
+
+def fidelity(table: Table) -> None:
+    show(
+        "KL at equal bytes",
+        ["SnapKV", *SIZES],
+        [[label, *(table.mean(name(b, rest)) for b in BUDGETS)] for label, rest in CURVES.items()],
+    )
+    show(
+        "KL minus KL of 4 bits throughout, at equal bytes",
+        ["SnapKV", *SIZES],
+        [
+            [label, *(table.difference(name(b, rest), name(b, "bits=4")) for b in BUDGETS)]
+            for label, rest in CURVES.items()
+            if rest != "bits=4"
+        ],
+    )
+    kvcrush = f"bits=4,{HALF_REPRESENTATIVES}=signature"
+    show(
+        "Half of the tokens in 2 bits: KL of those that KVCrush chooses minus KL of others, at equal bytes",
+        ["minus", *SIZES],
+        [
+            [label, *(table.difference(name(b, kvcrush), name(b, rest)) for b in BUDGETS)]
+            for label, rest in (
+                ("evenly by position", f"bits=4,{HALF_REPRESENTATIVES}=position"),
+                ("the next best scores", f"bits=4,{HALF_REPRESENTATIVES}=score"),
+                ("none: important tokens in 4 bits", "bits=4"),
+            )
+        ],
+    )
+    show(
+        "What else was tried: KL",
+        ["configuration", "bytes", "KL", "KL minus 4 bits at the same budget"],
+        [
+            [rest, table.bytes(rest), table.mean(rest), table.difference(rest, f"snapkv:budget={b},bits=4")]
+            for rest, b in (
+                ("snapkv:budget=0.25,bits=4,rotation=false", "0.25"),
+                ("snapkv:budget=0.25,bits=3,rotation=false", "0.25"),
+                ("snapkv:budget=0.25,rank=32", "0.25"),
+                ("snapkv:budget=0.25,bits=4,rank=48", "0.25"),
+                ("snapkv:budget=0.125,bits=4,rank=48", "0.125"),
+                ("snapkv:budget=0.125,bits=3/2,page_size=1", "0.125"),
+                ("snapkv:budget=0.125,bits=3/2,representative_share=0.25", "0.125"),
+                ("h2o:budget=0.125,bits=3/2", "0.125"),
+                ("streaming_llm:budget=0.125,bits=3/2", "0.125"),
+                ("random:budget=0.125,bits=3/2", "0.125"),
+            )
+        ],
+    )
+
+
+def in_short(distances: Table, scores: Table) -> None:
+    show(
+        "Presets, in short",
+        ["", "bytes", "KL", "same token", "LongBench score", "minus the full cache", "needles found"],
+        [
+            [
+                label,
+                scores.bytes(answered),
+                distances.mean(followed, kl, interval=False),
+                distances.mean(followed, lambda s: s.agreement, interval=False),
+                scores.mean(answered, longbench, interval=False),
+                "" if answered == "full" else scores.difference(answered, "full", longbench),
+                scores.mean(answered, retrieval, 2, interval=False),
+            ]
+            for label, (answered, followed) in PRESETS.items()
+        ],
+    )
+
+
+def plot(table: Table, path: Path) -> None:
+    """Mean KL against the share of the full cache's bytes."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for label, rest in CURVES.items():
+        points = []
+        for budget in BUDGETS:
+            group = table.groups[name(budget, rest)]
+            share = sum(sample.bytes_fraction for sample in group) / len(group)
+            points.append((share, macro_mean(by_task(group, kl))))
+        x = [share for share, _ in points]
+        low, high = ([e.mean - e.low for _, e in points], [e.high - e.mean for _, e in points])
+        axes.errorbar(x, [e.mean for _, e in points], yerr=(low, high), marker="o", capsize=2, label=label, alpha=0.8)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="share of the full cache's bytes (log)",
+        ylabel="KL to the full cache, nats (log)",
+    )
+    axes.set_xticks([1 / 16, 1 / 8, 1 / 4], ["1/16", "1/8", "1/4"], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--plot", type=Path, help="PNG or SVG")
+    arguments = parser.parse_args()
+    distances = Table(read_report_samples([RESULTS / "formats" / "fidelity.jsonl.gz"]))
+    in_short(distances, Table(read_report_samples([RESULTS / "formats" / "scores.jsonl.gz"])))
+    fidelity(distances)
+    if arguments.plot is not None:
+        plot(distances, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
