@@ -24,15 +24,15 @@ Row = tuple[str, int, Callable[[], object], Callable[[], Tensor], int]
 
 
 def crushkv(x: Tensor) -> Iterator[Row]:
+    out = torch.empty_like(x)
+    found = quantize(x, GROUP)
     for bits in (8, 4, 3, 2):
-        found = quantize(x, GROUP)
         planes = pack(narrowed(found.codes, bits), bits)
-        out = torch.empty_like(x)
 
         def packing(bits: int = bits) -> object:
             return pack(narrowed(quantize(x, GROUP).codes, bits), bits)
 
-        def unpacking(planes: tuple[Tensor, ...] = planes, bits: int = bits, out: Tensor = out) -> Tensor:
+        def unpacking(planes: tuple[Tensor, ...] = planes, bits: int = bits) -> Tensor:
             dequantize(unpack(planes, bits, x.shape[2]), found.low, found.span, bits, out)
             return out
 
@@ -111,9 +111,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.randn(1, 3, 4096, 64)
-    print(
-        "| | bits | bits held a number | pack, ms | unpack, ms | error (root mean square) |\n|---|---:|---:|---:|---:|---:|"
-    )
+    print("| | bits | bits held a number | pack, ms | unpack, ms | error (root mean square) |")
+    print("|---|" + "---:|" * 5)
     for library in (crushkv, quanto, hqq, torchao):
         try:
             for label, bits, packing, unpacking, held in library(x):

@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy/key_formats.py --data-dir DIR [--prompts 2]
 
-Only keys are rounded; sink and window are left alone. Scales and limits are float16, so that a group of g numbers adds 32 / g
-bits to each.
+Only keys are rounded; sink and window are left alone. Scales and limits are float16, so that a group of g numbers adds
+32 / g bits to each.
 """
 
 from __future__ import annotations
