@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--budget", default="0.25")
     parser.add_argument("--page-size", type=int, default=CrushConfig.page_size)
     parser.add_argument("--share", type=float, default=0.1, help="of KVCrush's representatives")
+    parser.add_argument("--bits", default=CrushConfig.bits, help="of what is kept, but sink and window")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
 
@@ -143,6 +144,7 @@ def main() -> None:
         budget=arguments.budget,
         page_size=arguments.page_size,
         representative_share=arguments.share,
+        bits=arguments.bits,
     )
     configs = {"full": None, "importance only": config.replace(representative_share=0.0), "kvcrush": config}
     result = {

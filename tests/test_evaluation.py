@@ -339,7 +339,7 @@ def test_a_sample_tells_everything(subject: Subject, data: Path, tmp_path: Path)
             with torch.no_grad():
                 ids = subject.tokenizer(prompt.text, return_tensors="pt").input_ids
                 subject.model(input_ids=ids, past_key_values=cache)
-            assert (sample.bytes_held, sample.prompt_tokens) == (cache.nbytes, ids.shape[1])
+            assert (sample.bytes_held, sample.prompt_tokens) == (cache.nbytes_at_16_bits, ids.shape[1])
             assert sample.kl is not None and sample.kl > 0
 
 

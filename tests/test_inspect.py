@@ -41,6 +41,7 @@ CONFIGS = {
     "tokens": {"budget": 0.3, "page_size": 1, "window": 8, "representative_share": 0.3, "threshold": "median"},
     "best": {"budget": 90, "page_size": 4, "window": 8, "representative_share": 0.5, "representative": "best"},
     "shared": {"budget": 0.4, "page_size": 2, "representative_share": 0.4, "shared_representatives": True},
+    "in bits": {"budget": 0.15, "page_size": 4, "representative_share": 0.4, "bits": 4, "representative_bits": 2},
     "random": {"budget": 0.4, "page_size": 2, "representative_share": 0.4, "grouping": "random", "seed": 7},
     "mass": {"policy": "h2o", "budget": 0.3, "page_size": 4, "representative_share": "dynamic", "coverage": 0.5},
     "pyramid": {"policy": "pyramidkv", "budget": 0.3, "page_size": 4, "representative_share": 0.2},

@@ -120,7 +120,7 @@ MEDIANS = (
     "ttft_seconds",
     "tpot_seconds",
 )
-RATIOS = ("kv_bytes", "ttft_seconds", "tpot_seconds", "peak_memory_bytes", "peak_above_start_bytes")
+RATIOS = ("bytes_fraction", "ttft_seconds", "tpot_seconds", "peak_memory_bytes", "peak_above_start_bytes")
 
 
 def _median(runs: list[dict[str, Any]], name: str) -> float | None:

@@ -52,14 +52,14 @@ def _figures(full: dict[str, Any], crushed: dict[str, Any]) -> Table:
 
 
 def _conclusion(full: dict[str, Any], crushed: dict[str, Any], ratios: dict[str, float | None]) -> Text:
-    smaller = full["kv_bytes"] / crushed["kv_bytes"]
     parts = [
+        f"KV cache {1 / crushed['bytes_fraction']:.2f}x smaller",
         f"{crushed['correct']} of {crushed['questions']} correct (full cache: {full['correct']})",
         f"TTFT {_times(ratios['ttft_seconds'])}",
         f"TPOT {_times(ratios['tpot_seconds'])}",
         f"peak memory {_times(ratios['peak_memory_bytes'])}",
     ]
-    return Text(f"KVCrush against the full cache: KV cache {smaller:.2f}x smaller, {', '.join(parts)}", style="bold")
+    return Text(f"KVCrush against the full cache: {', '.join(parts)}", style="bold")
 
 
 def _times(ratio: float | None) -> str:

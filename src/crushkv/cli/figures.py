@@ -39,7 +39,8 @@ def rows(run: dict[str, Any]) -> dict[str, str]:
     """What a table shows of one run, or of a summary of several, by the name of the row."""
     tiers = run["tiers"] or {}
     return {
-        "KV cache": f"{size(run['kv_bytes'])} ({run['bytes_fraction']:.1%})",
+        "KV cache": size(run["kv_bytes"]),
+        "  at 16 bits a number": f"{run['bytes_fraction']:.1%}",
         "tokens per KV head": f"{run['tokens_held']:.0f} of {run['tokens_seen']:.0f}",
         **{f"  {name}": f"{tiers[name]:.0f}" if tiers else "-" for name in TIERS},
         "scores, positions": size(run["state_bytes"]),
