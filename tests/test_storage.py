@@ -87,7 +87,7 @@ def test_a_projection_equals_a_singular_value_decomposition() -> None:
     real = torch.ones(2, 50, dtype=torch.bool)
     real[1, :20] = False
     basis = fit(x, real, centred=True, rotate=True, rank=5)
-    back = basis.coordinates(x) @ basis.directions.transpose(-1, -2) + basis.centre  # type: ignore[union-attr]
+    back = basis.coordinates(x) @ basis.projection.transpose(-1, -2) + basis.centre  # type: ignore[union-attr]
     for row, head in itertools.product(range(2), range(3)):
         tokens = x[row, head][real[row]]
         mean = tokens.mean(0)
@@ -103,8 +103,8 @@ def test_a_share_of_the_energy_decides_the_rank() -> None:
     for rank in (1, 2, 3):
         for share in (float(energy[rank - 1]) - 1e-3, float(energy[rank - 1]) + 1e-4):
             basis = fit(x[None, None], None, centred=False, rotate=False, rank=share)
-            assert basis.directions is not None
-            assert basis.directions.shape[-1] == rank + (share > float(energy[rank - 1]))
+            assert basis.projection is not None
+            assert basis.projection.shape[-1] == rank + (share > float(energy[rank - 1]))
 
 
 FORMATS = [

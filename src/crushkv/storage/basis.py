@@ -12,47 +12,44 @@ from .rotation import rotation
 
 @dataclass
 class Basis:
-    """`coordinates = (x - centre) @ directions`, for each row and head.
+    """`coordinates = (x - centre) @ rotation`, or `@ projection`, for each row and head.
 
-    A pure rotation is one matrix for all heads. It stays on while the model attends: queries are rotated instead of
-    keys, outputs instead of values, which is cheaper by the number of tokens. A projection is undone token by token.
+    A rotation is one matrix for all heads. It stays on while the model attends: queries are rotated instead of keys,
+    outputs instead of values, which is cheaper by the number of tokens. A projection is undone token by token.
 
     Attributes:
-        directions: float32 `[D, D]` (a rotation), `[B, Hkv, D, R]` (a projection), or None: as they come.
+        rotation: float32 `[D, D]`, or None.
+        projection: `[B, Hkv, D, R]`, or None; a basis has one of them at most.
         centre: `[B, Hkv, 1, D]`, subtracted first, or None.
     """
 
-    directions: Tensor | None
-    centre: Tensor | None
-
-    @property
-    def rotates(self) -> bool:
-        return self.directions is not None and self.directions.ndim == 2
-
-    @property
-    def projects(self) -> bool:
-        return self.directions is not None and self.directions.ndim == 4
+    rotation: Tensor | None = None
+    projection: Tensor | None = None
+    centre: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held for the layer; a rotation is shared by all layers of all caches, and is not counted."""
-        held = (self.centre, self.directions if self.projects else None)
-        return sum(t.nbytes for t in held if t is not None)
+        return sum(t.nbytes for t in (self.projection, self.centre) if t is not None)
+
+    def rank(self, size: int) -> int:
+        """Numbers that are held of `size`."""
+        return size if self.projection is None else self.projection.shape[-1]
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Float32 `[B, Hkv, P, R]` of `x [B, Hkv, P, D]`."""
         x = x.float()
         if self.centre is not None:
             x = x - self.centre.float()
-        return x if self.directions is None else x @ self.directions.float()
+        matrix = self.rotation if self.projection is None else self.projection.float()
+        return x if matrix is None else x @ matrix
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it."""
         if self.centre is not None:
             self.centre = self.centre.index_select(0, rows.to(self.centre.device))
-        if self.projects:
-            assert self.directions is not None
-            self.directions = self.directions.index_select(0, rows.to(self.directions.device))
+        if self.projection is not None:
+            self.projection = self.projection.index_select(0, rows.to(self.projection.device))
 
 
 def fit(x: Tensor, real: Tensor | None, centred: bool, rotate: bool, rank: int | float | None) -> Basis:
@@ -71,11 +68,11 @@ def fit(x: Tensor, real: Tensor | None, centred: bool, rotate: bool, rank: int |
         count = x.shape[2] if weight is None else weight.sum(2, keepdim=True).clamp(min=1)
         centre = (total.sum(2, keepdim=True) / count).to(x.dtype)
     if rank is None:
-        return Basis(rotation(x.shape[-1], x.device) if rotate else None, centre)
+        return Basis(rotation(x.shape[-1], x.device) if rotate else None, centre=centre)
     directions = _leading(x, centre, weight, rank)
     if rotate:
         directions = directions @ rotation(directions.shape[-1], x.device)
-    return Basis(directions.to(x.dtype), centre)
+    return Basis(projection=directions.to(x.dtype), centre=centre)
 
 
 def _leading(x: Tensor, centre: Tensor | None, weight: Tensor | None, rank: int | float) -> Tensor:

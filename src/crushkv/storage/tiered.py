@@ -93,7 +93,7 @@ class TieredStorage:
         sizes = (keys.shape[-1], values.shape[-1])
         ranks = sizes
         if self.bases is not None and self.formats.rank is not None:
-            ranks = (_rank(self.bases[0], sizes[0]), _rank(self.bases[1], sizes[1]))
+            ranks = (self.bases[0].rank(sizes[0]), self.bases[1].rank(sizes[1]))
         return LayerSizes(self.formats, self.kv_heads, sizes, ranks, keys.element_size())
 
     # What goes in
@@ -165,8 +165,8 @@ class TieredStorage:
         """What `attended` keys and values are multiplied with from the right, `[D, D]`; None: they are as they were."""
         if self.bases is None or not self._blocks:
             return None, None
-        keys, values = (basis.directions if basis.rotates else None for basis in self.bases)
-        return keys, values
+        keys, values = self.bases
+        return keys.rotation, values.rotation
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Copies of keys and values as the model made them, but for what quantization and projection lost."""
@@ -182,42 +182,30 @@ class TieredStorage:
     def _unpacked(self, which: int, dense: Tensor) -> Tensor:
         assert self.bases is not None
         basis = self.bases[which]
-        rows, heads, length, size = dense.shape
-        out = self._workspace.take(
-            ("keys", "values")[which], (rows, heads, self.length, size), dense.dtype, dense.device
-        )
+        rows, heads, _, size = dense.shape
+        shape = (rows, heads, self.length, size)
+        out = self._workspace.take(("keys", "values")[which], shape, dense.dtype, dense.device)
         start = 0
         for block in self._blocks:
-            part = block[which]
-            target = out[:, :, start : start + part.tokens]
-            self._unpack(part, basis, target)
-            start += part.tokens
-        if basis.rotates:
-            assert basis.directions is not None
-            out[:, :, start:] = turn(dense, basis.directions)
-        else:
-            out[:, :, start:] = dense
+            end = start + block[which].tokens
+            self._unpack(block[which], basis, out[:, :, start:end])
+            start = end
+        out[:, :, start:] = dense if basis.rotation is None else turn(dense, basis.rotation)
         return out
 
-    def _unpack(self, part: PackedTensor, basis: Basis, target: Tensor) -> None:
-        if target.dtype == torch.float32 and not basis.projects:
-            part.write(target)
-            numbers = target
-        else:
-            rank = target.shape[-1] if not basis.projects else _rank(basis, target.shape[-1])
-            numbers = self._workspace.take("numbers", (*target.shape[:3], rank), torch.float32, target.device)
-            part.write(numbers)
-            if basis.projects:
-                assert basis.directions is not None
-                numbers = numbers @ basis.directions.float().transpose(-1, -2)
-        centre = basis.centre
-        if centre is not None:
-            centre = (
-                centre.float() @ basis.directions if basis.rotates and basis.directions is not None else centre.float()
-            )
-            numbers += centre
-        if numbers is not target:
-            target.copy_(numbers)
+    def _unpack(self, part: PackedTensor, basis: Basis, out: Tensor) -> None:
+        numbers = out
+        if basis.projection is not None or out.dtype != torch.float32:
+            shape = (*out.shape[:3], basis.rank(out.shape[-1]))
+            numbers = self._workspace.take("numbers", shape, torch.float32, out.device)
+        part.write(numbers)
+        if basis.projection is not None:
+            numbers = numbers @ basis.projection.float().transpose(-1, -2)
+        if basis.centre is not None:
+            centre = basis.centre.float()
+            numbers += centre if basis.rotation is None else turn(centre, basis.rotation)
+        if numbers is not out:
+            out.copy_(numbers)
 
     # The rest
 
@@ -237,10 +225,7 @@ class TieredStorage:
                 named |= {f"block{number}.{name}.{key}": t for key, t in block[which].tensors.items()}
             if self.bases is not None:
                 basis = self.bases[which]
-                named |= {
-                    f"centre.{name}": basis.centre,
-                    f"directions.{name}": basis.directions if basis.projects else None,
-                }
+                named |= {f"centre.{name}": basis.centre, f"projection.{name}": basis.projection}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -258,17 +243,10 @@ class TieredStorage:
                 self._blocks.append((PackedTensor(bits[0], of_keys), PackedTensor(bits[1], of_values)))
 
     def _loaded_basis(self, tensors: Mapping[str, Tensor], name: str) -> Basis:
-        directions = tensors.get(f"directions.{name}")
-        if directions is None and self.formats.rotation:
-            x = tensors[name]
-            directions = rotation(x.shape[-1], x.device)
-        return Basis(directions, tensors.get(f"centre.{name}"))
+        projection, x = tensors.get(f"projection.{name}"), tensors[name]
+        turned = self.formats.rotation and projection is None
+        return Basis(rotation(x.shape[-1], x.device) if turned else None, projection, tensors.get(f"centre.{name}"))
 
 
 def _of_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _rank(basis: Basis, size: int) -> int:
-    """Numbers that are held of `size`."""
-    return basis.directions.shape[-1] if basis.projects and basis.directions is not None else size
