@@ -1,0 +1,82 @@
+"""Where keys and values lie in a paged cache: the only part that knows an attention backend's memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class CacheLayout(ABC):
+    """Reads and writes the tokens of one request in one layer's cache.
+
+    Values are moved as they are stored (fp8 included), never converted. `blocks` are block numbers, int64 `[n]`, in
+    the order of the text.
+    """
+
+    @abstractmethod
+    def read(self, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of keys and values in the storage dtype, `[Hkv, n * block size, D]` each."""
+
+    @abstractmethod
+    def write(self, cache: Tensor, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Writes T <= n * block size tokens `[Hkv, T, D]` into the first T slots of the blocks; the rest is left."""
+
+
+class InterleavedLayout(CacheLayout):
+    """FlashAttention's: `[blocks, Hkv, block size, D + Dv]` with any strides, a token's key beside its value."""
+
+    def __init__(self, head_size: int) -> None:
+        self.head_size = head_size
+
+    def read(self, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = _bits(cache)[blocks].transpose(0, 1).flatten(1, 2).view(cache.dtype)  # [Hkv, T, D + Dv]
+        return tokens[..., : self.head_size], tokens[..., self.head_size :]
+
+    def write(self, cache: Tensor, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        block_size = cache.shape[2]
+        slot = torch.arange(keys.shape[1], device=cache.device)
+        tokens = torch.cat([_bits(keys), _bits(values)], dim=-1).transpose(0, 1)  # [T, Hkv, bytes]
+        _bits(cache)[blocks[slot // block_size], :, slot % block_size] = tokens
+
+
+class PermutedLayout(CacheLayout):
+    """vLLM's CPU cache: `[blocks, Hkv, block size, 2 D]`, keys in front, in an order that depends on the machine.
+
+    Args:
+        keys, values: int64 `[block size, D]`: where in the block's part the number of each (token, dimension) lies.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.block_size, self.head_size = keys.shape
+        self._places = torch.stack([keys.flatten(), values.flatten() + keys.numel()])  # [2, block size * D]
+
+    def read(self, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        flat = cache.view(*cache.shape[:2], -1)[blocks]  # [n, Hkv, numbers]
+        keys, values = (self._tokens(flat, places) for places in self._places)
+        return keys, values
+
+    def _tokens(self, flat: Tensor, places: Tensor) -> Tensor:
+        count, heads, _ = flat.shape
+        ordered = _bits(flat).index_select(2, places).view(flat.dtype)
+        return ordered.view(count, heads, self.block_size, self.head_size).transpose(0, 1).flatten(1, 2)
+
+    def write(self, cache: Tensor, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        kept = keys.shape[1]
+        flat = _bits(cache.view(*cache.shape[:2], -1))
+        full, rest = divmod(kept, self.block_size)
+        for part, places in ((keys, self._places[0]), (values, self._places[1])):
+            heads = part.shape[0]
+            numbers = _bits(part.contiguous())
+            whole = numbers[:, : full * self.block_size].view(heads, full, -1).transpose(0, 1)  # [full, Hkv, numbers]
+            head = torch.arange(heads)[None, :, None]
+            flat[blocks[:full, None, None], head, places[None, None]] = whole
+            if rest:
+                tail = numbers[:, full * self.block_size :].reshape(heads, -1)
+                flat[blocks[full], head[0], places[None, : rest * self.head_size]] = tail
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same numbers as integers of their size: fp8 knows few operations, and none may round."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
