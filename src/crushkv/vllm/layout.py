@@ -63,18 +63,13 @@ class PermutedLayout(CacheLayout):
         return ordered.view(count, heads, self.block_size, self.head_size).transpose(0, 1).flatten(1, 2)
 
     def write(self, cache: Tensor, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
-        kept = keys.shape[1]
+        slot = torch.arange(keys.shape[1], device=cache.device)
+        block = blocks[slot // self.block_size][:, None, None]
+        head = torch.arange(keys.shape[0], device=cache.device)[:, None]
         flat = _bits(cache.view(*cache.shape[:2], -1))
-        full, rest = divmod(kept, self.block_size)
-        for part, places in ((keys, self._places[0]), (values, self._places[1])):
-            heads = part.shape[0]
-            numbers = _bits(part.contiguous())
-            whole = numbers[:, : full * self.block_size].view(heads, full, -1).transpose(0, 1)  # [full, Hkv, numbers]
-            head = torch.arange(heads)[None, :, None]
-            flat[blocks[:full, None, None], head, places[None, None]] = whole
-            if rest:
-                tail = numbers[:, full * self.block_size :].reshape(heads, -1)
-                flat[blocks[full], head[0], places[None, : rest * self.head_size]] = tail
+        for tokens, places in zip((keys, values), self._places, strict=True):
+            place = places.view(self.block_size, 1, self.head_size)[slot % self.block_size]  # [T, 1, D]
+            flat[block, head, place] = _bits(tokens).transpose(0, 1)
 
 
 def _bits(tensor: Tensor) -> Tensor:

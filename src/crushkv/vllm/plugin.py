@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .settings import KEY, engine_config
+from .settings import KEY, engine_config, request_budget
 
 SCHEDULER = "crushkv.vllm.scheduler.CrushScheduler"
 ASYNC_SCHEDULER = "crushkv.vllm.scheduler.CrushAsyncScheduler"
@@ -16,22 +16,32 @@ GPU_WORKER = "crushkv.vllm.gpu_worker.CrushGPUWorker"
 def register() -> None:
     """Makes `LLM(...)` and the server heed `additional_config["crushkv"]`. Without it, nothing is changed.
 
-    vLLM has no hook between a configuration's creation and its use, so the one method that creates it is wrapped.
+    vLLM has no hook between a configuration's creation and its use, and none for checking a request's `extra_args`, so
+    the two methods that do these are wrapped.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.input_processor import InputProcessor
 
-    original = EngineArgs.create_engine_config
-    if hasattr(original, "crushkv"):  # plugins may be loaded more than once
+    if hasattr(EngineArgs.create_engine_config, "crushkv"):  # plugins may be loaded more than once
         return
+    create, validate = EngineArgs.create_engine_config, InputProcessor._validate_params
 
-    @functools.wraps(original)
+    @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        vllm_config = original(self, *args, **kwargs)
+        vllm_config = create(self, *args, **kwargs)
         enable(vllm_config)
         return vllm_config
 
+    @functools.wraps(validate)
+    def validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        config = engine_config(self.vllm_config.additional_config)
+        if config is not None:
+            request_budget(config, getattr(params, "extra_args", None))
+        return validate(self, params, *args, **kwargs)
+
     create_engine_config.crushkv = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config
+    InputProcessor._validate_params = validate_params
 
 
 def enable(vllm_config: Any) -> None:

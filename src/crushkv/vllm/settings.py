@@ -52,18 +52,21 @@ def _parse(given: Any, source: str) -> CrushConfig | None:
 def request_budget(config: CrushConfig, extra_args: Mapping[str, Any] | None) -> Budget | None:
     """What `SamplingParams.extra_args["crushkv"]` asks for: a budget, or None for "off".
 
-    `false` leaves the request's cache alone; `{"budget": ...}` gives a budget of its own, which can only lower the
-    engine's (the smaller one holds at each eviction).
+    `"off"` (or false, 0) leaves the request's cache alone, `"on"` (or true, 1) is the default. Everything else is a
+    budget of its own, which can only lower the engine's: the smaller one holds at each eviction.
 
     Raises:
-        ConfigError: the value is neither, or the budget is not accepted.
+        ConfigError: the value is none of these.
     """
-    given = (extra_args or {}).get(KEY, True)
-    if isinstance(given, bool):
-        return config.parsed_budget if given else None
-    if not isinstance(given, Mapping) or not set(given) <= {"budget"}:
-        raise ConfigError(f"extra_args[{KEY!r}]={given!r}: accepted are true, false or {{'budget': ...}}")
-    return config.replace(**given).parsed_budget
+    given = (extra_args or {}).get(KEY, "on")
+    if given in ("on", 1):
+        return config.parsed_budget
+    if given in ("off", 0):
+        return None
+    try:
+        return config.replace(budget=given).parsed_budget
+    except ConfigError as error:
+        raise ConfigError(f"extra_args[{KEY!r}]: accepted are 'on', 'off' or a budget; {error}") from None
 
 
 def request_schedule(
