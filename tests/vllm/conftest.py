@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def smollm_reference(smollm: Path) -> Reference:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random-weight model."""
     return small_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def small_with_text(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the embedded model's tokenizer, for servers."""
+    folder = small_model(tmp_path_factory.mktemp("small-with-text"), vocabulary=49152)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smollm / name, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

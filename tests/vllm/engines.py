@@ -161,11 +161,11 @@ class Reference:
         return self._known[key]
 
 
-def small_model(folder: Path) -> Path:
+def small_model(folder: Path, vocabulary: int = 512) -> Path:
     """A random-weight Llama whose heads divide by two, with attention that prefers some tokens to others."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512,
+        vocab_size=vocabulary,
         hidden_size=128,
         intermediate_size=128,
         num_hidden_layers=3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from .metrics import install as install_metrics
 from .settings import KEY, engine_config, request_budget
 
 SCHEDULER = "crushkv.vllm.scheduler.CrushScheduler"
@@ -16,8 +17,8 @@ GPU_WORKER = "crushkv.vllm.gpu_worker.CrushGPUWorker"
 def register() -> None:
     """Makes `LLM(...)` and the server heed `additional_config["crushkv"]`. Without it, nothing is changed.
 
-    vLLM has no hook between a configuration's creation and its use, and none for checking a request's `extra_args`, so
-    the two methods that do these are wrapped.
+    vLLM has no hook between a configuration's creation and its use, none for checking a request's `extra_args`, and
+    none for metrics of a scheduler, so the methods that do these are wrapped.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.input_processor import InputProcessor
@@ -42,6 +43,7 @@ def register() -> None:
     create_engine_config.crushkv = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config
     InputProcessor._validate_params = validate_params
+    install_metrics()
 
 
 def enable(vllm_config: Any) -> None:

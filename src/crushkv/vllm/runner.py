@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ..config import CrushConfig
@@ -22,6 +23,7 @@ def check_signatures() -> None:
     check_signature(GPUModelRunner._update_states, "scheduler_output")
     check_signature(GPUModelRunner._prepare_inputs, "scheduler_output", "num_scheduled_tokens")
     check_signature(GPUModelRunner.execute_model, "scheduler_output", "intermediate_tensors")
+    check_signature(GPUModelRunner.sample_tokens, "grammar_output")
 
 
 class CompactingRunner(GPUModelRunner):
@@ -36,6 +38,7 @@ class CompactingRunner(GPUModelRunner):
         """Takes vLLM's attention layers and begins to watch them."""
         self.crush = Compactor(config, list(layers.values()))
         self.crush_bytes_per_token = bytes_per_token(self.vllm_config)
+        self.crush_reported = 0.0  # of the seconds spent, how many the scheduler has heard of
         self.crush_dropped: dict[str, int] = {}
         self.crush_schedules: dict[str, EvictionSchedule | None] = {}
         modules = self.compilation_config.static_forward_context
@@ -114,6 +117,14 @@ class CompactingRunner(GPUModelRunner):
             for request_id, compaction in compactions.items():
                 self._replace_blocks(request_id, compaction.blocks)
                 self.crush_dropped[request_id] = compaction.eviction.seen - compaction.eviction.kept
+        return result
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        result = super().sample_tokens(grammar_output)
+        if self.crush is not None and isinstance(result, ModelRunnerOutput):
+            seconds = self.crush.totals.seconds
+            result.crushkv_microseconds = round((seconds - self.crush_reported) * 1e6)
+            self.crush_reported = seconds
         return result
 
     def _table(self, request_id: str) -> Tensor:

@@ -10,6 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from ..importance import Policy
 from .blocks import CompactingManager
+from .metrics import Counters
 from .settings import engine_config, request_schedule
 from .support import bytes_per_token, check_groups, check_signature
 
@@ -49,6 +50,7 @@ class CrushScheduler(Scheduler):
         assert config is not None, "the plugin has put it there"
         self.config = config
         self.policy = config.make_policy()
+        self.counters = Counters()
         self.bytes_per_token = bytes_per_token(self.vllm_config)
         self.blocks = CompactingManager.adopt(self.kv_cache_manager.coordinator.single_type_managers[0])
 
@@ -89,8 +91,23 @@ class CrushScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         output = super().schedule(throttle_prefills)
-        output.crushkv, _ = self.blocks.commit()
+        compactions, freed = self.blocks.commit()
+        output.crushkv = compactions
+        self.counters.compactions += len(compactions)
+        self.counters.tokens_dropped += sum(c.eviction.held - c.eviction.kept for c in compactions.values())
+        self.counters.blocks_freed += freed
         return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        # Workers that answer asynchronously do not say.
+        self.counters.microseconds += getattr(model_runner_output, "crushkv_microseconds", 0)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self.counters.add_to(stats)
+        return stats
 
 
 class CrushAsyncScheduler(CrushScheduler, AsyncScheduler):
