@@ -23,15 +23,16 @@ from typing import Any
 
 BUDGETS = {"half": 0.5, "quarter": 0.25, "eighth": 0.125}
 # Tokens of a prompt, of an answer, and blocks of 32 in the pool.
-WORKLOADS = {"long prompts": (1024, 64, 240), "short prompts": (128, 512, 160)}
+WORKLOADS = {"long prompts": (768, 48, 128), "short prompts": (128, 320, 70)}
 BLOCK = 32
-LATENCY_PROMPT = 1536
+LATENCY_PROMPT = 1024
+INTERVAL = 32  # tokens between two evictions while decoding: a request holds its budget and no more than these
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hugging Face id or folder; default: the embedded model")
-    parser.add_argument("--requests", type=int, default=48, help="of each workload")
+    parser.add_argument("--requests", type=int, default=24, help="of each workload")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", action="store_true", help="print one object instead of tables")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one engine: a job as JSON
@@ -61,6 +62,7 @@ def compare(model: str, dtype: str, requests: int) -> dict[str, Any]:
         "dtype": dtype,
         "cores": len(os.sched_getaffinity(0)),
         "requests": requests,
+        "interval": INTERVAL,
         "workloads": {name: dict(zip(("prompt", "answer", "blocks"), w, strict=True)) for name, w in WORKLOADS.items()},
         "concurrency_ratio": ratios(measured, "requests_at_once"),
         "throughput_ratio": ratios(measured, "tokens_per_second"),
@@ -90,7 +92,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     prompt, answer, blocks = WORKLOADS[job["workload"]] if "workload" in job else (LATENCY_PROMPT, 8, 64)
     from vllm import LLM
 
-    additional = {} if job["budget"] is None else {"additional_config": {"crushkv": {"budget": job["budget"]}}}
+    additional = (
+        {}
+        if job["budget"] is None
+        else {"additional_config": {"crushkv": {"budget": job["budget"], "interval": INTERVAL}}}
+    )
     llm = LLM(
         model=job["model"],
         dtype=job["dtype"],
@@ -109,7 +115,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     prompts = [(ids[37 * i :] + ids)[:prompt] for i in range(job["requests"])]
     serve(llm, prompts[:1], 4)  # warm
     if "workload" not in job:
-        return take_turns(llm, prompts[:8], answer)
+        return take_turns(llm, prompts[:6], answer)
     return serve(llm, prompts, answer)
 
 

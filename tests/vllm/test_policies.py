@@ -36,3 +36,12 @@ def test_policy(small: Path, small_reference: Reference, name: str) -> None:
         assert e.crush.totals.compactions
         assert answers == small_reference.generate(config, PROMPTS, 40)
         e.check_empty()
+
+
+def test_compiled(small: Path, small_reference: Reference) -> None:
+    """`torch.compile` instead of eager."""
+    options = {"enforce_eager": False, "max_num_batched_tokens": 128, "enable_prefix_caching": True}
+    with engine(small, SMALL, skip_tokenizer_init=True, **options) as e:
+        assert e.runner.compilation_config.mode.name != "NONE"
+        assert e.generate(PROMPTS, 40, lambda e: e.check_blocks()) == small_reference.generate(SMALL, PROMPTS, 40)
+        e.check_empty()

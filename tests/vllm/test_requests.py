@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from engines import BLOCK, Engine, Reference, engine, random_prompts
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.math_utils import cdiv
 
 CONFIG: dict[str, Any] = {"budget": 0.3, "sink": 2, "window": 16, "interval": 16, "page_size": 8}
@@ -101,7 +102,7 @@ def test_lower_budget_for_one_request(running: Engine, small_reference: Referenc
 
 @pytest.mark.parametrize("value", ["of", 2.0, {"policy": "h2o"}, 3])
 def test_bad_extra_args_are_refused(running: Engine, value: Any) -> None:
-    with pytest.raises(ValueError, match="crushkv"):
+    with pytest.raises(VLLMValidationError, match="crushkv"):
         running.add(PROMPTS[0], NEW, extra_args={"crushkv": value})
     running.generate(PROMPTS[:1], 2)
 

@@ -59,27 +59,26 @@ def complete_or_abort(running: Server, prompt: list[int], new: int, seconds: flo
 
 
 def test_soak(soaked: Server) -> None:
-    """200 requests of mixed lengths, 16 at once, some aborted at random moments, in a pool for two long ones."""
-    draw = random.Random(0)
-    prompts = random_prompts([draw.randint(20, 900) for _ in range(200)])
-    jobs = [
-        (prompt, draw.randint(1, 80), draw.uniform(0.02, 1.5) if draw.random() < 0.25 else None) for prompt in prompts
-    ]
+    """200 requests of mixed lengths, 16 at once, some aborted at random moments, in a pool for two long ones.
 
-    def run(part: list[tuple[list[int], int, float | None]]) -> list[str | None]:
+    Three times: vLLM's own memory grows at first (from its start by 93, 43 and 27 MiB here, without crushkv), and then
+    it does not.
+    """
+    memory = [soaked.memory()]
+    for seed in range(3):
+        draw = random.Random(seed)
+        prompts = random_prompts([draw.randint(20, 900) for _ in range(200)], seed)
+        patience = [draw.uniform(0.02, 1.5) if draw.random() < 0.25 else None for _ in prompts]
+        new = [draw.randint(1, 80) for _ in prompts]
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda job: complete_or_abort(soaked, *job), part))
-
-    answers = run(jobs[:60])
-    before = soaked.memory()
-    answers += run(jobs[60:])
-    after = soaked.memory()
-    for (_, _, seconds), answer in zip(jobs, answers, strict=True):
-        assert answer or seconds is not None, "an unaborted request ends with text"
-    assert sum(answer is None for answer in answers) >= 5, "some were aborted"
+            answers = list(pool.map(lambda *job: complete_or_abort(soaked, *job), prompts, new, patience))
+        for seconds, answer in zip(patience, answers, strict=True):
+            assert answer or seconds is not None, "an unaborted request ends with text"
+        assert sum(answer is None for answer in answers) >= 5, "some were aborted"
+        memory.append(soaked.memory())
     deadline = time.monotonic() + 30
     while soaked.metric("vllm:kv_cache_usage_perc") or soaked.metric("vllm:num_requests_running"):
         assert time.monotonic() < deadline, "blocks are lost"
         time.sleep(0.5)
-    assert after - before < 40 * 2**20, f"resident memory grew by {(after - before) / 2**20:.0f} MiB"
-    assert soaked.metric("crushkv:compactions_total") > 100
+    assert memory[3] - memory[2] < 40 * 2**20, f"resident memory grows: {[m >> 20 for m in memory]} MiB"
+    assert soaked.metric("crushkv:compactions_total") > 300

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ..errors import ConfigError
 from .metrics import install as install_metrics
 from .settings import KEY, engine_config, request_budget
 
@@ -21,6 +22,7 @@ def register() -> None:
     none for metrics of a scheduler, so the methods that do these are wrapped.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     if hasattr(EngineArgs.create_engine_config, "crushkv"):  # plugins may be loaded more than once
@@ -37,7 +39,10 @@ def register() -> None:
     def validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         config = engine_config(self.vllm_config.additional_config)
         if config is not None:
-            request_budget(config, getattr(params, "extra_args", None))
+            try:
+                request_budget(config, getattr(params, "extra_args", None))
+            except ConfigError as error:  # as what vLLM's server answers with "bad request"
+                raise VLLMValidationError(str(error), parameter="extra_args") from None
         return validate(self, params, *args, **kwargs)
 
     create_engine_config.crushkv = True  # type: ignore[attr-defined]
