@@ -107,7 +107,12 @@ def test_refused_policy(small: Path) -> None:
 
 @pytest.mark.parametrize(
     ("crush", "match"),
-    [({"budgt": 0.5}, "unknown field 'budgt'"), ({"budget": 0}, "budget=0"), ("on", "accepted are an object")],
+    [
+        ({"budgt": 0.5}, "unknown field 'budgt'"),
+        ({"budget": 300}, "budget=300 tokens is above max_model_len=256"),
+        ({"budget": 0}, "budget=0"),
+        ("on", "accepted are an object"),
+    ],
 )
 def test_refused_configuration(small: Path, crush: Any, match: str) -> None:
     refused(small, match, crush, ConfigError)

@@ -132,6 +132,8 @@ class Compactor:
 
     def begin(self, rows: Sequence[StepRow]) -> None:
         """Before the model runs: works out which queries of the step have to be remembered."""
+        self._sources = self._places = None
+        self._streamed, self._flushed = [], []
         sources: list[int] = []
         places: list[int] = []
         for row in rows:

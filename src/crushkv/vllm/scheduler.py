@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -11,8 +12,11 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from ..importance import Policy
 from .blocks import CompactingManager
 from .metrics import Counters
+from .schedule import EvictionSchedule
 from .settings import engine_config, request_schedule
 from .support import bytes_per_token, check_groups, check_signature
+
+logger = init_logger(__name__)
 
 
 def check_signatures() -> None:
@@ -63,7 +67,20 @@ class CrushScheduler(Scheduler):
             )
             if schedule is not None:
                 self.blocks.schedules[request.request_id] = schedule
+                self._warn_if_tight(schedule)
         super().add_request(request)
+
+    def _warn_if_tight(self, schedule: EvictionSchedule) -> None:
+        always, page = self.config.sink + self.config.window, self.config.page_size
+        eviction = schedule.eviction(schedule.prompt, schedule.prompt)
+        if eviction is not None and eviction.budget < always + page:
+            logger.warning_once(
+                "crushkv: budget=%r leaves short prompts no room for a page of %d besides sink + window = %d: only their "
+                "first and last tokens are kept",
+                self.config.budget,
+                page,
+                always,
+            )
 
     def _free_blocks(self, request: Any) -> None:
         self.blocks.schedules.pop(request.request_id, None)

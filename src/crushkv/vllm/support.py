@@ -11,7 +11,7 @@ import vllm
 from vllm.platforms import current_platform
 
 from ..config import CrushConfig
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 
 VERSIONS = "0.32"
 UNTESTED = "CRUSHKV_VLLM_UNTESTED"
@@ -32,10 +32,21 @@ def check_engine(vllm_config: Any, config: CrushConfig) -> None:
 
     Raises:
         UnsupportedModelError: names each thing that is not supported.
+        ConfigError: the budget does not fit the engine.
     """
     if not vllm.__version__.startswith(f"{VERSIONS}."):
         refuse(iter([f"vLLM {vllm.__version__}: this release of crushkv works with vLLM {VERSIONS}.x"]))
     refuse(_reasons(vllm_config, config))
+    _check_sizes(config, vllm_config.model_config.max_model_len)
+
+
+def _check_sizes(config: CrushConfig, longest: int) -> None:
+    """Refuses a budget or a page of more tokens than a request can have: neither could ever do anything."""
+    budget = config.parsed_budget
+    if config.page_size > longest:
+        raise ConfigError(f"page_size={config.page_size} tokens is above max_model_len={longest}")
+    if budget.kind == "tokens" and budget.amount > longest:
+        raise ConfigError(f"budget={int(budget.amount)} tokens is above max_model_len={longest}")
 
 
 def _reasons(vllm_config: Any, config: CrushConfig) -> Iterator[str]:
@@ -54,6 +65,8 @@ def _platform(vllm_config: Any) -> Iterator[str]:
     if current_platform.is_cuda():
         if os.environ.get(UNTESTED) != "1":
             yield f"GPUs: not tested inside vLLM; set {UNTESTED}=1 to try it with FlashAttention"
+        if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            yield "CUDA graphs that contain attention hide its queries: set cudagraph_mode to PIECEWISE or NONE"
     elif not current_platform.is_cpu():
         yield f"platform {current_platform.device_name!r}: supported is CPU"
     backend = vllm_config.attention_config.backend
