@@ -41,7 +41,7 @@ class CompactingManager(FullAttentionManager):
 
     Where prefix caching is on, what is kept is copied out into fresh blocks, and the old ones stay in the prefix
     cache. Where too few blocks are free, the request's own blocks take the rest, those that nobody shares, and leave
-    the prefix cache. Without prefix caching, everything stays in place.
+    the prefix cache. Without prefix caching, and from the second compaction on, everything stays in place.
     """
 
     schedules: dict[str, EvictionSchedule]
@@ -108,7 +108,7 @@ class CompactingManager(FullAttentionManager):
     def _reserve(self, request_id: str, eviction: Eviction) -> _Reservation:
         own = self.req_to_blocks[request_id]
         count = cdiv(eviction.kept, self.block_size)
-        if not self.enable_caching:
+        if not self.enable_caching or request_id in self.dropped:  # nobody else can have these blocks
             return _Reservation(eviction, own[:count], [])
         fresh = self.block_pool.get_new_blocks(min(count, self.block_pool.get_num_free_blocks()))
         mine = [block for block in reversed(own) if block.ref_cnt == 1][: count - len(fresh)]

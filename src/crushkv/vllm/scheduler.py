@@ -75,8 +75,8 @@ class CrushScheduler(Scheduler):
         eviction = schedule.eviction(schedule.prompt, schedule.prompt)
         if eviction is not None and eviction.budget < always + page:
             logger.warning_once(
-                "crushkv: budget=%r leaves short prompts no room for a page of %d besides sink + window = %d: only their "
-                "first and last tokens are kept",
+                "crushkv: budget=%r leaves short prompts no room for a page of %d besides sink + window = %d: "
+                "only their first and last tokens are kept",
                 self.config.budget,
                 page,
                 always,
