@@ -69,7 +69,7 @@ serve: $(READY_VLLM)  ## OpenAI-compatible server with the embedded model and KV
 	echo "    -d '{\"model\": \"crushkv\", \"messages\": [{\"role\": \"user\", \"content\": \"What is a KV cache?\"}]}'" && \
 	echo && \
 	$(VLLM_ENV) $(BIN_VLLM)/python -m vllm.entrypoints.openai.api_server --model $$model --served-model-name crushkv \
-		--host 127.0.0.1 --port $(PORT) --block-size 32 --max-model-len 8192 --kv-cache-memory-bytes 1073741824 \
+		--host 127.0.0.1 --port $(PORT) --block-size 32 --max-model-len 8192 --enforce-eager --kv-cache-memory-bytes 1073741824 \
 		--additional-config '{"crushkv": {"budget": 0.25}}'
 
 bench-vllm: $(READY_VLLM)  ## requests at once and throughput in the same cache memory
