@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from architectures import prompts, small_model
 from crushkv import ConfigError, CrushConfig, KVCrush
-from crushkv.vllm.layout import CacheLayout, InterleavedLayout, PermutedLayout
+from crushkv.vllm.layout import CacheLayout, InterleavedLayout, PermutedLayout, StridedLayout
 from crushkv.vllm.query_tails import QueryTails
 from crushkv.vllm.schedule import EvictionSchedule
 from crushkv.vllm.settings import engine_config, request_budget, request_schedule
@@ -36,9 +36,16 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
+LAYOUTS: dict[str, CacheLayout] = {
+    "interleaved": InterleavedLayout(DIM),
+    "strided": StridedLayout(SIZE, DIM, (1, SIZE), (DIM, 1)),
+    "permuted": permuted(),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 9, 12])
-@pytest.mark.parametrize("layout", [InterleavedLayout(DIM), permuted()], ids=["interleaved", "permuted"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_what_is_written_is_read(layout: CacheLayout, tokens: int, dtype: torch.dtype) -> None:
     cache = numbers((BLOCKS, HEADS, SIZE, 2 * DIM), dtype)
     before = cache.clone()
@@ -80,6 +87,16 @@ def test_permuted_layout_goes_where_it_is_told() -> None:
             place = int(layout._places[0].view(SIZE, DIM)[token, dimension])
             assert flat[place] == keys[0, token, dimension]
     assert sorted(flat[SIZE * DIM :].tolist()) == sorted((-keys).flatten().tolist())
+
+
+def test_strided_layout_is_the_permuted_one() -> None:
+    """Keys with their dimensions outermost, as vLLM's CPU kernels want them."""
+    numbers_of_block = torch.arange(SIZE * DIM)
+    keys, values = numbers_of_block.view(DIM, SIZE).t(), numbers_of_block.view(SIZE, DIM)
+    cache = numbers((BLOCKS, HEADS, SIZE, 2 * DIM), torch.bfloat16)
+    blocks = torch.tensor([3, 0])
+    strided, general = LAYOUTS["strided"].read(cache, blocks), PermutedLayout(keys, values).read(cache, blocks)
+    assert same(strided[0], general[0]) and same(strided[1], general[1])
 
 
 CONFIGS: dict[str, dict[str, Any]] = {

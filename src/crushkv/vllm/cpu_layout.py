@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-from .layout import PermutedLayout
+from .layout import CacheLayout, PermutedLayout, StridedLayout
 
 # Digits are small enough to be exact in every dtype, fp8 included.
 BASE = 8
 
 
 @cache
-def cpu_layout(isa: str, block_size: int, head_size: int, dtype: torch.dtype, cache_dtype: str) -> PermutedLayout:
+def cpu_layout(isa: str, block_size: int, head_size: int, dtype: torch.dtype, cache_dtype: str) -> CacheLayout:
     """The layout that vLLM's own kernel writes.
 
     Args:
@@ -37,7 +37,17 @@ def cpu_layout(isa: str, block_size: int, head_size: int, dtype: torch.dtype, ca
     if not torch.equal(found.gather(1, places), index.expand(2, -1)):
         raise RuntimeError(f"crushkv: the CPU cache (isa={isa}, dtype={dtype}, {cache_dtype}) has an unknown layout")
     keys, values = places.view(2, block_size, head_size)
+    if (key_strides := _strides(keys)) and (value_strides := _strides(values)):
+        return StridedLayout(block_size, head_size, key_strides, value_strides)
     return PermutedLayout(keys, values)
+
+
+def _strides(places: Tensor) -> tuple[int, int] | None:
+    """How far apart tokens and dimensions lie in `places [block size, D]`, None if not everywhere the same."""
+    token, dimension = int(places[1, 0] - places[0, 0]), int(places[0, 1] - places[0, 0])
+    tokens, dimensions = (torch.arange(size) for size in places.shape)
+    same = torch.equal(places, tokens[:, None] * token + dimensions * dimension)
+    return (token, dimension) if same else None
 
 
 def _stored(digits: Tensor, isa: str, block_size: int, head_size: int, dtype: torch.dtype, cache_dtype: str) -> Tensor:

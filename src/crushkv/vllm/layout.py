@@ -41,8 +41,40 @@ class InterleavedLayout(CacheLayout):
         _bits(cache)[blocks[slot // block_size], :, slot % block_size] = tokens
 
 
+class StridedLayout(CacheLayout):
+    """vLLM's CPU cache on most machines: `[blocks, Hkv, block size, 2 D]`, keys in front, in orders that strides give.
+
+    Args:
+        block_size, head_size: of the cache.
+        keys, values: each the stride from token to token and from dimension to dimension, in numbers.
+    """
+
+    def __init__(self, block_size: int, head_size: int, keys: tuple[int, int], values: tuple[int, int]) -> None:
+        self.block_size, self.head_size = block_size, head_size
+        self.keys, self.values = keys, values
+
+    def _views(self, cache: Tensor) -> list[Tensor]:
+        """Keys and values `[blocks, Hkv, block size, D]` as views of the cache."""
+        bits = _bits(cache)
+        shape = (*cache.shape[:2], self.block_size, self.head_size)
+        starts = (0, self.block_size * self.head_size)
+        return [
+            bits.as_strided(shape, (*bits.stride()[:2], *strides), bits.storage_offset() + start)
+            for start, strides in zip(starts, (self.keys, self.values), strict=True)
+        ]
+
+    def read(self, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = (view[blocks].transpose(0, 1).flatten(1, 2).view(cache.dtype) for view in self._views(cache))
+        return keys, values
+
+    def write(self, cache: Tensor, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        slot = torch.arange(keys.shape[1], device=cache.device)
+        for view, tokens in zip(self._views(cache), (keys, values), strict=True):
+            view[blocks[slot // self.block_size], :, slot % self.block_size] = _bits(tokens).transpose(0, 1)
+
+
 class PermutedLayout(CacheLayout):
-    """vLLM's CPU cache: `[blocks, Hkv, block size, 2 D]`, keys in front, in an order that depends on the machine.
+    """The same where strides do not describe the order (AMX packs keys in pairs).
 
     Args:
         keys, values: int64 `[block size, D]`: where in the block's part the number of each (token, dimension) lies.
