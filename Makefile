@@ -58,7 +58,7 @@ $(READY_VLLM): requirements-vllm.lock pyproject.toml
 	@$(BIN_VLLM)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test-vllm: $(READY_VLLM)  ## tests of the vLLM plugin (on two cores about ten minutes)
+test-vllm: $(READY_VLLM)  ## tests of the vLLM plugin (12 minutes on one core)
 	$(VLLM_ENV) $(BIN_VLLM)/pytest tests/vllm tests/test_vllm_parts.py
 
 serve: $(READY_VLLM)  ## OpenAI-compatible server with the embedded model and KVCrush at a quarter (PORT=8000)
