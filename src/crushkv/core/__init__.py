@@ -3,6 +3,7 @@
 from .anchors import ANCHORS, anchor_bits
 from .budgets import Budget, pyramid
 from .grouping import choose_representatives, signature_order
+from .seeds import layer_seed
 from .selection import Selection, SelectionOptions, Tier, select
 from .signatures import hamming, pack, popcount, token_bits, unit_signatures
 from .stages import record_stages, stage
@@ -16,6 +17,7 @@ __all__ = [
     "anchor_bits",
     "choose_representatives",
     "hamming",
+    "layer_seed",
     "pack",
     "popcount",
     "pyramid",

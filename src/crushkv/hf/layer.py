@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..core import Tier, select, stage
+from ..core import Tier, layer_seed, select, stage
 from ..errors import UnsupportedModelError
 from ..importance import LayerView
 from ..storage import TieredStorage
@@ -192,7 +192,7 @@ class CrushLayer(CacheLayerMixin):
     @property
     def _seed(self) -> int:
         """Differs between layers and evictions, and only there."""
-        return ((self.plan.config.seed * 1_000_003 + self.index) * 1_000_003 + self.seen) % 2**63
+        return layer_seed(self.plan.config.seed, self.index, self.seen)
 
     def evict(self, call: AttentionCall) -> None:
         """Scores what is held, keeps the budget of it, and puts it into the formats of its tiers."""

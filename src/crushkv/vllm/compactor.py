@@ -1,0 +1,276 @@
+"""What a worker does for KVCrush: gathers queries, scores what is held, selects, and moves it within the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import CrushConfig
+from ..core import layer_seed, select
+from ..importance import LayerView
+from .layout import CacheLayout
+from .query_tails import QueryTails
+from .schedule import Eviction, EvictionSchedule
+
+# Decoded tokens' queries that a streaming policy is shown at a time.
+GATHERED = 128
+
+
+@dataclass(frozen=True)
+class PagedLayer:
+    """One attention layer of this worker.
+
+    Attributes:
+        index: among all layers of the model.
+        cache: as vLLM has it.
+        numbers: dtype of the stored numbers, where the cache holds them as bytes (fp8).
+        key_scale, value_scale: what stored numbers are multiplied with.
+        scaling, softcap: of the attention logits.
+    """
+
+    index: int
+    cache: Tensor
+    layout: CacheLayout
+    kv_heads: int
+    scaling: float
+    softcap: float | None = None
+    numbers: torch.dtype | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
+
+    @property
+    def block_size(self) -> int:
+        return self.cache.shape[2]
+
+    def read(self, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """The first `tokens` tokens as they are stored, `[Hkv, tokens, D]` each."""
+        keys, values = self.layout.read(self.cache, blocks)
+        return keys[:, :tokens], values[:, :tokens]
+
+    def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored numbers as what attention computes with."""
+        if self.numbers is None:
+            return keys, values
+        return keys.view(self.numbers).float() * self.key_scale, values.view(self.numbers).float() * self.value_scale
+
+
+class Compaction(Protocol):
+    """What the scheduler asks for; see `blocks.Compaction`."""
+
+    @property
+    def eviction(self) -> Eviction: ...
+    @property
+    def blocks(self) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One request in one step of the model.
+
+    Attributes:
+        computed: tokens seen before the step.
+        first: place of its first query among the step's.
+        tokens: computed in this step.
+        blocks: its block table, of which what is held at the end of the step is a part.
+        held: tokens in the cache at the end of the step.
+    """
+
+    request_id: str
+    schedule: EvictionSchedule
+    computed: int
+    first: int
+    tokens: int
+    blocks: Tensor
+    held: int
+
+    @property
+    def seen(self) -> int:
+        return self.computed + self.tokens
+
+
+@dataclass
+class _Mass:
+    """Of a request under a streaming policy: attention mass per layer, and how many queries are not in it yet."""
+
+    layers: dict[int, Tensor] = field(default_factory=dict)  # [1, Hq, held]
+    pending: int = 0
+
+
+@dataclass
+class Totals:
+    """Counted since the start."""
+
+    compactions: int = 0
+    tokens_dropped: int = 0
+    seconds: float = 0.0
+
+
+class Compactor:
+    """Knows tensors and requests, nothing of vLLM.
+
+    Args:
+        layers: of this worker, in the order of the model.
+    """
+
+    def __init__(self, config: CrushConfig, layers: Sequence[PagedLayer]) -> None:
+        self.config = config
+        self.policy = config.make_policy()
+        self.layers = layers
+        self.totals = Totals()
+        self._scored = GATHERED if self.policy.streams else self.policy.queries(config.window)
+        self._tails = QueryTails(len(layers), self._scored)
+        self._mass: dict[str, _Mass] = {}
+        self._sources: Tensor | None = None  # of the step's queries, those to remember
+        self._places: Tensor | None = None
+        self._streamed: list[StepRow] = []
+        self._flushed: list[StepRow] = []
+
+    def begin(self, rows: Sequence[StepRow]) -> None:
+        """Before the model runs: works out which queries of the step have to be remembered."""
+        self._sources = self._places = None
+        self._streamed, self._flushed = [], []
+        sources: list[int] = []
+        places: list[int] = []
+        for row in rows:
+            start = self._stream(row) if self.policy.streams else self._needed(row)
+            if start is not None and start < row.seen:
+                sources += range(row.first + start - row.computed, row.first + row.tokens)
+                places += self._tails.places(row.request_id, start, row.seen)
+        if sources:
+            device = self.layers[0].cache.device
+            self._sources, self._places = torch.tensor(sources, device=device), torch.tensor(places, device=device)
+
+    def _needed(self, row: StepRow) -> int | None:
+        """First position of the step whose query the next eviction scores with, None without one."""
+        point = row.schedule.next_point(row.computed)
+        return None if point is None or not self._scored else max(row.computed, point - self._scored)
+
+    def _stream(self, row: StepRow) -> int | None:
+        """Sorts a row under a streaming policy: a prompt's queries are used at once, decoded ones gathered."""
+        if row.schedule.next_point(row.computed) is None:
+            return None
+        mass = self._mass.setdefault(row.request_id, _Mass())
+        if row.tokens > 1 or row.computed < row.schedule.prompt:
+            self._streamed.append(row)
+            return None
+        mass.pending += 1
+        if mass.pending == self._scored:
+            self._flushed.append(row)
+        return row.computed
+
+    @torch.no_grad()
+    def observe(self, layer: int, queries: Tensor) -> None:
+        """After a layer has attended: `queries [tokens, Hq, D]` of the whole step, after RoPE."""
+        if self._sources is not None and self._places is not None:
+            self._tails.record(layer, queries.index_select(0, self._sources), self._places)
+        for row in self._streamed:
+            new = queries[row.first : row.first + row.tokens].transpose(0, 1)
+            self._accumulate(layer, row.request_id, row.blocks, row.held, new)
+        for row in self._flushed:
+            gathered = self._tails.last(layer, row.request_id, row.seen, self._scored)
+            self._accumulate(layer, row.request_id, row.blocks, row.held, gathered)
+
+    def _accumulate(self, index: int, request_id: str, blocks: Tensor, held: int, queries: Tensor) -> None:
+        layer = self.layers[index]
+        size = layer.block_size
+        keys, values = layer.decode(*layer.read(blocks[: -(-held // size)], held))
+        mass = self._mass[request_id].layers
+        view = self._view(layer, keys, values, queries, mass.get(index))
+        mass[index] = self.policy.accumulate(view)
+
+    def _view(
+        self,
+        layer: PagedLayer,
+        keys: Tensor,
+        values: Tensor,
+        queries: Tensor | None,
+        mass: Tensor | None,
+        seen: int = 0,
+    ) -> LayerView:
+        return LayerView(
+            keys=keys[None],
+            values=values[None],
+            queries=None if queries is None else queries[None].to(keys.dtype),
+            scaling=layer.scaling,
+            softcap=layer.softcap,
+            mass=mass,
+            seed=layer_seed(self.config.seed, layer.index, seen),
+        )
+
+    @torch.no_grad()
+    def end(self, compactions: Mapping[str, Compaction], tables: Mapping[str, Tensor]) -> None:
+        """After the model has run: compacts what the scheduler says.
+
+        Args:
+            tables: block tables of these requests, int64, as they were during the step.
+        """
+        for row in self._flushed:
+            self._mass[row.request_id].pending = 0
+        self._sources = self._places = None
+        self._streamed, self._flushed = [], []
+        if not compactions:
+            return
+        start = time.perf_counter()
+        for request_id, compaction in compactions.items():
+            self._compact(request_id, compaction, tables[request_id])
+        self.totals.seconds += time.perf_counter() - start
+
+    def _compact(self, request_id: str, compaction: Compaction, table: Tensor) -> None:
+        eviction = compaction.eviction
+        target = torch.tensor(compaction.blocks, device=table.device)
+        for index, layer in enumerate(self.layers):
+            source = table[: -(-eviction.held // layer.block_size)]
+            keys, values = layer.read(source, eviction.held)
+            chosen = self._select(index, request_id, eviction, *layer.decode(keys, values))  # [Hkv, kept]
+            layer.layout.write(layer.cache, target, _gather(keys, chosen), _gather(values, chosen))
+        self.totals.compactions += 1
+        self.totals.tokens_dropped += eviction.held - eviction.kept
+        if self.policy.streams:
+            self._mass[request_id].pending = 0
+        elif self.config.interval == 0 or self.config.interval >= self._scored:
+            self._tails.release(request_id)  # the next eviction needs none of these queries
+
+    def _select(self, index: int, request_id: str, eviction: Eviction, keys: Tensor, values: Tensor) -> Tensor:
+        layer = self.layers[index]
+        mass = None
+        queries = None
+        if self.policy.streams:
+            state = self._mass[request_id]
+            if state.pending:
+                gathered = self._tails.last(index, request_id, eviction.seen, state.pending)
+                view = self._view(layer, keys, values, gathered, state.layers.get(index))
+                state.layers[index] = self.policy.accumulate(view)
+            mass = state.layers[index]
+        elif self._scored:
+            queries = self._tails.last(index, request_id, eviction.seen, min(self._scored, eviction.seen))
+        head_score = self.policy.score(self._view(layer, keys, values, queries, mass, eviction.seen))
+        budget = torch.tensor([eviction.budget])
+        seed = layer_seed(self.config.seed, layer.index, eviction.seen)
+        selection = select(head_score, layer.kv_heads, budget, self.config.selection, seed=seed)
+        chosen = selection.indices[0]
+        assert chosen.shape[1] == eviction.kept, "scheduler and worker disagree on how many tokens are kept"
+        if mass is not None:
+            group = mass.shape[1] // layer.kv_heads
+            self._mass[request_id].layers[index] = mass.gather(2, selection.indices.repeat_interleave(group, dim=1))
+        return chosen
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, or will start anew."""
+        self._tails.release(request_id)
+        self._mass.pop(request_id, None)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes held besides the cache: last queries, attention mass."""
+        masses = sum(mass.nbytes for state in self._mass.values() for mass in state.layers.values())
+        return self._tails.nbytes + masses
+
+
+def _gather(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """`[Hkv, T, D]` at `chosen [Hkv, kept]`."""
+    return tokens.gather(1, chosen[:, :, None].expand(-1, -1, tokens.shape[2]))

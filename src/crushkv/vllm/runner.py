@@ -1,0 +1,179 @@
+"""The model runner: positions stay those of the text, lengths and slots become those of what is held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from ..config import CrushConfig
+from .compactor import Compactor, PagedLayer, StepRow
+from .schedule import EvictionSchedule
+from .settings import request_schedule
+from .support import bytes_per_token, check_layers, check_signature
+
+
+def check_signatures() -> None:
+    """Refuses a vLLM whose model runner is not the one that the class below was written for."""
+    check_signature(GPUModelRunner._update_states, "scheduler_output")
+    check_signature(GPUModelRunner._prepare_inputs, "scheduler_output", "num_scheduled_tokens")
+    check_signature(GPUModelRunner.execute_model, "scheduler_output", "intermediate_tensors")
+    check_signature(GPUModelRunner.sample_tokens, "grammar_output")
+
+
+class CompactingRunner(GPUModelRunner):
+    """vLLM's V1 model runner, which the runners of all platforms derive from.
+
+    `crush` is made when the cache is (`start`). Until then, and in dummy runs, nothing here does anything.
+    """
+
+    crush: Compactor | None = None
+
+    def start(self, config: CrushConfig, layers: dict[str, PagedLayer]) -> None:
+        """Takes vLLM's attention layers and begins to watch them."""
+        self.crush = Compactor(config, list(layers.values()))
+        self.crush_bytes_per_token = bytes_per_token(self.vllm_config)
+        self.crush_reported = 0.0  # of the seconds spent, how many the scheduler has heard of
+        self.crush_dropped: dict[str, int] = {}
+        self.crush_schedules: dict[str, EvictionSchedule | None] = {}
+        modules = self.compilation_config.static_forward_context
+        for index, name in enumerate(layers):
+            watch(modules[name].impl, self.crush, index)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        if self.crush is not None:
+            resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+            for request_id in (*scheduler_output.finished_req_ids, *resumed):
+                self._forget(request_id)
+        return super()._update_states(scheduler_output)
+
+    def _forget(self, request_id: str) -> None:
+        assert self.crush is not None
+        self.crush.forget(request_id)
+        self.crush_dropped.pop(request_id, None)
+        self.crush_schedules.pop(request_id, None)
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        if self.crush is not None:
+            count = self.input_batch.num_reqs
+            request_ids = self.input_batch.req_ids[:count]
+            dropped = np.array([self.crush_dropped.get(request_id, 0) for request_id in request_ids], dtype=np.int64)
+            if dropped.any():
+                self._subtract(dropped, num_scheduled_tokens)
+            self.crush.begin(self._rows(request_ids, dropped, num_scheduled_tokens))
+        return result
+
+    def _subtract(self, dropped: np.ndarray, num_scheduled_tokens: np.ndarray) -> None:
+        """Makes lengths and slots those of the cache; positions, made before, stay those of the text."""
+        count, tokens = len(dropped), int(num_scheduled_tokens.sum())
+        by_row = torch.from_numpy(dropped)
+        by_token = torch.from_numpy(np.repeat(dropped, num_scheduled_tokens))
+        self.optimistic_seq_lens_cpu[:count] -= by_row.to(self.optimistic_seq_lens_cpu.dtype)
+        self.seq_lens[:count] -= by_row.to(self.seq_lens)
+        self.input_batch.block_table.compute_slot_mapping(
+            count,
+            self.query_start_loc.gpu[: count + 1],
+            self.positions[:tokens] - by_token.to(self.positions),
+        )
+
+    def _rows(self, request_ids: list[str], dropped: np.ndarray, num_scheduled_tokens: np.ndarray) -> list[StepRow]:
+        computed = self.input_batch.num_computed_tokens_cpu
+        table = self.input_batch.block_table[0].get_device_tensor(len(request_ids))
+        first = np.cumsum(num_scheduled_tokens) - num_scheduled_tokens
+        rows = []
+        for row, request_id in enumerate(request_ids):
+            schedule = self._schedule(request_id)
+            if schedule is not None:
+                before, tokens = int(computed[row]), int(num_scheduled_tokens[row])
+                held = before + tokens - int(dropped[row])
+                rows.append(StepRow(request_id, schedule, before, int(first[row]), tokens, table[row], held))
+        return rows
+
+    def _schedule(self, request_id: str) -> EvictionSchedule | None:
+        if request_id not in self.crush_schedules:
+            assert self.crush is not None
+            request = self.requests[request_id]
+            self.crush_schedules[request_id] = request_schedule(
+                self.crush.config,
+                request.num_prompt_tokens,
+                request.sampling_params.extra_args,
+                self.crush_bytes_per_token,
+            )
+        return self.crush_schedules[request_id]
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        result = super().execute_model(scheduler_output, intermediate_tensors)
+        if self.crush is not None:
+            # Steps that vLLM makes without its scheduler bring none.
+            compactions = getattr(scheduler_output, "crushkv", {})
+            tables = {request_id: self._table(request_id) for request_id in compactions}
+            self.crush.end(compactions, tables)
+            for request_id, compaction in compactions.items():
+                self._replace_blocks(request_id, compaction.blocks)
+                self.crush_dropped[request_id] = compaction.eviction.seen - compaction.eviction.kept
+        return result
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        result = super().sample_tokens(grammar_output)
+        if self.crush is not None and isinstance(result, ModelRunnerOutput):
+            seconds = self.crush.totals.seconds
+            result.crushkv_microseconds = round((seconds - self.crush_reported) * 1e6)
+            self.crush_reported = seconds
+        return result
+
+    def _table(self, request_id: str) -> Tensor:
+        blocks = self.requests[request_id].block_ids[0]
+        return torch.tensor(blocks, device=self.device)
+
+    def _replace_blocks(self, request_id: str, blocks: list[int]) -> None:
+        self.requests[request_id].block_ids[0][:] = blocks
+        table, row = self.input_batch.block_table[0], self.input_batch.req_id_to_index[request_id]
+        table.clear_row(row)
+        table.add_row(blocks, row)
+
+
+def watch(impl: Any, crush: Compactor, index: int) -> None:
+    """Shows the queries of one layer to `crush`, after it has attended.
+
+    vLLM calls `impl.forward` from inside one opaque operation, compiled or not; on the instance, nothing of the
+    backend's class is changed.
+    """
+    attend = impl.forward
+
+    def forward(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = attend(layer, query, *args, **kwargs)
+        crush.observe(index, query)
+        return result
+
+    impl.forward = forward
+
+
+def paged_layers(modules: dict[str, Any], layout_of: Any) -> dict[str, PagedLayer]:
+    """vLLM's attention modules as the compactor sees them, in the order of the model.
+
+    Args:
+        layout_of: from a module to its `CacheLayout`, and the dtype of its numbers if they are stored as bytes.
+    """
+    check_layers(modules)
+    layers = {}
+    for name in sorted(modules, key=extract_layer_index):
+        module = modules[name]
+        layout, numbers = layout_of(module)
+        layers[name] = PagedLayer(
+            index=extract_layer_index(name),
+            cache=module.kv_cache,
+            layout=layout,
+            kv_heads=module.num_kv_heads,
+            scaling=module.impl.scale,
+            softcap=getattr(module.impl, "logits_soft_cap", None) or None,
+            numbers=numbers,
+            key_scale=module._k_scale_float,
+            value_scale=module._v_scale_float,
+        )
+    return layers

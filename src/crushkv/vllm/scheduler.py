@@ -1,0 +1,131 @@
+"""The scheduler decides when requests are compacted, and frees their blocks; workers obey."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from ..importance import Policy
+from .blocks import CompactingManager
+from .metrics import Counters
+from .schedule import EvictionSchedule
+from .settings import engine_config, request_schedule
+from .support import bytes_per_token, check_groups, check_signature
+
+logger = init_logger(__name__)
+
+
+def check_signatures() -> None:
+    """Refuses a vLLM whose scheduler is not the one that the classes below were written for."""
+    check_signature(Scheduler.add_request, "request")
+    check_signature(Scheduler.schedule, "throttle_prefills")
+    check_signature(Scheduler._get_local_prefix_cache_hit, "request")
+    check_signature(Scheduler._reserve_prefill_lookahead, "request", "num_computed_tokens", "num_new_tokens")
+    check_signature(Scheduler._free_blocks, "request")
+    check_signature(
+        FullAttentionManager.get_num_blocks_to_allocate,
+        "request_id",
+        "num_tokens",
+        "new_computed_blocks",
+        "total_computed_tokens",
+        "num_local_computed_tokens",
+        "num_tokens_main_model",
+        "apply_admission_cap",
+        "prefill_end",
+    )
+    check_signature(FullAttentionManager.allocate_new_blocks, "request_id", "num_tokens", "num_tokens_main_model")
+
+
+class CrushScheduler(Scheduler):
+    """vLLM's scheduler, with eviction at the points of each request's schedule."""
+
+    policy: Policy
+    blocks: CompactingManager
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_signatures()
+        check_groups(self.kv_cache_config.kv_cache_groups)
+        config = engine_config(self.vllm_config.additional_config)
+        assert config is not None, "the plugin has put it there"
+        self.config = config
+        self.policy = config.make_policy()
+        self.counters = Counters()
+        self.bytes_per_token = bytes_per_token(self.vllm_config)
+        self.blocks = CompactingManager.adopt(self.kv_cache_manager.coordinator.single_type_managers[0])
+
+    def add_request(self, request: Any) -> None:
+        # A streaming session's prompt grows between its turns: where it ends is not known, so it is left alone.
+        if request.request_id not in self.requests and not request.resumable:
+            parameters = request.sampling_params
+            schedule = request_schedule(
+                self.config, request.num_prompt_tokens, parameters.extra_args, self.bytes_per_token
+            )
+            if schedule is not None:
+                self.blocks.schedules[request.request_id] = schedule
+                self._warn_if_tight(schedule)
+        super().add_request(request)
+
+    def _warn_if_tight(self, schedule: EvictionSchedule) -> None:
+        always, page = self.config.sink + self.config.window, self.config.page_size
+        eviction = schedule.eviction(schedule.prompt, schedule.prompt)
+        if eviction is not None and eviction.budget < always + page:
+            logger.warning_once(
+                "crushkv: budget=%r leaves short prompts no room for a page of %d besides sink + window = %d: "
+                "only their first and last tokens are kept",
+                self.config.budget,
+                page,
+                always,
+            )
+
+    def _free_blocks(self, request: Any) -> None:
+        self.blocks.schedules.pop(request.request_id, None)
+        super()._free_blocks(request)
+
+    def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """The last say on how many tokens a step computes: no step crosses a point of the schedule."""
+        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        schedule = self.blocks.schedules.get(request.request_id)
+        point = None if schedule is None else schedule.next_point(num_computed_tokens)
+        return tokens if point is None else min(tokens, point - num_computed_tokens)
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> tuple[Any, int, int, bool]:
+        """Leaves the queries that score out of a prefix hit: they are known only where tokens are computed."""
+        hit, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        schedule = self.blocks.schedules.get(request.request_id)
+        if schedule is None:
+            return hit, tokens, boundary, diverged
+        scored = schedule.prompt if self.policy.streams else self.policy.queries(self.config.window)
+        size = self.blocks.block_size
+        usable = max(0, schedule.prompt - scored) // size * size
+        if tokens > usable:
+            hit, tokens = self.kv_cache_manager.truncate_computed_blocks(hit, usable), usable
+        return hit, tokens, boundary, diverged
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        output = super().schedule(throttle_prefills)
+        compactions, freed = self.blocks.commit()
+        output.crushkv = compactions
+        self.counters.compactions += len(compactions)
+        self.counters.tokens_dropped += sum(c.eviction.held - c.eviction.kept for c in compactions.values())
+        self.counters.blocks_freed += freed
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        # Workers that answer asynchronously do not say.
+        self.counters.microseconds += getattr(model_runner_output, "crushkv_microseconds", 0)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self.counters.add_to(stats)
+        return stats
+
+
+class CrushAsyncScheduler(CrushScheduler, AsyncScheduler):
+    """The same for asynchronous scheduling."""
