@@ -81,6 +81,14 @@ def test_a_loaded_cache_serves_generate(tmp_path: Path) -> None:
     assert torch.equal(model.generate(question, past_key_values=loaded, **options), expected)
 
 
+def test_a_cache_of_most_of_the_positions_is_loaded(tmp_path: Path) -> None:
+    model = small_model()
+    cache, ids = filled(model, CrushConfig(budget=1.0), [400])  # of 512
+    save_cache(tmp_path / "a.safetensors", cache, model, ids)
+    loaded = load_cache(tmp_path / "a.safetensors", model).cache()
+    assert torch.equal(go_on(model, loaded), go_on(model, cache))
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     model = small_model()

@@ -32,12 +32,14 @@ CURVES = {
 PRESETS = {
     "full cache": ("full", "full"),
     "`safe`: 8 bits": ("snapkv:budget=0.5,bits=8",) * 2,
-    "`balanced`: 4 bits": ("snapkv:budget=0.25,bits=4",) * 2,
-    "`small`: keys 3, values 2 bits": ("snapkv:budget=0.125,bits=3/2",) * 2,
+    "`balanced`: half 4, half 2 bits": (f"snapkv:budget=0.25,bits=4,{HALF_REPRESENTATIVES}=score",) * 2,
+    "`small`: half 4, half 2 bits": (f"snapkv:budget=0.125,bits=4,{HALF_REPRESENTATIVES}=score",) * 2,
     "16 times smaller, keys 3, values 2 bits": ("snapkv:budget=0.0625,bits=3/2",) * 2,
     "a quarter in 16 bits": ("snapkv:budget=0.25", "snapkv:budget=0.25,page_size=16"),
     "an eighth in 16 bits": ("snapkv:budget=0.125", "snapkv:budget=0.125,page_size=16"),
     "a sixteenth in 16 bits": ("snapkv:budget=0.0625", "snapkv:budget=0.0625,page_size=16"),
+    "a quarter, 4 bits": ("snapkv:budget=0.25,bits=4",) * 2,
+    "an eighth, keys 3, values 2 bits": ("snapkv:budget=0.125,bits=3/2",) * 2,
     "an eighth, 4 bits": ("snapkv:budget=0.125,bits=4",) * 2,
     "an eighth, half 4, half 2 bits, KVCrush": (
         "snapkv:budget=0.125,bits=4,representative_bits=2,representative_share=0.5",

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# The better scored half of what is kept in 4 bits, the other in 2.
+_HALVES: Mapping[str, Any] = {
+    "bits": 4,
+    "representative_bits": 2,
+    "representative_share": 0.5,
+    "grouping": "score",
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "safe": {"budget": 0.5, "bits": 8},
-    "balanced": {
-        "budget": 0.25,
-        "bits": 4,
-        "representative_bits": 2,
-        "representative_share": 0.5,
-        "grouping": "score",
-    },
-    "small": {"budget": 0.125, "bits": "3/2"},
+    "balanced": {"budget": 0.25, **_HALVES},
+    "small": {"budget": 0.125, **_HALVES},
 }
 """Fields of `CrushConfig`; at most a half, a quarter and an eighth of the full cache's bytes."""
