@@ -26,6 +26,7 @@ from crushkv import CrushConfig
 from crushkv.cli import main
 from crushkv.importance import policies
 from crushkv.presets import PRESETS
+from interrupts import heed_interrupts
 
 TEXT = (
     "The lighthouse keeper wrote down the weather every morning. On the third of May the wind came from the east, "
@@ -627,7 +628,11 @@ def test_debug_shows_the_traceback(crushkv: Any, tmp_path: Path) -> None:
 def test_interrupt_ends_cleanly(tiny: Path) -> None:
     command = [sys.executable, "-m", "crushkv", "generate", "--model", str(tiny), "--prompt", TEXT]
     with subprocess.Popen(
-        [*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--max-new-tokens", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -17,6 +17,7 @@ import pytest
 
 from crushkv.cli import main
 from crushkv.embedded import embedded_model_path
+from interrupts import heed_interrupts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CONFIGS = ["--config", "full", "--config", "snapkv:budget={0.5,0.25},representative_share=0.1"]
@@ -71,7 +72,13 @@ def test_a_sweep_survives_ctrl_c_and_becomes_a_page(tmp_path: Path, crushkv: Cal
         encoding="utf-8",
     )
     command = [sys.executable, "-m", "crushkv", "sweep", str(file), "-o", str(output)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     deadline = time.monotonic() + 300
     while (not output.exists() or not output.read_bytes().count(b"\n")) and time.monotonic() < deadline:
         time.sleep(0.05)
