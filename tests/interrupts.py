@@ -6,5 +6,5 @@ import signal
 
 
 def heed_interrupts() -> None:
-    """What a process that is to be interrupted does first: one started in the background inherits deafness to Ctrl-C."""
+    """What a process to be interrupted does first: one started in the background inherits deafness to Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
