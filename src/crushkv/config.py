@@ -287,6 +287,10 @@ class CrushConfig:
             return cls.preset(str(path))
         try:
             text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(
+                f"configuration {str(path)!r}: no such file, and no such preset.{nearest(str(path), PRESETS)}"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"configuration {str(path)!r}: {error}") from None
         return cls.from_json(text)
