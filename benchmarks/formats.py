@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
-from importlib import resources
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crushkv import CrushConfig, __version__
-from crushkv.embedded import embedded_model_path
+from crushkv import CrushConfig
 from crushkv.hf import Recording
+from subject import load, machine
 
 FORMATS: dict[str, dict[str, Any]] = {
     "unquantized": {},
@@ -83,26 +79,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = arguments.model or embedded_model_path()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    model.to(device).eval()
-    text = (resources.files("crushkv") / "demo" / "document.txt").read_text(encoding="utf-8")
-    tokens = AutoTokenizer.from_pretrained(path)(text)["input_ids"]
-    repeated = tokens * (arguments.tokens // len(tokens) + 1)
-    prompt = torch.tensor([repeated[: arguments.tokens]], device=device)
+    model, prompt = load(arguments.model, arguments.tokens)
 
     found = measure(model, prompt, arguments.steps, arguments.repeats)
     if arguments.json:
-        machine = {
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "crushkv": __version__,
-        }
         print(
-            json.dumps({"tokens": arguments.tokens, "repeats": arguments.repeats, "formats": found, "machine": machine})
+            json.dumps(
+                {"tokens": arguments.tokens, "repeats": arguments.repeats, "formats": found, "machine": machine()}
+            )
         )
         return
     print(f"\n{arguments.tokens} tokens, all of them kept")

@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from importlib import resources
 from itertools import pairwise
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
-from crushkv import CrushConfig, KVCrush, __version__
+from crushkv import CrushConfig, KVCrush
 from crushkv.core import record_stages
-from crushkv.embedded import embedded_model_path
+from subject import load, machine
 
 OWN_STAGES = ("signatures", "distances", "grouping")
 EVICTION = ("selection", "gather")  # `selection` contains the stages above
@@ -130,14 +127,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = arguments.model or embedded_model_path()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    model.to(device).eval()
-    text = (resources.files("crushkv") / "demo" / "document.txt").read_text(encoding="utf-8")
-    tokens = AutoTokenizer.from_pretrained(path)(text)["input_ids"]
-    repeated = tokens * (arguments.tokens // len(tokens) + 1)
-    prompt = torch.tensor([repeated[: arguments.tokens]], device=device)
+    model, prompt = load(arguments.model, arguments.tokens)
 
     config = CrushConfig(
         policy=arguments.policy,
@@ -153,14 +143,7 @@ def main() -> None:
         "new_tokens": arguments.new,
         "repeats": arguments.repeats,
         "config": config.to_dict(),
-        "machine": {
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "crushkv": __version__,
-        },
+        "machine": machine(),
     }
     if arguments.json:
         print(json.dumps(result))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crushkv.core import SelectionOptions
+from crushkv.core import SelectionOptions, Tier, select
 from crushkv.split import split_bytes, split_tokens
 from crushkv.storage import RAW, Formats, LayerSizes, TieredStorage
 from crushkv.storage.basis import fit
@@ -230,7 +230,7 @@ OPTIONS = st.builds(
     sink=st.integers(0, 4),
     window=st.integers(1, 20),
     page_size=st.sampled_from([1, 4, 16]),
-    representative_share=st.sampled_from([0.0, 0.1, 0.5]),
+    representative_share=st.sampled_from([0.0, 0.1, 0.35, 0.5, 0.7]),
 )
 
 
@@ -246,3 +246,16 @@ def test_a_split_is_the_largest_that_fits(options: SelectionOptions, held: int, 
     fitting = [split for split in every if split.nbytes <= limit]
     assert found.tokens == max((split.tokens for split in fitting), default=every[0].tokens)
     assert [split.nbytes for split in every] == sorted(split.nbytes for split in every)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.35, 0.45, 0.7, 0.9])
+def test_a_split_has_the_tiers_of_the_selection(share: float) -> None:
+    """Shares of a count may end in a half, where the last bit of a product decides how it is rounded."""
+    options = SelectionOptions(sink=0, window=1, page_size=1, representative_share=share)
+    sizes = LayerSizes(FORMATS[0], 1, (16, 16), (16, 16), 2)
+    for budget in range(2, 100):
+        split = split_tokens(budget, 200, options, sizes)
+        scores = torch.arange(200.0).expand(1, 1, -1)
+        tiers = select(scores, 1, torch.tensor([budget]), options).tiers
+        assert split.representative == int((tiers == Tier.REPRESENTATIVE).sum())
+        assert split.important == int((tiers == Tier.IMPORTANT).sum())

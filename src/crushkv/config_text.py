@@ -78,6 +78,10 @@ def _number(text: str) -> int | float | str:
     return text
 
 
+def _optional_number(text: str) -> int | float | str | None:
+    return None if text == "none" else _number(text)
+
+
 def _flag(text: str) -> bool | str:
     return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text)
 
@@ -96,8 +100,8 @@ _READ: Mapping[str, Callable[[str], Any]] = {
     "share_bounds": lambda text: tuple(_number(part.strip()) for part in re.split("[-,]", text)),
     "anchors": lambda text: tuple(part.strip() for part in text.split("+")),
     "bits": _number,
-    "representative_bits": lambda text: None if text == "none" else _number(text),
+    "representative_bits": _optional_number,
     "shared_representatives": _flag,
     "rotation": _flag,
-    "rank": lambda text: None if text == "none" else _number(text),
+    "rank": _optional_number,
 }

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from .core import SelectionOptions
+from .core.selection import representative_units
 from .core.zones import divide
 from .storage import LayerSizes
 
@@ -35,11 +36,10 @@ def split_tokens(budget: int, held: int, options: SelectionOptions, sizes: Layer
     zones = divide(
         torch.tensor([held]), torch.tensor([min(budget, held)]), options.sink, options.window, options.page_size
     )
-    keep, sink, recent = (int(t) for t in (zones.keep, zones.sink, zones.recent))
     share = options.representative_share
-    representative = 0 if share == "dynamic" else int(keep * share + 0.5)
-    important = (keep - representative) * options.page_size
-    representative *= options.page_size
+    units = 0 if share == "dynamic" else representative_units(zones.keep, share)
+    sink, recent = int(zones.sink), int(zones.recent)
+    important, representative = (int(part) * options.page_size for part in (zones.keep - units, units))
     nbytes = sizes.tiers(sink + recent, important, representative)
     return Split(sink, important, representative, recent, nbytes)
 

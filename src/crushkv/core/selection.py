@@ -177,15 +177,20 @@ def contest(
     return tier, Groups(order, candidates, share, representative)
 
 
+def representative_units(keep: Tensor, share: float) -> Tensor:
+    """How many of `keep` units are representatives under a fixed share, rounded half up."""
+    return (keep * share + 0.5).long()
+
+
 def _representatives(score: Tensor, keep: Tensor, options: SelectionOptions) -> Tensor:
     """How many of the kept units are representatives, `[B, Hkv]`."""
     if options.representative_share != "dynamic":
-        return (keep * options.representative_share + 0.5).long()
+        return representative_units(keep, options.representative_share)
     # The fewest units that cover the given share of the attention mass are important, the rest are not.
     mass = score.clamp(min=0).sort(dim=-1, descending=True).values.double().cumsum(-1)
     important = (mass < options.coverage * mass[..., -1:]).sum(-1) + 1
     low, high = options.share_bounds
-    return (keep - important).clamp(min=(keep * low + 0.5).long(), max=(keep * high + 0.5).long())
+    return (keep - important).clamp(min=representative_units(keep, low), max=representative_units(keep, high))
 
 
 def _order(
@@ -216,7 +221,7 @@ def _order(
 def _as_indices(tiers: Tensor, zones: Zones, page_size: int, compact: Tensor | None) -> Selection:
     """Kept tokens of every head in ascending order, rows aligned at the right."""
     rows, kv_heads, _ = tiers.shape
-    counts = zones.sink + zones.keep * page_size + zones.recent
+    counts = zones.kept(page_size)
     most = int(counts.max())
     row, head, token = tiers.nonzero(as_tuple=True)
     if bool((counts == most).all()):

@@ -21,6 +21,10 @@ class Zones:
     units: Tensor  # contested units (pages; tokens with a page size of 1)
     keep: Tensor  # how many of the units are kept
 
+    def kept(self, page_size: int) -> Tensor:
+        """Tokens kept of each row, `[B]`."""
+        return self.sink + self.keep * page_size + self.recent
+
 
 def divide(real: Tensor, budget: Tensor, sink: int, window: int, page_size: int) -> Zones:
     """Divides rows of `real` tokens so that at most `budget` and more than `budget - page_size` are kept.

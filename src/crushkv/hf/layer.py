@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..core import Tier, layer_seed, select, stage
 from ..errors import UnsupportedModelError
-from ..importance import LayerView
+from ..importance import GATHERED, LayerView, kept_mass
 from ..storage import TieredStorage
 from ..storage.buffers import take
 from .arrangement import arrange
@@ -21,8 +21,6 @@ from .queries import QueryTail
 
 # Tokens of room made at a time while decoding; never more than come before the next eviction.
 GROWTH = 64
-# Decoded queries that a streaming policy is shown at a time.
-GATHERED = 128
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class CrushLayer(CacheLayerMixin):
         real, mass = self.real, self.mass
         if order is not None:
             keys, values = take(keys, order), take(values, order)
-            mass = None if mass is None else _by_kv_head(mass, order)
+            mass = None if mass is None else kept_mass(mass, order)
             if real is not None:
                 real = real.gather(1, order[:, 0])
         return LayerView(
@@ -221,7 +219,7 @@ class CrushLayer(CacheLayerMixin):
             self._tiers = kept.tiers
             storage.keep(slots, kept.lengths)
             if self.mass is not None:
-                self.mass = _by_kv_head(self.mass, slots)
+                self.mass = kept_mass(self.mass, slots)
         self.evicted = seen - selection.counts
         filled = kept.tiers[:, 0] != Tier.PADDING
         self.real = None if bool(filled.all()) else filled
@@ -328,8 +326,3 @@ class CrushLayer(CacheLayerMixin):
         raise UnsupportedModelError(
             "offloading is not supported together with KVCrush: leave cache_implementation unset"
         )
-
-
-def _by_kv_head(mass: Tensor, slots: Tensor) -> Tensor:
-    """The mass `[B, Hq, K]` of the tokens at `slots [B, Hkv, K]`."""
-    return mass.gather(2, slots.repeat_interleave(mass.shape[1] // slots.shape[1], dim=1))

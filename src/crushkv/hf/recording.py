@@ -48,13 +48,8 @@ class Recording:
         self._masses: dict[str, list[Tensor]] = {}
 
     @property
-    def nbytes(self) -> int:
-        """Keys and values of the full cache."""
-        return self._source.nbytes
-
-    @property
     def nbytes_at_16_bits(self) -> int:
-        """The same with two bytes a number, whatever the model's dtype."""
+        """Keys and values of the full cache, with two bytes a number, whatever the model's dtype."""
         return self._source.nbytes_at_16_bits
 
     @torch.no_grad()

@@ -40,9 +40,8 @@ def stack(model: PreTrainedModel, caches: Sequence[CrushCache]) -> CrushCache:
 
 
 def _stack_layers(target: CrushLayer, layers: list[CrushLayer]) -> None:
-    keys = [layer.keys for layer in layers if layer.keys is not None]
-    values = [layer.values for layer in layers if layer.values is not None]
-    held = [k.shape[2] for k in keys]
+    keys, values = zip(*(layer.storage.read() for layer in layers), strict=True)
+    held = [layer.storage.length for layer in layers]
     longest = max(held)
     device = keys[0].device
     real = None
@@ -62,6 +61,6 @@ def _stack_layers(target: CrushLayer, layers: list[CrushLayer]) -> None:
     target.load_state(tensors, {"seen": layers[0].seen, "since_eviction": 0})
 
 
-def _rows(parts: list[Tensor], longest: int) -> Tensor:
+def _rows(parts: Sequence[Tensor], longest: int) -> Tensor:
     """`[1, Hkv, P, D]` each, filled up in front to `[B, Hkv, longest, D]`."""
     return torch.cat([F.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts])

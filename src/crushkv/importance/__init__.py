@@ -1,7 +1,7 @@
 """Importance policies: which cached tokens matter, judged from queries, keys and values."""
 
 from .attention import attention_mass
-from .base import LayerView, Policy
+from .base import GATHERED, LayerView, Policy, kept_mass
 from .expected_attention import ExpectedAttention
 from .h2o import H2O
 from .key_diff import KeyDiff
@@ -14,6 +14,7 @@ from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
 __all__ = [
+    "GATHERED",
     "H2O",
     "TOVA",
     "ExpectedAttention",
@@ -26,6 +27,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "attention_mass",
+    "kept_mass",
     "make_policy",
     "policies",
     "register",

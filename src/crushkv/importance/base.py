@@ -18,6 +18,15 @@ def check_integer(name: str, value: object, odd: bool = False) -> None:
         raise ConfigError(f"policy_options: {name}={value!r}: accepted is {kind} of at least 1")
 
 
+# Decoded tokens' queries that a streaming policy is shown at a time.
+GATHERED = 128
+
+
+def kept_mass(mass: Tensor, indices: Tensor) -> Tensor:
+    """The mass `[B, Hq, S]` of the tokens that each KV head keeps, at `indices [B, Hkv, K]`: `[B, Hq, K]`."""
+    return mass.gather(2, indices.repeat_interleave(mass.shape[1] // indices.shape[1], dim=1))
+
+
 @dataclass(frozen=True)
 class LayerView:
     """What one layer's cache looks like when its tokens are scored.

@@ -58,9 +58,9 @@ class PackedTensor:
         if isinstance(values, Tensor):
             return cls(bits, {"raw": values})
         planes = pack(narrowed(values.codes, bits), bits)
-        # Clones: parts of a larger tensor would keep all of it alive.
-        packed = {f"plane{i}": plane.contiguous() for i, plane in enumerate(planes)}
-        return cls(bits, {**packed, "low": values.low, "span": values.span})
+        return cls(
+            bits, {**{f"plane{i}": plane for i, plane in enumerate(planes)}, "low": values.low, "span": values.span}
+        )
 
     @property
     def tokens(self) -> int:

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from ..config import CrushConfig
 from ..core import layer_seed, select
-from ..importance import LayerView
+from ..importance import GATHERED, LayerView, kept_mass
 from .layout import CacheLayout
 from .query_tails import QueryTails
 from .schedule import Eviction, EvictionSchedule
-
-# Decoded tokens' queries that a streaming policy is shown at a time.
-GATHERED = 128
 
 
 @dataclass(frozen=True)
@@ -255,8 +252,7 @@ class Compactor:
         chosen = selection.indices[0]
         assert chosen.shape[1] == eviction.kept, "scheduler and worker disagree on how many tokens are kept"
         if mass is not None:
-            group = mass.shape[1] // layer.kv_heads
-            self._mass[request_id].layers[index] = mass.gather(2, selection.indices.repeat_interleave(group, dim=1))
+            self._mass[request_id].layers[index] = kept_mass(mass, selection.indices)
         return chosen
 
     def forget(self, request_id: str) -> None:

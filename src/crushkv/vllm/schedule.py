@@ -64,7 +64,7 @@ class EvictionSchedule:
         zones = divide(
             torch.tensor([held]), torch.tensor([budget]), self.config.sink, self.config.window, self.config.page_size
         )
-        kept = int(zones.sink + zones.keep * self.config.page_size + zones.recent)
+        kept = int(zones.kept(self.config.page_size))
         return Eviction(seen, held, budget, kept)
 
     def most_held(self, seen: int) -> int:

@@ -1,0 +1,42 @@
+"""The model and the prompt that the benchmarks of this folder run, and the machine they run on."""
+
+from __future__ import annotations
+
+import platform
+from importlib import resources
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from crushkv import __version__
+from crushkv.embedded import embedded_model_path
+
+
+def load(name: str | None, tokens: int) -> tuple[Any, Tensor]:
+    """A model (None: the embedded one), on a GPU where there is one, and a prompt of so many tokens `[1, tokens]`.
+
+    The prompt is the bundled document, repeated as often as it takes.
+    """
+    path = name or embedded_model_path()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    text = (resources.files("crushkv") / "demo" / "document.txt").read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(path)(text)["input_ids"]
+    repeated = ids * (tokens // len(ids) + 1)
+    return model, torch.tensor([repeated[:tokens]], device=model.device)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure has to be read with."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "crushkv": __version__,
+    }
