@@ -8,12 +8,22 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from crushkv import CrushConfig
 from crushkv.errors import ConfigError
-from crushkv.importance import LayerView, Policy, attention_mass, make_policy, policies, register, registry
+from crushkv.importance import (
+    LayerView,
+    Policy,
+    attention_mass,
+    attention_with_mass,
+    make_policy,
+    policies,
+    register,
+    registry,
+)
 
 
 def tensors(rows: int = 2, tokens: int = 50, queries: int | None = None, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -41,6 +51,19 @@ def test_attention_mass_is_exact(block_bytes: int, queries: int, padding: int) -
     last = None if real is None else real[:, -queries:]
     ours = attention_mass(query, key, 0.35, real, last, block_bytes=block_bytes)
     assert torch.allclose(ours.double(), reference.attention_mass(query, key, 0.35, real), atol=1e-5)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 10_000, None])
+@pytest.mark.parametrize("queries", [1, 7, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_mass_in_one_pass(block_bytes: int | None, queries: int, dtype: torch.dtype) -> None:
+    query, key, value = (x.to(dtype) for x in tensors(queries=queries))
+    output, mass = attention_with_mass(query, key, value, 0.35, block_bytes)
+    future = torch.ones(queries, 50, dtype=torch.bool).triu(50 - queries + 1)
+    repeated = (x.float().repeat_interleave(3, dim=1) for x in (key, value))
+    expected = F.scaled_dot_product_attention(query.float(), *repeated, attn_mask=~future, scale=0.35)
+    torch.testing.assert_close(output, expected.to(dtype))
+    assert torch.equal(mass, attention_mass(query, key, 0.35, block_bytes=block_bytes))
 
 
 def test_h2o_in_chunks_equals_h2o_at_once() -> None:

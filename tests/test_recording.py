@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -27,14 +29,15 @@ def test_branches_equal_direct_prefills(name: str) -> None:
         direct = CrushCache(model, config)
         with torch.no_grad():
             logits = model(input_ids=ids, past_key_values=direct).logits[0, -1]
-        torch.testing.assert_close(recording.logits, logits.float())
+        close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)  # H2O's attention is computed by blocks
+        close(recording.logits, logits.float())
         assert isinstance(branch, CrushCache)
         assert branch.nbytes == direct.nbytes
         for ours, theirs in zip(branch.crushed_layers, direct.crushed_layers, strict=True):
             assert torch.equal(ours.positions, theirs.positions)
             assert torch.equal(ours.tiers, theirs.tiers)
-            torch.testing.assert_close(ours.keys, theirs.keys)
-            torch.testing.assert_close(ours.values, theirs.values)
+            close(ours.keys, theirs.keys)
+            close(ours.values, theirs.values)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

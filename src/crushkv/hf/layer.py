@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class AttentionCall:
     mask: Tensor | None  # over logical positions, as Transformers made it
     scaling: float
     softcap: float | None
+    mass: Tensor | None = None  # [B, Hq, S]: what each token has received from these queries, where that is known
 
 
 class CrushLayer(CacheLayerMixin):
@@ -122,6 +123,11 @@ class CrushLayer(CacheLayerMixin):
         rows, device = self.storage.rows, self.storage.device
         return physical_mask(mask, padding, self.compressed, self._since, self.seen, queries, aligned, rows, device)
 
+    @property
+    def streams(self) -> bool:
+        """Whether the policy is shown every query."""
+        return self.plan.policy.streams
+
     @torch.no_grad()
     def after_attention(self, call: AttentionCall) -> None:
         """Scores are gathered from the queries, and where it is time, tokens are evicted."""
@@ -152,7 +158,9 @@ class CrushLayer(CacheLayerMixin):
     def remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
         """Gathers what the policy will read of this call's queries."""
         policy = self.plan.policy
-        if policy.streams:
+        if call.mass is not None:
+            self.mass = policy.accumulate(replace(self._view(call), queries=call.queries, received=call.mass))
+        elif policy.streams:
             # Decoded tokens' queries are gathered for a while; until they are used, every key they saw is here.
             self.queries.append(call.queries, new_real)
             if reading or self.queries.count == GATHERED:

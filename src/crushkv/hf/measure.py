@@ -29,7 +29,7 @@ class Measurement:
     """What one run of `generate` gave and took. Seconds and bytes.
 
     Attributes:
-        token_ids: the answer, without the prompt; its end-of-text token included.
+        token_ids: the answer to the first prompt, without it; its end-of-text token included.
         prompt_tokens: length of the prompt.
         ttft: time to first token: from the call until the first token was there.
         tpot: time per output token after the first, a mean, so that what eviction takes counts; None for one token.
@@ -72,10 +72,10 @@ def measure(
 
     Args:
         model: a Transformers model that can generate.
-        input_ids: `[1, S]`, one prompt.
+        input_ids: `[B, S]`, prompts of one length.
         config: what KVCrush keeps; None runs Transformers' own cache.
         seed: of sampling; the state of torch's generators outside of this call is left alone.
-        on_token: called with each new token `[1]`; its time is not counted.
+        on_token: called with the new tokens `[B]` of each step; its time is not counted.
         options: further arguments of `generate`.
 
     Raises:
@@ -128,7 +128,7 @@ def warm_up(model: Any, input_ids: Tensor, config: CrushConfig | None = None, to
 
 
 class TokenClock(BaseStreamer):
-    """Notes when each token arrives. Counts from when it is made; batch size 1."""
+    """Notes when each token arrives. Counts from when it is made."""
 
     def __init__(self, device: torch.device, on_token: Callable[[Tensor], None] | None = None) -> None:
         self._device = device

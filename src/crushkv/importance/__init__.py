@@ -1,6 +1,6 @@
 """Importance policies: which cached tokens matter, judged from queries, keys and values."""
 
-from .attention import attention_mass
+from .attention import attention_mass, attention_with_mass
 from .base import GATHERED, LayerView, Policy, kept_mass
 from .expected_attention import ExpectedAttention
 from .h2o import H2O
@@ -27,6 +27,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "attention_mass",
+    "attention_with_mass",
     "kept_mass",
     "make_policy",
     "policies",

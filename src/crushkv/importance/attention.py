@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .base import LayerView
 
-# A block of attention weights: on a CPU one that stays in its cache (two to three times as fast as 32 MiB), elsewhere
-# large enough to keep the device busy; far below S x S in any case.
+# A block of attention weights: on a CPU one that stays in its cache, elsewhere large enough to keep the device busy;
+# far below S x S in any case.
 CPU_BLOCK_BYTES = 4 * 2**20
 BLOCK_BYTES = 64 * 2**20
 
@@ -36,32 +38,84 @@ def attention_mass(
     Returns:
         float32 `[B, Hq, S]`; a row of q real queries sums to q for each head.
     """
+    return _blockwise(queries, keys, None, scaling, real, queries_real, softcap, block_bytes)[1]
+
+
+def attention_with_mass(
+    queries: Tensor, keys: Tensor, values: Tensor, scaling: float, block_bytes: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last T tokens, and what `attention_mass` gives for them, from one pass over QK^T.
+
+    Shapes as there; values `[B, Hkv, S, Dv]`. There is no padding.
+
+    Returns:
+        The output `[B, Hq, T, Dv]`, and the mass.
+    """
+    output, mass = _blockwise(queries, keys, values, scaling, None, None, None, block_bytes)
+    assert output is not None
+    return output, mass
+
+
+def _blockwise(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    scaling: float,
+    real: Tensor | None,
+    queries_real: Tensor | None,
+    softcap: float | None,
+    block_bytes: int | None,
+) -> tuple[Tensor | None, Tensor]:
     rows, heads, count, size = queries.shape
     kv_heads, tokens = keys.shape[1:3]
     group = heads // kv_heads
-    mass = torch.zeros((rows, kv_heads, group, tokens), dtype=torch.float32, device=keys.device)
+    on_cpu = keys.device.type == "cpu"
+    # A CPU's cores share one product well, a batch of few products badly: one KV head of one row at a time there.
+    at_once = 1 if on_cpu else rows * kv_heads
     if block_bytes is None:
-        block_bytes = CPU_BLOCK_BYTES if keys.device.type == "cpu" else BLOCK_BYTES
-    block = max(1, min(count, block_bytes // (rows * heads * tokens * 4)))
-    transposed = keys.transpose(-1, -2)
-    for start in range(0, count, block):
-        end = min(start + block, count)
-        seen = tokens - count + end  # keys up to the last query of the block
-        part = queries[:, :, start:end].reshape(rows, kv_heads, group * (end - start), size) * scaling
-        logits = (part @ transposed[..., :seen]).float()
-        if softcap is not None:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
-        logits = logits.view(rows, kv_heads, group, end - start, seen)
-        # Only the block's own keys can lie in the future of one of its queries.
-        future = torch.ones((end - start, end - start), dtype=torch.bool, device=keys.device).triu(1)
-        logits[..., seen - (end - start) :].masked_fill_(future, -torch.inf)
-        if real is not None:
-            logits.masked_fill_(~real[:, None, None, None, :seen], torch.finfo(torch.float32).min)
-        weights = logits.softmax(-1)
-        if queries_real is not None:
-            weights *= queries_real[:, None, None, start:end, None]
-        mass[..., :seen] += weights.sum(-2)
-    return mass.view(rows, heads, tokens)
+        block_bytes = CPU_BLOCK_BYTES if on_cpu else BLOCK_BYTES
+    block = max(1, min(count, block_bytes // (at_once * group * tokens * 4)))
+    # Elsewhere than on a CPU, products of 16-bit numbers are the fast ones.
+    dtype = torch.float32 if on_cpu else keys.dtype
+    # Rows and KV heads become one axis N.
+    queries = queries.reshape(-1, group, count, size)
+    keys = keys.reshape(-1, tokens, size).transpose(-1, -2)
+    row = torch.arange(rows * kv_heads, device=keys.device) // kv_heads  # of each n
+    mass = torch.zeros((rows * kv_heads, group, tokens), dtype=torch.float32, device=keys.device)
+    output = None
+    if values is not None:
+        values = values.reshape(-1, tokens, values.shape[-1])
+        output = values.new_empty((rows * kv_heads, group, count, values.shape[-1]))
+    # One place for every block: memory asked for anew would be cleared by the system each time.
+    room = keys.new_empty(at_once * group * block * tokens, dtype=dtype)
+    for first in range(0, rows * kv_heads, at_once):
+        some = slice(first, first + at_once)
+        some_keys = keys[some].to(dtype)
+        some_values = None if values is None else values[some].to(dtype)
+        padding = None if real is None else ~real[row[some], None, None]  # [n, 1, 1, S]
+        counted = None if queries_real is None else queries_real[row[some], None, :, None]  # [n, 1, T, 1]
+        for start in range(0, count, block):
+            end = min(start + block, count)
+            seen = tokens - count + end  # keys up to the last query of the block
+            part = queries[some, :, start:end].flatten(1, 2).to(dtype) * scaling
+            shape = (at_once, group * (end - start), seen)
+            logits = torch.bmm(part, some_keys[..., :seen], out=room[: math.prod(shape)].view(shape)).float()
+            logits = logits.unflatten(1, (group, end - start))
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            # Only the block's own keys can lie in the future of one of its queries.
+            future = torch.ones((end - start, end - start), dtype=torch.bool, device=keys.device).triu(1)
+            logits[..., seen - (end - start) :].masked_fill_(future, -torch.inf)
+            if padding is not None:
+                logits.masked_fill_(padding[..., :seen], torch.finfo(torch.float32).min)
+            weights = torch.softmax(logits, -1, out=logits)
+            if output is not None and some_values is not None:
+                attended = torch.bmm(weights.flatten(1, 2).to(dtype), some_values[:, :seen])
+                output[some, :, start:end] = attended.unflatten(1, (group, end - start))
+            if counted is not None:
+                weights *= counted[:, :, start:end]
+            mass[some, :, :seen] += weights.sum(-2)
+    return None if output is None else output.view(rows, heads, count, -1), mass.view(rows, heads, tokens)
 
 
 def window_mass(view: LayerView) -> Tensor:
@@ -75,5 +129,7 @@ def window_mass(view: LayerView) -> Tensor:
 
 def view_mass(view: LayerView) -> Tensor:
     """`attention_mass` of the view's queries."""
+    if view.received is not None:
+        return view.received
     assert view.queries is not None
     return attention_mass(view.queries, view.keys, view.scaling, view.real, view.queries_real, view.softcap)

@@ -43,6 +43,7 @@ class LayerView:
     real: Tensor | None = None  # bool [B, S], False for padding; None: all are real
     queries_real: Tensor | None = None  # bool [B, T], the same for the queries
     mass: Tensor | None = None  # float32 [B, Hq, S]: what `Policy.accumulate` has gathered
+    received: Tensor | None = None  # float32 [B, Hq, S]: `attention_mass` of the queries, where the engine has it
     softcap: float | None = None  # of the attention logits, where the model has one
     seed: int = 0
 

@@ -1,0 +1,47 @@
+"""Two cases of Transformers' `sdpa` that a CPU has a faster way for, with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..importance import attention_with_mass
+
+
+def replaceable(
+    function: Callable[..., Any] | None, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether a call is plain causal attention on a CPU by Transformers' own function, with nothing masked or added."""
+    return (
+        function is sdpa_attention_forward
+        and query.device.type == "cpu"
+        and mask is None
+        and not kwargs.get("dropout")
+        and kwargs.get("softcap") is None
+        and kwargs.get("position_bias") is None
+        and not torch.is_grad_enabled()
+    )
+
+
+def decode(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Attention of one token, `query [B, Hq, 1, D]`: `[B, 1, Hq, Dv]`.
+
+    The query heads of a group become queries of its KV head: keys and values are read once for all of them.
+    """
+    rows, heads, _, size = query.shape
+    packed = query.reshape(rows, key.shape[1], -1, size)
+    return F.scaled_dot_product_attention(packed, key, value, scale=scaling).reshape(rows, 1, heads, -1)
+
+
+def prefill_with_mass(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of a whole prompt, `[B, S, Hq, Dv]`, and the mass `[B, Hq, S]` that each token receives in it.
+
+    A streaming policy would compute QK^T once more.
+    """
+    output, mass = attention_with_mass(query, key, value, scaling)
+    return output.transpose(1, 2).contiguous(), mass

@@ -1,0 +1,79 @@
+"""What replaces Transformers' attention on a CPU gives the same, and is used where it may be and nowhere else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from architectures import ARCHITECTURES, prompts, small_model
+from crushkv import KVCrush
+from crushkv.hf import cpu_attention
+
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 12}
+SMALL: dict[str, Any] = {"sink": 2, "window": 8, "interval": 8, "page_size": 4}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the calls of both ways."""
+    counted: Counter[str] = Counter()
+
+    def counting(name: str) -> None:
+        function = getattr(cpu_attention, name)
+
+        def wrapper(*args: Any) -> Any:
+            counted[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(cpu_attention, name, wrapper)
+
+    counting("decode")
+    counting("prefill_with_mass")
+    return counted
+
+
+def logits(model: Any, policy: str, **options: Any) -> torch.Tensor:
+    ids = torch.arange(1, 121)[None] % 100
+    cache = KVCrush(policy=policy, budget=0.4, **SMALL, **options).cache(model)
+    with torch.no_grad():
+        steps = [model(input_ids=ids, past_key_values=cache).logits[:, -1]]
+        for token in range(1, 20):
+            steps.append(model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[:, -1])
+    return torch.stack(steps)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+# Not both: where a whole prompt's last bits differ, some code becomes the next one.
+@pytest.mark.parametrize(("policy", "bits"), [("h2o", 16), ("snapkv", 16), ("snapkv", 4)])
+def test_logits_are_those_of_transformers_attention(
+    name: str, policy: str, bits: int, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(name)
+    ours = logits(model, policy, bits=bits)
+    used = Counter(calls)
+    monkeypatch.setattr(cpu_attention, "replaceable", lambda *args: False)
+    theirs = logits(model, policy, bits=bits)
+    assert calls == used
+    layers = len(KVCrush(**SMALL).cache(model).crushed_layers)
+    if model.config._attn_implementation == "sdpa":
+        assert used["decode"] == layers * 19
+        assert used["prefill_with_mass"] == (layers if policy == "h2o" else 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_masked_calls_are_left_to_transformers(calls: Counter[str]) -> None:
+    model = small_model()
+    with KVCrush(policy="h2o", budget=0.4, **SMALL)(model):
+        model.generate(**prompts([120, 77]), **GREEDY)
+    assert not calls
+
+
+def test_other_ways_of_attention_are_left_alone(calls: Counter[str]) -> None:
+    model = small_model()
+    model.set_attn_implementation("eager")
+    with KVCrush(policy="h2o", budget=0.4, **SMALL)(model):
+        model.generate(**prompts([120]), **GREEDY)
+    assert not calls
