@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import resources
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crushkv import __version__
+from crushkv.benchmark import repeated_prompt
 from crushkv.embedded import embedded_model_path
 
 
@@ -23,10 +23,7 @@ def load(name: str | None, tokens: int) -> tuple[Any, Tensor]:
     path = name or embedded_model_path()
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    text = (resources.files("crushkv") / "demo" / "document.txt").read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(path)(text)["input_ids"]
-    repeated = ids * (tokens // len(ids) + 1)
-    return model, torch.tensor([repeated[:tokens]], device=model.device)
+    return model, repeated_prompt(AutoTokenizer.from_pretrained(path), tokens).to(model.device)
 
 
 def machine() -> dict[str, Any]:

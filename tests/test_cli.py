@@ -642,3 +642,53 @@ def test_interrupt_ends_cleanly(tiny: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.rstrip().endswith("interrupted")
+
+
+def test_bench(crushkv: Callable[..., Outcome], tiny: Path, tmp_path: Path) -> None:
+    results, plots = tmp_path / "results.jsonl", tmp_path / "plots"
+    asked = ["--tokens", "300,500", "--batch", "1,2", "--new-tokens", 3, "--repeats", 2, "--budgets", "0.5,0.25"]
+    asked += ["--method", "full", "--method", "snapkv:window=8", "--method", "balanced", "-o", results]
+    done = crushkv("bench", "--model", tiny, *asked, "--plots", plots)
+    assert done.code == 0, done.err
+    assert "500 tokens, batch of 2" in done.out and "to full" in done.out
+    assert "[32/32] 500 tokens" in done.err
+    assert (plots / "benchmark.png").is_file()
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["machine"] + 32 * ["request"]
+    assert lines[0]["model"]["type"] == "llama" and lines[0]["versions"]["crushkv"]
+    made = {(line["method"], line["budget"]) for line in lines[1:]}
+    assert made == {("full", None), ("snapkv:window=8", 0.5), ("snapkv:window=8", 0.25), ("balanced", 0.25)}
+    rounds = [next(line["method"] for line in lines[1:] if line["repeat"] == r) for r in (0, 1)]
+    assert rounds == ["full", "snapkv:window=8"], "no method is always the first"
+
+    shown = crushkv("bench", "--show", results)
+    assert shown.code == 0 and shown.out == done.out
+
+
+def test_bench_as_json(crushkv: Callable[..., Outcome], tiny: Path) -> None:
+    done = crushkv("bench", "--model", tiny, "--tokens", 300, "--new-tokens", 2, "--repeats", 1, "--json")
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert [line["method"] for line in lines] == [
+        "full",
+        "snapkv:representative_share=0.1",
+        "h2o:representative_share=0.1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "many"], "--tokens 'many': accepted are integers"),
+        (["--batch", "0"], "--batch '0': accepted are integers"),
+        (["--budgets", "3.5"], "budget"),
+        (["--method", "snapkw"], "Did you mean 'snapkv'?"),
+        (["--tokens", str(POSITIONS + 1)], "positions"),
+        (["--show", "missing.jsonl"], "missing.jsonl"),
+        (["-o", "no/such/folder.jsonl"], "the folder does not exist"),
+    ],
+)
+def test_bench_refuses(crushkv: Callable[..., Outcome], tiny: Path, options: list[str], message: str) -> None:
+    refused = crushkv("bench", "--model", tiny, *options)
+    assert refused.code == 2
+    assert message in refused.err and refused.err.count("error:") == 1

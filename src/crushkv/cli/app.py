@@ -15,6 +15,7 @@ import typer
 from .._version import __version__
 from ..errors import ConfigError, CrushError
 from .ask import ask
+from .bench import bench
 from .build import build
 from .doctor import doctor
 from .eval import evaluate
@@ -59,7 +60,7 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _command in (run, generate, build, ask, plan, inspect, fidelity, sweep, report, policies, doctor):
+for _command in (run, generate, build, ask, plan, inspect, fidelity, sweep, report, bench, policies, doctor):
     app.command()(_command)
 app.command("eval")(evaluate)
 # Its options are the harness's.

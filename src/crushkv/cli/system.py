@@ -80,11 +80,20 @@ def _text(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
 
 
+def processor() -> str:
+    """The CPU and the number of cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return f"{found[1] if found else platform.machine()}, {cores} cores"
+
+
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
+    cpu = f"{processor()}, {torch.get_num_threads()} threads"
     devices: list[dict[str, Any]] = [{"device": "cpu", "description": cpu, "memory_bytes": None}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
