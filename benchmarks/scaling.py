@@ -14,9 +14,9 @@ import statistics
 import time
 
 import torch
-from subject import machine
 
 from crushkv.core import SelectionOptions, select
+from subject import machine
 
 LENGTHS = (8192, 16384, 32768, 65536)
 QUERY_HEADS, KV_HEADS = 9, 3

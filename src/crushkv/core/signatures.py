@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WORD_BITS = 64
@@ -54,9 +55,10 @@ def unit_signatures(bits: Tensor, page_size: int) -> Tensor:
 
 def pack(bits: Tensor) -> Tensor:
     """Bool `[..., L]` into int64 words `[..., ceil(L / 64)]`; unused bits are 0."""
-    shifts = torch.arange(min(WORD_BITS, bits.shape[-1]), device=bits.device)
-    words = [(part.long() << shifts[: part.shape[-1]]).sum(-1) for part in bits.split(WORD_BITS, dim=-1)]
-    return torch.stack(words, dim=-1)
+    filled = F.pad(bits, (0, -bits.shape[-1] % WORD_BITS)).contiguous()
+    # Eight bytes of 0 or 1 as one integer: the product gathers their bits in its highest byte.
+    gathered = (filled.view(torch.int64) * 0x0102040810204080) >> 56
+    return gathered.to(torch.uint8).view(torch.int64)
 
 
 def popcount(words: Tensor) -> Tensor:
