@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
     MistralConfig,
@@ -173,6 +174,28 @@ def test_the_peak_of_the_prefill_is_one_full_layer(model: Any) -> None:
     for hook in hooks:
         hook.remove()
     assert seen == [[0, 0, 0], [48, 0, 0], [48, 48, 0]]
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o"])
+def test_the_peak_of_the_prefill_in_bytes(model: Any, policy: str) -> None:
+    """No moment of it holds more keys and values than the compressed cache and one full layer."""
+    peak = 0
+    cache = KVCrush(policy=policy, budget=0.25, sink=2, window=8, interval=8, page_size=4).cache(model)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal peak
+            peak = max(peak, cache.nbytes)
+            return func(*args, **(kwargs or {}))
+
+    ids = prompts([400])["input_ids"]
+    full = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=full)
+        with Watch():
+            model(input_ids=ids, past_key_values=cache)
+    full_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
+    assert full_bytes / 3 < peak <= full_bytes / 4 + full_bytes / len(full.layers)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 119, 120, 500])

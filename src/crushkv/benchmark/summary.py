@@ -54,8 +54,8 @@ class Figure:
     @property
     def name(self) -> str:
         """Engine, method and budget."""
-        method = self.method if self.budget is None else f"{self.method} at {self.budget:g}"
-        return f"{self.engine}: {method}"
+        told = self.budget is None or "budget=" in self.method
+        return f"{self.engine}: {self.method}" + ("" if told else f" at {self.budget:g}")
 
 
 def summarize(records: Iterable[Record]) -> list[Figure]:

@@ -37,7 +37,7 @@ class _Request:
 
     @property
     def text(self) -> str:
-        budget = "" if self.config is None else f" at {self.config.budget}"
+        budget = "" if self.config is None or "budget=" in self.method else f" at {self.config.budget}"
         return f"{self.tokens} tokens, batch of {self.batch}, {self.method}{budget}"
 
 
