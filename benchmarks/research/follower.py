@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,17 +94,18 @@ class Follower:
         self.head = model.lm_head
 
     @torch.no_grad()
-    def kl(self, prompt: Prompt, held: Held) -> float:
-        """Mean KL divergence to the full cache along its own answer, in nats."""
+    def kl(self, prompt: Prompt, held: Sequence[Held]) -> list[float]:
+        """Mean KL divergence of each cache to the full one along the full cache's own answer, in nats."""
         given = self.logits(prompt, held).log_softmax(-1)
         target = prompt.logits.log_softmax(-1)
-        return float((target.exp() * (target - given)).sum(-1).mean())
+        return [float(kl) for kl in (target.exp() * (target - given)).sum(-1).mean(-1)]
 
-    def logits(self, prompt: Prompt, held: Held) -> Tensor:
+    def logits(self, prompt: Prompt, held: Sequence[Held]) -> Tensor:
+        """`[caches, n - 1, V]`: all caches in one pass."""
         ids = prompt.answer[:-1]
-        new, size, kv_heads = len(ids), prompt.size, prompt.kv_heads
+        rows, new, size, kv_heads = len(held), len(ids), prompt.size, prompt.kv_heads
         positions = torch.arange(prompt.tokens, prompt.tokens + new)[None]
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed_tokens(ids).expand(rows, new, -1)
         cos, sin = (part[0] for part in self.model.rotary_emb(x, positions))
         future = torch.full((new, new), -torch.inf).triu(1)
 
@@ -115,16 +117,18 @@ class Follower:
             y = layer.input_layernorm(x)
             attention = layer.self_attn
             q, k, v = (
-                project(y).view(new, -1, size).transpose(0, 1)
+                project(y).view(rows, new, -1, size).transpose(1, 2)
                 for project in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            q, k = turned(q).reshape(kv_heads, -1, size) * size**-0.5, turned(k)
-            past = (q @ held.keys[index].transpose(-1, -2)) + held.bias[index][:, None]
-            own = ((q @ k.transpose(-1, -2)).view(kv_heads, -1, new, new) + future).flatten(1, 2)
-            weights = torch.cat([past, own], dim=-1).softmax(-1)
-            width = past.shape[-1]
-            output = weights[..., :width] @ held.values[index] + weights[..., width:] @ v
-            output = output.reshape(-1, new, size).transpose(0, 1).reshape(new, -1)
-            x = x + attention.o_proj(output)
+            q, k = turned(q).reshape(rows, kv_heads, -1, size) * size**-0.5, turned(k)
+            own = ((q @ k.transpose(-1, -2)).view(rows, kv_heads, -1, new, new) + future).flatten(2, 3)
+            attended = []
+            for row, cache in enumerate(held):
+                past = (q[row] @ cache.keys[index].transpose(-1, -2)) + cache.bias[index][:, None]
+                weights = torch.cat([past, own[row]], dim=-1).softmax(-1)
+                width = past.shape[-1]
+                output = weights[..., :width] @ cache.values[index] + weights[..., width:] @ v[row]
+                attended.append(output.reshape(-1, new, size).transpose(0, 1).reshape(new, -1))
+            x = x + attention.o_proj(torch.stack(attended))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.head(self.model.norm(x)).float()

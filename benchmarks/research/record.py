@@ -3,8 +3,8 @@
     python benchmarks/research/record.py --data-dir DIR -o FOLDER [--per-task 14]
 
 A file a prompt: keys, values and last queries of every layer (after RoPE), the mean square of all queries, the full
-cache's greedy answer and its logits. About 90 MB a prompt with the embedded model. Prompts are taken from all tasks in turn, so
-that an interrupted run is balanced; files that exist are left alone.
+cache's greedy answer and its logits. About 90 MB a prompt with the embedded model. Prompts are taken from all tasks in
+turn, so that an interrupted run is balanced; files that exist are left alone.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from variants import Variant, hold
 from crushkv.config_text import expand
 from crushkv.evaluation.statistics import macro_mean
 
+BATCH = 7  # variants in one forward pass
 HALVES = {"even": (0,), "odd": (1,), "all": (0, 1)}
 
 
@@ -35,7 +36,7 @@ def read_results(paths: list[Path]) -> dict[str, dict[str, tuple[float, float]]]
     """KL and bytes by variant and prompt."""
     found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for path in paths:
-        text = gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text()
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
         for line in text.splitlines():
             entry = json.loads(line)
             found[entry["variant"]][entry["prompt"]] = entry["kl"], entry["bytes"]
@@ -58,11 +59,13 @@ def run(arguments: Any) -> None:
             if not missing:
                 continue
             prompt = Prompt(path)
-            for name in missing:
+            for start in range(0, len(missing), BATCH):
+                batch = missing[start : start + BATCH]
                 with torch.no_grad():
-                    held = hold(prompt, Variant.parse(name))
-                entry = {"prompt": path.stem, "variant": name, "bytes": round(held.nbytes, 5)}
-                file.write(json.dumps({**entry, "kl": round(follower.kl(prompt, held), 6)}) + "\n")
+                    held = [hold(prompt, Variant.parse(name)) for name in batch]
+                for name, cache, kl in zip(batch, held, follower.kl(prompt, held), strict=True):
+                    entry = {"prompt": path.stem, "variant": name, "bytes": round(cache.nbytes, 5), "kl": round(kl, 6)}
+                    file.write(json.dumps(entry) + "\n")
                 file.flush()
 
 

@@ -24,13 +24,13 @@ class Variant:
         budget: share of the full cache's bytes.
         first, second: bits of keys and of values of the two tiers. share: of the units, that is in the second tier.
         window: recent tokens that are always kept. recent_bits: theirs and the sink's.
-        queries: how many of the last queries give the scores.
+        queries: how many of the last queries give the scores. over: their mean, max, or mean of square roots (sqrt).
         unit_score: of a page: mean, max, or the mean of its best four tokens.
         value: weight of a token's score: none, or the norm of its value.
         scaling: none, or channels of keys scaled by `Prompt.key_scale` before they are rounded.
         ranking: what units are ranked by; see `rank_score`. mix: how much of the others' opinion is in it.
         second_by: how the second tier is chosen: see `second_tier`. pool: from how many times as many of the next best
-            units; 0: from all that the first tier leaves.
+            units; 0: from all that the first tier leaves. second_page: tokens of its units; 0: as many as of the first.
         layers: none, or how much more the first layer gets than the last (pyramid), as a factor.
         ada: share of a layer's units that heads compete for (AdaKV); 0: each head has the same number.
         summary: kind of tokens that stand for what is evicted, and how many a head (`summaries`).
@@ -44,6 +44,7 @@ class Variant:
     window: int = 32
     recent_bits: int = 16
     queries: int = 32
+    over: str = "mean"
     kernel: int = 7
     page: int = 16
     aggregate: str = "mean"
@@ -54,6 +55,7 @@ class Variant:
     mix: float = 0.0
     second_by: str = "score"
     pool: float = 0.0
+    second_page: int = 0
     layers: float = 1.0
     ada: float = 0.0
     summary: str = "none"
@@ -63,7 +65,9 @@ class Variant:
     def named(self) -> str:
         """The fields that differ from the defaults."""
         plain = Variant()
-        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)]
+        changed = [
+            (f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)
+        ]
         texts = (f"{name}={'/'.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in changed)
         return ",".join(texts) or "base"
 
@@ -85,7 +89,8 @@ def token_bytes(bits: tuple[int, int]) -> int:
 
 def token_scores(prompt: Prompt, v: Variant) -> Tensor:
     """SnapKV's scores, `[L, Hq, S]`."""
-    mass = prompt.attention(v.queries).mean(2)
+    weights = prompt.attention(v.queries)
+    mass = weights.amax(2) if v.over == "max" else (weights.sqrt() if v.over == "sqrt" else weights).mean(2)
     if v.value == "norm":
         mass = mass * prompt.values.norm(dim=-1).repeat_interleave(prompt.group, dim=1)
     past = prompt.tokens - v.queries
@@ -231,10 +236,12 @@ def hold(prompt: Prompt, v: Variant) -> Held:
         first_count = adaptive(score, first_count, v.ada)
         second_count = adaptive(score, wanted, v.ada) - first_count
     first = ranks(score) < first_count[..., None]
-    if v.share:
-        other = second_tier(score, first, second_count, by_head, v, prompt.group)
-    else:
-        other = torch.zeros_like(first)
+    if v.second_page:
+        small = replace(v, page=v.second_page)
+        times = v.page // v.second_page
+        score = rank_score(by_head, small, prompt.group, min(retained, units * v.page))
+        first, second_count, v = first.repeat_interleave(times, dim=-1), second_count * times, small
+    other = second_tier(score, first, second_count, by_head, v, prompt.group) if v.share else torch.zeros_like(first)
 
     tiers = torch.zeros(prompt.layers, kv_heads, tokens, dtype=torch.uint8)
     tiers[..., : v.sink] = tiers[..., end:] = 3
@@ -273,7 +280,7 @@ def with_summaries(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds tokens that stand for buckets of evicted ones: mean key, mean value, weighted by attention.
 
-    Kinds: mass (one logit bias each, so that the window's queries give the bucket what they gave its tokens), count (the
+    Kinds: mass (a logit bias each, so that the window's queries give the bucket what they gave its tokens), count (the
     bias is the logarithm of how many), none_ (no bias); buckets by position, or `_signature`, `_random`, `_score`.
     """
     kind, _, order_by = v.summary.partition("_")
@@ -298,7 +305,9 @@ def with_summaries(
     share = member * (mass + 1e-9)[..., None]
     share = (share / share.sum(2, keepdim=True).clamp(min=1e-20)).transpose(-1, -2)  # [L, Hkv, R, S]
     key_mean, value_mean = share @ prompt.keys, share @ prompt.values
-    key_mean = round_to(key_mean - prompt.keys.mean(2, keepdim=True), v.first[0], False) + prompt.keys.mean(2, keepdim=True)
+    key_mean = round_to(key_mean - prompt.keys.mean(2, keepdim=True), v.first[0], False) + prompt.keys.mean(
+        2, keepdim=True
+    )
     value_mean = round_to(value_mean, v.first[1], False)
     if kind == "mass":
         q = prompt.queries[:, :, -v.queries :].unflatten(1, (kv_heads, prompt.group)).flatten(2, 3)  # [L, Hkv, G T, D]
