@@ -79,7 +79,7 @@ def by_task(values: dict[str, float]) -> dict[str, list[float]]:
 def show(arguments: Any) -> None:
     results = read_results(arguments.results)
     base = results[Variant.parse(arguments.base).named()] if arguments.base is not None else None
-    print("| variant | prompts | bytes | KL | minus the base | in % |")
+    print("| variant | prompts | bytes | KL | minus the base | the same in % of the base |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, found in results.items():
         half = {p: v for p, v in found.items() if int(p[-2:]) % 2 in HALVES[arguments.half]}
@@ -93,7 +93,9 @@ def show(arguments: Any) -> None:
             against = macro_mean(by_task({p: base[p][0] for p in common})).mean
             d = macro_mean(by_task(common))
             mark = "**" if d.excludes_zero else ""
-            cells += f" | {mark}{d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}){mark} | {d.mean / against:+.0%}"
+            cells += f" | {d.mean:+.4f} | {mark}{d.mean / against:+.0%}{mark}"
+            if d.low < d.high:
+                cells += f" ({d.low / against:+.0%} to {d.high / against:+.0%})"
         print(f"| {cells} |")
 
 
