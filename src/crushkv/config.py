@@ -179,7 +179,7 @@ class CrushConfig:
                     "that goes from one tier to the other and back would be quantized again and again. Use "
                     "bits=8, which loses next to nothing"
                 )
-        if self.recent_bits not in WIDTHS or isinstance(self.recent_bits, bool):
+        if not isinstance(self.recent_bits, int) or self.recent_bits not in WIDTHS:
             raise ConfigError(f"recent_bits={self.recent_bits!r}: accepted are {', '.join(map(str, WIDTHS))}")
         if self.recent_bits < max(formats.important):
             raise ConfigError(f"recent_bits={self.recent_bits}: accepted is no less than bits={self.bits!r}")
