@@ -17,6 +17,9 @@ from crushkv.hf import CrushLayer
 from crushkv.storage import RAW, Formats
 from reference import rotation_matrix, rounded_token
 
+# The tier of tokens that came since the last eviction, whose format is never another than the model's own.
+SINCE = 5
+
 
 @dataclass
 class Recording:
@@ -35,7 +38,8 @@ class Recording:
 
 
 def tiers_of_past(cache: Any) -> dict[int, Tensor]:
-    """For each compressed layer, the tier of each token seen, by position; PADDING where a head holds it no more."""
+    """For each compressed layer, the tier of each token seen (or SINCE), by position; PADDING where a head holds it no
+    more."""
     result = {}
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, CrushLayer) or not layer.seen:
@@ -44,7 +48,9 @@ def tiers_of_past(cache: Any) -> dict[int, Tensor]:
         filled = torch.ones(rows, slots, dtype=torch.bool) if layer.real is None else layer.real
         held = torch.zeros(rows, kv_heads, layer.seen + 1, dtype=torch.uint8)
         # Slots without a token are written to a place behind the end.
-        held.scatter_(2, layer.positions.masked_fill(~filled[:, None], layer.seen), layer.tiers)
+        tiers = layer.tiers.clone()
+        tiers[..., layer.compressed :][tiers[..., layer.compressed :] != Tier.PADDING] = SINCE
+        held.scatter_(2, layer.positions.masked_fill(~filled[:, None], layer.seen), tiers)
         result[index] = held[..., :-1]
     return result
 
@@ -126,8 +132,11 @@ class Rounding:
         self.known: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, key: Tensor, value: Tensor, tiers: Tensor) -> tuple[Tensor, Tensor]:
-        contested = (tiers == Tier.IMPORTANT) | (tiers == Tier.REPRESENTATIVE)
-        if not contested.any():
+        bits_of = {Tier.IMPORTANT: self.formats.important, Tier.REPRESENTATIVE: self.formats.representative}
+        if self.formats.recent_block:
+            bits_of |= {Tier.SINK: self.formats.recent, Tier.RECENT: self.formats.recent}
+        quantized = torch.isin(tiers, torch.tensor(list(bits_of), dtype=tiers.dtype))
+        if not quantized.any():
             return key, value
         if not self.means:
             self._centre(key, tiers.shape[-1])
@@ -135,9 +144,8 @@ class Rounding:
         for which, x in enumerate((key, value)):
             out = x.clone()
             matrix = rotation_matrix(x.shape[-1]) if self.formats.rotation else torch.eye(x.shape[-1])
-            for row, head, token in contested.nonzero().tolist():
-                tier = tiers[row, head, token]
-                bits = (self.formats.important if tier == Tier.IMPORTANT else self.formats.representative)[which]
+            for row, head, token in quantized.nonzero().tolist():
+                bits = bits_of[Tier(int(tiers[row, head, token]))][which]
                 if bits == RAW:
                     continue
                 place = (which, row, head, token)

@@ -92,6 +92,15 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     "h2o": {"policy": "h2o", "budget": 0.2, "bits": 4, "interval": 3},
     "tokens": {"budget": 50, "bits": 4, "page_size": 1, "interval": 1},
     "bytes": {"budget": "20KiB", "bits": 4},
+    "recent tokens, too": {"budget": 0.2, "bits": 4, "recent_bits": 8, "interval": 3},
+    "recent tokens as important ones": {
+        "budget": 0.2,
+        "bits": 4,
+        "representative_bits": 2,
+        "representative_share": 0.5,
+        "recent_bits": 4,
+        "page_size": 1,
+    },
     "pyramid": {"policy": "pyramidkv", "budget": 0.2, "bits": 4},
 }
 # Two runs make a number that lies on the border of two cells fall into one or the other: one channel of one token is

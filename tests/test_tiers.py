@@ -21,6 +21,8 @@ TIERS: dict[str, dict[str, Any]] = {
     "rank": {"rank": 6},
     "rank in bits": {"rank": 6, "bits": 4, "representative_bits": 2, "representative_share": 0.25},
     "not rotated": {"bits": 4, "rotation": False},
+    "recent in 4": {"bits": 4, "recent_bits": 4},
+    "recent in 8": {"bits": 4, "representative_bits": 2, "representative_share": 0.5, "recent_bits": 8},
 }
 tiers = pytest.mark.parametrize("fields", TIERS.values(), ids=TIERS)
 
@@ -181,6 +183,9 @@ def test_branches_and_stacks_are_the_direct_cache(fields: dict[str, Any]) -> Non
         ({"bits": 4, "representative_bits": 8}, "representative_bits=8"),
         ({"bits": "4/8", "representative_bits": 4, "representative_share": 0.5, "rank": 0}, "rank=0"),
         ({"representative_bits": 4}, "representative_bits=4 beside unquantized"),
+        ({"recent_bits": 4}, "recent_bits=4: accepted is no less than bits=16"),
+        ({"bits": "4/3", "recent_bits": 3}, "recent_bits=3"),
+        ({"bits": 2, "recent_bits": 5}, "recent_bits=5"),
         ({"bits": 4, "representative_bits": 2, "representative_share": "dynamic"}, "representative_share"),
         ({"bits": 4, "representative_bits": 2, "shared_representatives": True}, "shared_representatives"),
         ({"rank": 1.5}, "rank=1.5"),

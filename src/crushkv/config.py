@@ -54,9 +54,10 @@ class CrushConfig:
         representative: a bucket's middle element, or its `"best"` scored.
         shared_representatives: one set of representatives for all KV heads of a layer.
         bits: of the important tokens' numbers: 16 (the model's dtype), 8, 4, 3 or 2; or two such, of keys and of values
-            (`"3/2"`). Fewer bits leave room for more tokens in the same budget. Sink and window stay in the model's
-            dtype.
+            (`"3/2"`). Fewer bits leave room for more tokens in the same budget.
         representative_bits: the same for representatives; None: as `bits`, and never more.
+        recent_bits: of sink and window after an eviction: 16 (the model's dtype), or a width of at least `bits`. What
+            is decoded since is in the model's dtype.
         group_size: numbers of one token that share a scale, at most.
         rotation: rotate keys and values before they are quantized.
         rank: project keys and values onto so many (int) leading singular directions of each head, or onto those that
@@ -87,6 +88,7 @@ class CrushConfig:
     shared_representatives: bool = False
     bits: Bits = RAW
     representative_bits: Bits | None = None
+    recent_bits: int = RAW
     group_size: int = 64
     rotation: bool = True
     rank: int | float | None = None
@@ -177,11 +179,15 @@ class CrushConfig:
                     "that goes from one tier to the other and back would be quantized again and again. Use "
                     "bits=8, which loses next to nothing"
                 )
+        if not isinstance(self.recent_bits, int) or self.recent_bits not in WIDTHS:
+            raise ConfigError(f"recent_bits={self.recent_bits!r}: accepted are {', '.join(map(str, WIDTHS))}")
+        if self.recent_bits < max(formats.important):
+            raise ConfigError(f"recent_bits={self.recent_bits}: accepted is no less than bits={self.bits!r}")
         if self.grouping == "score" and self.shared_representatives:
             raise ConfigError(
                 "grouping='score' ranks tokens for each head, and shared_representatives wants one ranking"
             )
-        if len(formats.blocks) == 2 and (self.representative_share == "dynamic" or self.shared_representatives):
+        if len(formats.contested) == 2 and (self.representative_share == "dynamic" or self.shared_representatives):
             raise ConfigError(
                 f"representative_bits={self.representative_bits!r}, other than bits={self.bits!r}, needs as many "
                 "representatives in every head: a number for representative_share, and shared_representatives=false"
@@ -228,7 +234,8 @@ class CrushConfig:
         """The formats of the tiers, as `crushkv.storage` takes them."""
         important = _pair(self.bits)
         representative = important if self.representative_bits is None else _pair(self.representative_bits)
-        return Formats(important, representative, self.group_size, self.rotation, self.rank)
+        recent = _pair(self.recent_bits)
+        return Formats(important, representative, recent, self.group_size, self.rotation, self.rank)
 
     def replace(self, **changes: Any) -> CrushConfig:
         """A copy with some fields changed, checked again."""

@@ -40,7 +40,9 @@ def split_tokens(budget: int, held: int, options: SelectionOptions, sizes: Layer
     units = 0 if share == "dynamic" else representative_units(zones.keep, share)
     sink, recent = int(zones.sink), int(zones.recent)
     important, representative = (int(part) * options.page_size for part in (zones.keep - units, units))
-    nbytes = sizes.tiers(sink + recent, important, representative)
+    # Where nothing is contested yet, nothing is quantized either.
+    untouched = held <= options.sink + options.window
+    nbytes = sizes.raw(held) if untouched else sizes.tiers(sink + recent, important, representative)
     return Split(sink, important, representative, recent, nbytes)
 
 

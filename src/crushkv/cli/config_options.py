@@ -60,6 +60,7 @@ _FIELDS = (
     _Field("shared_representatives", str, "BOOL", "One set of representatives for all KV heads: true or false."),
     _Field("bits", str, "BITS", "Of important tokens: 16, 8, 4, 3, 2, or 3/2 for keys and values."),
     _Field("representative_bits", str, "BITS", "Of representatives. [dim]default: as --bits[/]"),
+    _Field("recent_bits", int, "BITS", "Of sink and window."),
     _Field("group_size", int, "NUMBERS", "Numbers of a token that share a scale."),
     _Field("rotation", str, "BOOL", "Rotate before quantizing: true or false."),
     _Field("rank", str, "RANK", "Project onto so many directions, or onto a share (0.9) of the energy."),

@@ -82,5 +82,6 @@ def _table(layers: list[dict[str, Any]], config: CrushConfig) -> Table:
     bits = config.to_dict()
     representative = bits["representative_bits"] or bits["bits"]
     table.add_section()
-    table.add_row("bits a number", "16", str(bits["bits"]), str(representative), "16", "")
+    recent = str(bits["recent_bits"])
+    table.add_row("bits a number", recent, str(bits["bits"]), str(representative), recent, "")
     return table

@@ -1,4 +1,4 @@
-"""The order in which kept tokens are held: a block for each format, then sink and recent tokens."""
+"""The order in which kept tokens are held: a block for each format, then what is held as the model made it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Arrangement:
     Attributes:
         indices: int64 `[B, Hkv, P]` into what was selected from; anything where `tiers` is PADDING.
         tiers: uint8 `[B, Hkv, P]`.
-        lengths: slots of each block, the last one's for sink and recent tokens.
+        lengths: slots of each block, and last those of what is held as the model made it.
     """
 
     indices: Tensor
@@ -32,11 +32,12 @@ def arrange(selection: Selection, formats: Formats) -> Arrangement:
     if formats.raw:
         return Arrangement(selection.indices, selection.tiers, (selection.indices.shape[2],))
     important, representative = selection.tiers == Tier.IMPORTANT, selection.tiers == Tier.REPRESENTATIVE
-    contested = [important | representative] if len(formats.blocks) == 1 else [important, representative]
+    contested = [important | representative] if len(formats.contested) == 1 else [important, representative]
     always = (selection.tiers == Tier.SINK) | (selection.tiers == Tier.RECENT)
     parts = [_block(selection, members) for members in (*contested, always)]
     indices, tiers = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
-    return Arrangement(indices, tiers, tuple(part.shape[2] for part, _ in parts))
+    lengths = tuple(part.shape[2] for part, _ in parts)
+    return Arrangement(indices, tiers, (*lengths, 0) if formats.recent_block else lengths)
 
 
 def _block(selection: Selection, members: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ class Plan:
         else:
             limit = full.clamp(max=int(self.budget.amount) // self.layers)
         self._warn_where_tight(self._fitting(limit, held, sizes), seen)
-        return self._fitting(self._shaped(limit, full, layer, sizes.raw(self._always)), held, sizes)
+        return self._fitting(self._shaped(limit, full, layer, sizes.tiers(self._always, 0, 0)), held, sizes)
 
     def _fitting(self, limit: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
         pairs = zip(limit.tolist(), held.tolist(), strict=True)

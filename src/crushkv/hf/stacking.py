@@ -30,7 +30,8 @@ def stack(model: PreTrainedModel, caches: Sequence[CrushCache]) -> CrushCache:
     lengths = {cache.get_seq_length() for cache in caches}
     if len(lengths) != 1:
         raise ValueError(f"caches of different lengths: {sorted(lengths)}")
-    result = CrushCache(model, caches[0].config.replace(interval=0, bits=16, representative_bits=None, rank=None))
+    plain = {"bits": 16, "representative_bits": None, "recent_bits": 16, "rank": None}
+    result = CrushCache(model, caches[0].config.replace(interval=0, **plain))
     for index, target in enumerate(result.layers):
         layers = [layer for cache in caches if isinstance(layer := cache.layers[index], CrushLayer)]
         if not isinstance(target, CrushLayer) or len(layers) < len(caches):

@@ -14,10 +14,11 @@ WIDTHS = (RAW, *PLANES)
 
 @dataclass(frozen=True)
 class Formats:
-    """Formats of the contested tiers. Sink and recent tokens are few, decide much, and stay as they are.
+    """Formats of the tiers.
 
     Attributes:
         important, representative: bits of a key's and of a value's numbers, 16 for the model's dtype.
+        recent: the same for sink and recent tokens.
         group_size: numbers of a token that share a scale, at most.
         rotation: rotate before quantizing; see `rotation`.
         rank: directions that keys and values are projected onto: their number, or the share of the energy that they
@@ -26,6 +27,7 @@ class Formats:
 
     important: tuple[int, int] = (RAW, RAW)
     representative: tuple[int, int] = (RAW, RAW)
+    recent: tuple[int, int] = (RAW, RAW)
     group_size: int = 64
     rotation: bool = True
     rank: int | float | None = None
@@ -36,11 +38,21 @@ class Formats:
         return self.rank is None and self.important == self.representative == (RAW, RAW)
 
     @property
-    def blocks(self) -> tuple[tuple[int, int], ...]:
-        """Bits of keys and values of each block: of important tokens and of representatives, or one of both."""
+    def contested(self) -> tuple[tuple[int, int], ...]:
+        """Bits of keys and values of the contested blocks: of important tokens and representatives, or one of both."""
         if self.raw:
             return ()
         return (self.important,) if self.important == self.representative else (self.important, self.representative)
+
+    @property
+    def recent_block(self) -> bool:
+        """Whether sink and recent tokens have a block of their own, and are not held as the model made them."""
+        return not self.raw and self.recent != (RAW, RAW)
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Bits of keys and values of each block."""
+        return (*self.contested, self.recent) if self.recent_block else self.contested
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,9 @@ class LayerSizes:
     def tiers(self, kept: int, important: int, representative: int) -> int:
         """Everything: `kept` sink and recent tokens, and what is contested."""
         contested = important + representative
-        if self.formats.raw or not contested:
+        if self.formats.raw or not (contested or self.formats.recent_block):
             return self.raw(kept + contested)
-        lengths = (important, representative) if len(self.formats.blocks) == 2 else (contested,)
-        blocks = sum(self.block(bits, tokens) for bits, tokens in zip(self.formats.blocks, lengths, strict=True))
-        return self.raw(kept) + blocks + self.bases
+        lengths = (important, representative) if len(self.formats.contested) == 2 else (contested,)
+        blocks = sum(self.block(bits, tokens) for bits, tokens in zip(self.formats.contested, lengths, strict=True))
+        always = self.block(self.formats.recent, kept) if self.formats.recent_block else self.raw(kept)
+        return always + blocks + self.bases

@@ -17,13 +17,14 @@ from .workspace import Workspace
 
 
 class TieredStorage:
-    """Slots in this order: a block for each contested format, then sink and recent tokens as the model made them.
+    """Slots in this order: a block for each format, then what is held as the model made it: what came since, and sink
+    and recent tokens, unless these have a block of their own.
 
     Attention does not depend on the order of what it attends to, so nothing is ever sorted for it. Tokens are
     quantized when `keep` first puts them into a block. From then on their codes are moved and never made anew.
 
     Args:
-        formats: of the contested tiers.
+        formats: of the tiers.
         growth: see `DenseStorage`.
         workspace: shared by the layers of a cache: only one of them is unpacked at a time.
     """
