@@ -32,6 +32,7 @@ from summary import FULL, show
 from worker import ROW_OFFSET
 
 HERE = Path(__file__).parent
+TURNS = 3  # repeats until the order of the methods comes round again
 ENVIRONMENTS = HERE.parents[1] / ".venv-peers"
 
 
@@ -48,7 +49,7 @@ def main() -> None:
             stack.callback(engine.stop)
         output = None
         if given.json:
-            output = sys.stdout if given.json == "-" else stack.enter_context(open(given.json, "w"))
+            output = sys.stdout if given.json == "-" else stack.enter_context(open(given.json, "a"))
         records = []
         for record in compare(started, given):
             records.append(record)
@@ -72,11 +73,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--new", type=int, default=64, help="new tokens")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--first-repeat", type=int, default=0, help="its number, to add to the file of an earlier run")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each engine")
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), default=[], help="engines, or ENGINE/METHOD; default: all"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the records there; - for stdout, without the table")
+    parser.add_argument("--json", metavar="FILE", help="add the records to it; - for stdout, without the table")
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="measure nothing: show these records")
     return parser.parse_args()
 
@@ -130,9 +132,9 @@ def compare(engines: Mapping[str, Engine], given: argparse.Namespace) -> Iterato
     yield {"kind": "machine", **machine(), "threads": given.threads, "versions": versions}
     for tokens in given.tokens:
         size = {"tokens": tokens, "batch": given.batch, "new_tokens": given.new}
-        for repeat in range(given.repeats):
+        for repeat in range(given.first_repeat, given.first_repeat + given.repeats):
             yield from ({**record, **size, "repeat": repeat} for record in failed)
-            first = repeat * len(methods) // given.repeats  # none of them always follows the same one
+            first = repeat * len(methods) // TURNS % max(1, len(methods))  # none is always the first
             for engine, method, budget in methods[first:] + methods[:first]:
                 for share in given.budgets if budget == "any" else [budget]:
                     yield engine.ask({"method": method, "budget": share, **size, "repeat": repeat})
@@ -169,4 +171,7 @@ def console(file: Any) -> Console:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

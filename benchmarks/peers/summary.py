@@ -50,11 +50,17 @@ def cells(repeats: Iterable[Record], full: Mapping[int, Record]) -> list[str]:
     def median(name: str) -> float:
         return statistics.median(r[name] for r in measured)
 
+    def peak() -> str:
+        peaks = [r["peak_above_start_bytes"] / MIB for r in measured]
+        shown = f"{statistics.median(peaks):.0f} MiB"
+        return shown if len(peaks) == 1 else f"{shown} ({min(peaks):.0f} to {max(peaks):.0f})"
+
     def ratio(name: str) -> str:
         ratios = [r[name] / full[r["repeat"]][name] for r in measured if r["repeat"] in full]
         if not ratios:
             return ""
-        return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+        shown = f"{statistics.median(ratios):.2f}x"
+        return shown if len(ratios) == 1 else f"{shown} ({min(ratios):.2f} to {max(ratios):.2f})"
 
     return [
         f"{median('ttft_seconds'):.2f} s",
@@ -62,7 +68,7 @@ def cells(repeats: Iterable[Record], full: Mapping[int, Record]) -> list[str]:
         f"{1000 * median('tpot_seconds'):.1f} ms",
         ratio("tpot_seconds"),
         f"{median('kv_bytes') / MIB:.1f} MiB ({median('kv_bytes') / median('full_kv_bytes'):.0%})",
-        f"{median('peak_above_start_bytes') / MIB:.0f} MiB",
+        peak(),
     ]
 
 
