@@ -141,6 +141,16 @@ def test_the_table() -> None:
     ]
 
 
+def test_the_documentation_has_the_figures_of_the_results() -> None:
+    command = [sys.executable, str(PEERS / "compare.py"), "--show", *map(str, sorted(PEERS.glob("results/*.jsonl")))]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    rows = [line.strip() for line in shown.splitlines() if line.startswith("| ")]
+    assert len(rows) > 20
+    page = (PEERS.parents[1] / "docs" / "performance-peers.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert row in page
+
+
 def driver(*options: str) -> list[str]:
     sizes = ("--tokens", str(TOKENS), "--new", str(NEW), "--repeats", "1", "--threads", "1", "--json", "-")
     return [sys.executable, str(PEERS / "compare.py"), *sizes, *options]
