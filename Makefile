@@ -14,8 +14,12 @@ READY_VLLM := $(VENV_VLLM)/.ready
 VLLM_ENV   := LD_PRELOAD=$(CURDIR)/$(VENV_VLLM)/lib/libiomp5.so HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 PORT       ?= 8000
 
+# What crushkv is compared with: each in versions of its own.
+VENV_PEERS  := .venv-peers
+READY_PEERS := $(patsubst %,$(VENV_PEERS)/%/.ready,transformers kvpress openvino)
+
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint bench lock clean install-vllm test-vllm serve bench-vllm lock-vllm
+.PHONY: help install run test lint bench bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +51,16 @@ test: lint  ## lint, type check and tests
 
 bench: $(READY)  ## what KVCrush itself costs (about 5 minutes)
 	@$(BIN)/python benchmarks/overhead.py
+
+bench-peers: $(READY) $(READY_PEERS)  ## speed and memory beside kvpress, OpenVINO GenAI and Transformers' quantized cache (over an hour; ARGS=--help)
+	@$(BIN)/python benchmarks/peers/compare.py $(ARGS)
+
+$(VENV_PEERS)/%/.ready: benchmarks/peers/requirements-%.txt
+	@$(PYTHON) -m venv $(VENV_PEERS)/$*
+	@echo "installing $* into $(VENV_PEERS)/$* (about a minute)"
+	@# Everything is listed.
+	@$(VENV_PEERS)/$*/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
 
 install-vllm: $(READY_VLLM)  ## create .venv-vllm with vLLM's CPU build (3.5 GB, two minutes)
 
@@ -92,4 +106,4 @@ lock:  ## write requirements.lock anew from the newest versions that pyproject.t
 	rm -rf .venv-lock
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(VENV_VLLM) .venv-lock build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_PEERS) .venv-lock build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
