@@ -19,7 +19,7 @@ VENV_PEERS  := .venv-peers
 READY_PEERS := $(patsubst %,$(VENV_PEERS)/%/.ready,transformers kvpress openvino)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint bench bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm
+.PHONY: help install run test lint bench bench-quick bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,8 +49,11 @@ lint: $(READY)
 test: lint  ## lint, type check and tests
 	$(BIN)/pytest
 
-bench: $(READY)  ## what KVCrush itself costs (about 5 minutes)
-	@$(BIN)/python benchmarks/overhead.py
+bench: $(READY)  ## time and memory against the full cache (about 4 minutes)
+	@$(BIN)/crushkv bench
+
+bench-quick: $(READY)  ## the ratios that matter, beside the stored ones: to be read before a release (2 minutes)
+	@$(BIN)/python benchmarks/quick.py
 
 bench-peers: $(READY) $(READY_PEERS)  ## speed and memory beside kvpress, OpenVINO GenAI and Transformers' quantized cache (over an hour; ARGS=--help)
 	@$(BIN)/python benchmarks/peers/compare.py $(ARGS)

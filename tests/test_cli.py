@@ -651,7 +651,7 @@ def test_bench(crushkv: Callable[..., Outcome], tiny: Path, tmp_path: Path) -> N
     asked += ["--method", "full", "--method", "snapkv:window=8", "--method", "balanced", "-o", results]
     done = crushkv("bench", "--model", tiny, *asked, "--plots", plots)
     assert done.code == 0, done.err
-    assert "500 tokens, batch of 2" in done.out and "to full" in done.out
+    assert "500 tokens, batch of 2" in done.out and "of full" in done.out
     assert "[32/32] 500 tokens" in done.err
     assert (plots / "benchmark.png").is_file()
     lines = [json.loads(line) for line in results.read_text().splitlines()]
@@ -664,6 +664,41 @@ def test_bench(crushkv: Callable[..., Outcome], tiny: Path, tmp_path: Path) -> N
 
     shown = crushkv("bench", "--show", results)
     assert shown.code == 0 and shown.out == done.out
+
+
+def test_bench_goes_on_where_a_request_fails(
+    crushkv: Callable[..., Outcome], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory runs out: attention over more than 400 tokens fails."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def small_machine(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if query.shape[2] > 400:
+            raise torch.OutOfMemoryError("no memory left")
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", small_machine)
+    done = crushkv("bench", "--model", tiny, "--tokens", "300,500", "--new-tokens", 2, "--repeats", 1, "--json")
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    failed = [(line["tokens"], line["method"].partition(":")[0]) for line in lines if line["error"]]
+    assert failed == [(500, "full"), (500, "snapkv")], "H2O's attention is computed by blocks"
+    assert "no memory left" in done.err
+
+
+def test_bench_tells_budgets_apart(crushkv: Callable[..., Outcome], tiny: Path) -> None:
+    asked = ["--tokens", 300, "--new-tokens", 2, "--repeats", 1, "--method", "{snapkv,h2o:window=8}"]
+    done = crushkv("bench", "--model", tiny, *asked, "--budgets", "0.5,100,150", "--json")
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert [(line["method"], line["budget"]) for line in lines] == [
+        ("snapkv", 0.5),
+        ("snapkv:budget=100", None),
+        ("snapkv:budget=150", None),
+        ("h2o:window=8", 0.5),
+        ("h2o:window=8,budget=100", None),
+        ("h2o:window=8,budget=150", None),
+    ]
 
 
 def test_bench_as_json(crushkv: Callable[..., Outcome], tiny: Path) -> None:

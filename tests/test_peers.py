@@ -146,7 +146,7 @@ def test_the_documentation_has_the_figures_of_the_results() -> None:
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     rows = [line.strip() for line in shown.splitlines() if line.startswith("| ")]
     assert len(rows) > 20
-    page = (PEERS.parents[1] / "docs" / "performance-peers.md").read_text(encoding="utf-8")
+    page = (PEERS.parents[1] / "docs" / "peers.md").read_text(encoding="utf-8")
     for row in rows:
         assert row in page
 

@@ -25,10 +25,11 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from crushkv.benchmark import FULL
 from crushkv.embedded import DISTRIBUTION, embedded_model_path
 from engine import Engine, Record
 from process import WorkerError
-from summary import FULL, show
+from summary import show
 from worker import ROW_OFFSET
 
 HERE = Path(__file__).parent

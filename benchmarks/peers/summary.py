@@ -1,83 +1,68 @@
-"""The table of a comparison: medians, and ratios to the full cache of the same engine in the same repeat."""
+"""The table of a comparison, in Markdown."""
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-Record = Mapping[str, Any]
+from crushkv.benchmark import FULL, Figure, Record, Spread, summarize
+
 MIB = 2**20
-FULL = "full"
 COLUMNS = ("", "budget", "TTFT", "of its full cache", "TPOT", "of its full cache", "KV held", "peak above start")
 
 
-def show(records: Sequence[Record], console: Console) -> None:
+def show(lines: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Prints a table for each prompt length and batch size, and under it what a reader has to know."""
-    requests = [record for record in records if record["kind"] == "request"]
-    workloads: dict[tuple[int, int, int], list[Record]] = defaultdict(list)
-    for record in requests:
-        workloads[record["tokens"], record["batch"], record["new_tokens"]].append(record)
-    for (tokens, batch, new_tokens), made in workloads.items():
-        console.print(f"\n{tokens} tokens, batch {batch}, {new_tokens} new tokens\n", highlight=False)
+    requests = [{**line} for line in lines if line["kind"] == "request"]
+    figures = summarize(Record(**{k: v for k, v in request.items() if k != "kind"}) for request in requests)
+    for tokens, batch in dict.fromkeys((figure.tokens, figure.batch) for figure in figures):
+        found = [figure for figure in figures if (figure.tokens, figure.batch) == (tokens, batch)]
+        console.print(f"\n{tokens} tokens, batch {batch}\n", highlight=False)
         table = Table(box=box.MARKDOWN, header_style="")
         for i, column in enumerate(COLUMNS):
             table.add_column(column, justify="right" if i else "left", no_wrap=True)
-        methods: dict[tuple[str, str, float | None], list[Record]] = defaultdict(list)
-        for record in made:
-            methods[record["engine"], record["method"], record["budget"]].append(record)
-        for (engine, method, budget), repeats in methods.items():
-            # The full cache beside itself says nothing.
-            base = () if method == FULL else methods.get((engine, FULL, None), ())
-            full = {r["repeat"]: r for r in base if "error" not in r}
-            shown = "" if budget is None else f"{budget:g}"
-            table.add_row(f"{engine} {method}", shown, *cells(repeats, full))
+        for figure in found:
+            budget = "" if figure.budget is None else f"{figure.budget:g}"
+            table.add_row(f"{figure.engine} {figure.method}", budget, *cells(figure))
         console.print(table)
-        for line in remarks(made):
+        for line in remarks(found):
             console.print(f"- {line}", highlight=False, soft_wrap=True)
 
 
-def cells(repeats: Iterable[Record], full: Mapping[int, Record]) -> list[str]:
-    measured = [r for r in repeats if "error" not in r]
-    if not measured:
+def cells(figure: Figure) -> list[str]:
+    ttft, tpot, held, share = figure.ttft, figure.tpot, figure.kv_bytes, figure.kv_share
+    if ttft is None or tpot is None or held is None or share is None:
         return ["failed", *[""] * 5]
 
-    def median(name: str) -> float:
-        return statistics.median(r[name] for r in measured)
-
-    def peak() -> str:
-        peaks = [r["peak_above_start_bytes"] / MIB for r in measured]
-        shown = f"{statistics.median(peaks):.0f} MiB"
-        return shown if len(peaks) == 1 else f"{shown} ({min(peaks):.0f} to {max(peaks):.0f})"
-
-    def ratio(name: str) -> str:
-        ratios = [r[name] / full[r["repeat"]][name] for r in measured if r["repeat"] in full]
-        if not ratios:
+    def ranged(spread: Spread | None, unit: str, scale: float, digits: int) -> str:
+        if spread is None:
             return ""
-        shown = f"{statistics.median(ratios):.2f}x"
-        return shown if len(ratios) == 1 else f"{shown} ({min(ratios):.2f} to {max(ratios):.2f})"
+        median, low, high = (f"{value / scale:.{digits}f}" for value in (spread.median, spread.low, spread.high))
+        return f"{median}{unit}" if figure.repeats == 1 else f"{median}{unit} ({low} to {high})"
+
+    def ratio(spread: Spread | None) -> str:
+        # The full cache beside itself says nothing.
+        return "" if figure.method == FULL else ranged(spread, "x", 1, 2)
 
     return [
-        f"{median('ttft_seconds'):.2f} s",
-        ratio("ttft_seconds"),
-        f"{1000 * median('tpot_seconds'):.1f} ms",
-        ratio("tpot_seconds"),
-        f"{median('kv_bytes') / MIB:.1f} MiB ({median('kv_bytes') / median('full_kv_bytes'):.0%})",
-        peak(),
+        f"{ttft.median:.2f} s",
+        ratio(figure.ttft_ratio),
+        f"{1000 * tpot.median:.1f} ms",
+        ratio(figure.tpot_ratio),
+        f"{held.median / MIB:.1f} MiB ({share.median:.0%})",
+        ranged(figure.peak_above_start, " MiB", MIB, 0),
     ]
 
 
-def remarks(records: Iterable[Record]) -> list[str]:
+def remarks(figures: Sequence[Figure]) -> list[str]:
     """Notes and errors, each said once for all methods of an engine that have it."""
-    of: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for record in records:
-        for text in (record.get("note"), record.get("error")):
-            methods = of[record["engine"], text] if text else []
-            if record["method"] not in methods:
-                methods.append(record["method"])
-    return [f"{engine} {', '.join(methods)}: {text}" for (engine, text), methods in of.items()]
+    methods: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for figure in figures:
+        for text in figure.remarks:
+            methods[figure.engine, text].append(figure.method)
+    return [f"{engine} {', '.join(dict.fromkeys(found))}: {text}" for (engine, text), found in methods.items()]

@@ -74,12 +74,13 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> Variant:
         """What `named` wrote, in any order of fields."""
+        plain = cls()
         values: dict[str, Any] = {}
         for part in text.split(",") if text not in ("", "base") else ():
             name, _, value = part.partition("=")
-            kind = {f.name: type(f.default) for f in fields(cls)}[name]
+            kind = type(getattr(plain, name))
             values[name] = tuple(map(int, value.split("/"))) if kind is tuple else kind(value)
-        return replace(cls(), **values)
+        return replace(plain, **values)
 
 
 def token_bytes(bits: tuple[int, int]) -> int:

@@ -46,7 +46,7 @@ def measure_request(
     return Record(
         engine=ENGINE,
         method=method,
-        budget=float(config.budget) if config is not None and isinstance(config.budget, float) else None,
+        budget=share(config),
         tokens=prompt.shape[1],
         batch=prompt.shape[0],
         new_tokens=new_tokens,
@@ -61,3 +61,8 @@ def measure_request(
         full_kv_bytes=run.full_kv_bytes,
         stages=None if config is None else dict(stages),
     )
+
+
+def share(config: CrushConfig | None) -> float | None:
+    """A configuration's budget, where it is a share of the full cache."""
+    return config.budget if config is not None and isinstance(config.budget, float) else None

@@ -28,6 +28,7 @@ class Figure:
     """One method at one length, batch size and budget, over all repeats.
 
     Attributes:
+        kv_share: of what the full cache of the same request would hold.
         ttft_ratio, tpot_ratio: to the full cache of the same engine, each request to the one of the same repeat.
         stages: share of the whole request, by stage.
         own_share: of the stages that are KVCrush's own.
@@ -45,6 +46,7 @@ class Figure:
     tokens_per_second: Spread | None
     peak_above_start: Spread | None
     kv_bytes: Spread | None
+    kv_share: Spread | None
     ttft_ratio: Spread | None
     tpot_ratio: Spread | None
     stages: dict[str, float]
@@ -93,6 +95,7 @@ def _figure(group: Sequence[Record], full: dict[tuple[object, ...], Record]) -> 
         tokens_per_second=_spread(_values(made, lambda record: record.tokens_per_second)),
         peak_above_start=_spread(_values(made, lambda record: record.peak_above_start_bytes)),
         kv_bytes=_spread(_values(made, lambda record: record.kv_bytes)),
+        kv_share=_spread(_values(made, _kv_share)),
         ttft_ratio=ratio(_ttft),
         tpot_ratio=ratio(_tpot),
         stages=stages,
@@ -107,6 +110,10 @@ def _ttft(record: Record) -> float | None:
 
 def _tpot(record: Record) -> float | None:
     return record.tpot_seconds
+
+
+def _kv_share(record: Record) -> float | None:
+    return record.kv_bytes / record.full_kv_bytes if record.kv_bytes is not None and record.full_kv_bytes else None
 
 
 def _values(records: Sequence[Record], read: Read) -> list[float]:

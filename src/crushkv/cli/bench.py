@@ -15,7 +15,7 @@ from ..config import CrushConfig
 from ..errors import ConfigError
 from .model_loader import LoadedModel, ModelOptions, load
 from .options import MODEL, with_options
-from .output import check_folder, only_result_on_stdout, say, versions
+from .output import check_folder, one_line, only_result_on_stdout, say, seconds, versions
 from .prompts import check_room
 from .work_progress import WorkProgress
 
@@ -39,6 +39,20 @@ class _Request:
     def text(self) -> str:
         budget = "" if self.config is None or "budget=" in self.method else f" at {self.config.budget}"
         return f"{self.tokens} tokens, batch of {self.batch}, {self.method}{budget}"
+
+    def failed(self, new_tokens: int, error: str) -> Record:
+        from ..benchmark import ENGINE, Record, share
+
+        return Record(
+            engine=ENGINE,
+            method=self.method,
+            budget=share(self.config),
+            tokens=self.tokens,
+            batch=self.batch,
+            new_tokens=new_tokens,
+            repeat=self.repeat,
+            error=error,
+        )
 
 
 @with_options(model=MODEL)
@@ -112,8 +126,11 @@ def _methods(texts: Sequence[str], budgets: str) -> list[tuple[str, CrushConfig 
         config = parse_config(name)
         if config is None or "budget=" in name or name.partition(":")[0] in PRESETS:
             methods.append((name, config))
-        else:
-            methods += [(name, config.replace(budget=amount)) for amount in amounts]
+            continue
+        for amount in amounts:
+            # Shares of the full cache have a column of their own; tokens and bytes are told in the name.
+            told = "" if isinstance(amount, float) else f"{',' if ':' in name else ':'}budget={amount}"
+            methods.append((name + told, config.replace(budget=amount)))
     return methods
 
 
@@ -157,13 +174,18 @@ def _measure(
         for request in requests:
             progress.begin(request.text)
             prompt = repeated_prompt(loaded.tokenizer, request.tokens, request.batch)
-            record = measure_request(
-                loaded.model, prompt, new_tokens, request.config, request.method, request.repeat, **options
-            )
+            try:
+                record = measure_request(
+                    loaded.model, prompt, new_tokens, request.config, request.method, request.repeat, **options
+                )
+                told = f"TTFT {seconds(record.ttft_seconds)}, TPOT {seconds(record.tpot_seconds)}"
+            except RuntimeError as error:  # out of memory, most often: a row that says so, and the next
+                told = one_line(str(error), limit=200)
+                record = request.failed(new_tokens, told)
             records.append(record)
             if file is not None:
                 write_record(file, record)
-            progress.done(f"{request.text}: TTFT {record.ttft_seconds:.2f} s, TPOT {record.tpot_seconds:.4f} s")
+            progress.done(f"{request.text}: {told}")
     return records
 
 
