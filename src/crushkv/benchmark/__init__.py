@@ -1,8 +1,8 @@
 """Time and memory of requests: measured, written as JSON lines, summed up, plotted."""
 
 from .prompt import repeated_prompt
-from .record import FULL, Record, read_records, write_record
-from .request import ENGINE, measure_request, share
+from .record import ENGINE, FULL, Record, read_records, write_record
+from .request import measure_request, share
 from .summary import Figure, Spread, summarize
 
 __all__ = [

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from ..errors import ConfigError
 
+ENGINE = "crushkv"  # of records made here
 FULL = "full"
 KIND = "request"
 

@@ -9,9 +9,7 @@ from torch import Tensor
 from ..config import CrushConfig
 from ..core import record_stages
 from ..hf.measure import measure
-from .record import FULL, Record
-
-ENGINE = "crushkv"
+from .record import ENGINE, FULL, Record
 
 
 def measure_request(

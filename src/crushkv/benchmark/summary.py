@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .record import FULL, Record
+from .record import ENGINE, FULL, Record
 
 # What KVCrush does besides ranking tokens by importance.
 OWN_STAGES = ("signatures", "distances", "grouping")
@@ -55,9 +55,10 @@ class Figure:
 
     @property
     def name(self) -> str:
-        """Engine, method and budget."""
+        """Method and budget; the engine, where it is another's."""
+        engine = "" if self.engine == ENGINE else f"{self.engine}: "
         told = self.budget is None or "budget=" in self.method
-        return f"{self.engine}: {self.method}" + ("" if told else f" at {self.budget:g}")
+        return f"{engine}{self.method}" + ("" if told else f" at {self.budget:g}")
 
 
 def summarize(records: Iterable[Record]) -> list[Figure]:

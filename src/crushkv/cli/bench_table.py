@@ -26,51 +26,53 @@ def show(figures: Sequence[Figure]) -> None:
         for figure in found:
             for remark in figure.remarks:
                 console.print(f"{figure.name}: {remark}", markup=False)
+    console.print("peak: most memory in use since the request began, less what was in use then", style="dim")
     if any(figure.own_share for figure in figures):
         console.print("own: signatures, distances and grouping, as a share of the whole request", style="dim")
 
 
 def _times(figures: Sequence[Figure]) -> Table:
-    table = _table("TTFT", "of full", "range", "TPOT", "of full", "range", "tokens/s", "own")
+    table = _table("TTFT", "of full (range)", "TPOT", "of full (range)")
+    for figure in figures:
+        table.add_row(
+            figure.name,
+            "-" if figure.ttft is None else seconds(figure.ttft.median),
+            _ratio(figure.ttft_ratio),
+            "-" if figure.tpot is None else seconds(figure.tpot.median),
+            _ratio(figure.tpot_ratio),
+        )
+    return table
+
+
+def _memory(figures: Sequence[Figure]) -> Table:
+    table = _table("KV cache", "of full", "peak MiB (range)", "tokens/s", "own")
     for figure in figures:
         rate = figure.tokens_per_second
         table.add_row(
             figure.name,
-            _seconds(figure.ttft),
-            *_ratio(figure.ttft_ratio),
-            _seconds(figure.tpot),
-            *_ratio(figure.tpot_ratio),
+            "-" if figure.kv_bytes is None else size(figure.kv_bytes.median),
+            "-" if figure.kv_share is None else f"{figure.kv_share.median:.1%}",
+            _ranged(figure.peak_above_start, 0, 2**20),
             "-" if rate is None else f"{rate.median:.1f}",
             f"{figure.own_share:.2%}" if figure.own_share else "-",
         )
     return table
 
 
-def _memory(figures: Sequence[Figure]) -> Table:
-    table = _table("KV cache", "of full", "peak memory since the prompt", "range")
-    for figure in figures:
-        peak = figure.peak_above_start
-        table.add_row(
-            figure.name,
-            "-" if figure.kv_bytes is None else size(figure.kv_bytes.median),
-            "-" if figure.kv_share is None else f"{figure.kv_share.median:.1%}",
-            "-" if peak is None else size(peak.median),
-            "-" if peak is None else f"{size(peak.low)} to {size(peak.high)}",
-        )
-    return table
-
-
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("method", overflow="fold", min_width=16)
+    table.add_column("method", overflow="fold", min_width=20)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
-def _seconds(spread: Spread | None) -> str:
-    return seconds(None if spread is None else spread.median)
+def _ratio(spread: Spread | None) -> str:
+    return _ranged(spread, 2, 1, "x")
 
 
-def _ratio(spread: Spread | None) -> tuple[str, str]:
-    return ("-", "-") if spread is None else (f"{spread.median:.2f}x", f"{spread.low:.2f}-{spread.high:.2f}")
+def _ranged(spread: Spread | None, digits: int, scale: float, unit: str = "") -> str:
+    if spread is None:
+        return "-"
+    median, low, high = (f"{value / scale:.{digits}f}" for value in (spread.median, spread.low, spread.high))
+    return f"{median}{unit} ({low}-{high})"

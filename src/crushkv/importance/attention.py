@@ -11,7 +11,8 @@ from .base import LayerView
 
 # A block of attention weights: on a CPU one that stays in its cache, elsewhere large enough to keep the device busy;
 # far below S x S in any case.
-CPU_BLOCK_BYTES = 4 * 2**20
+CPU_BLOCK_BYTES = 16 * 2**20
+CPU_THREAD_ROWS = 256  # of a block: with fewer, a product waits for keys, with more, for its own output
 BLOCK_BYTES = 64 * 2**20
 
 
@@ -70,11 +71,15 @@ def _blockwise(
     kv_heads, tokens = keys.shape[1:3]
     group = heads // kv_heads
     on_cpu = keys.device.type == "cpu"
-    # A CPU's cores share one product well, a batch of few products badly: one KV head of one row at a time there.
+    # A CPU's threads are given one KV head at a time, and each its own rows of the block from QK^T to the output, so
+    # that they wait for each other rarely and what one wrote stays in its own cache.
     at_once = 1 if on_cpu else rows * kv_heads
+    threads = torch.get_num_threads() if on_cpu else 1
     if block_bytes is None:
         block_bytes = CPU_BLOCK_BYTES if on_cpu else BLOCK_BYTES
     block = max(1, min(count, block_bytes // (at_once * group * tokens * 4)))
+    if on_cpu:
+        block = max(1, min(block, threads * CPU_THREAD_ROWS // group) // threads * threads)
     # Elsewhere than on a CPU, products of 16-bit numbers are the fast ones.
     dtype = torch.float32 if on_cpu else keys.dtype
     # Rows and KV heads become one axis N.
@@ -98,9 +103,12 @@ def _blockwise(
             end = min(start + block, count)
             seen = tokens - count + end  # keys up to the last query of the block
             part = queries[some, :, start:end].flatten(1, 2).to(dtype) * scaling
-            shape = (at_once, group * (end - start), seen)
-            logits = torch.bmm(part, some_keys[..., :seen], out=room[: math.prod(shape)].view(shape)).float()
-            logits = logits.unflatten(1, (group, end - start))
+            split = threads if part.shape[1] % threads == 0 else 1  # only ever above 1 where there is one product
+            part = part.view(at_once * split, -1, size)
+            shape = (*part.shape[:2], seen)
+            of_split = some_keys[..., :seen].expand(at_once * split, -1, -1)
+            logits = torch.bmm(part, of_split, out=room[: math.prod(shape)].view(shape)).float()
+            logits = logits.view(at_once, group, end - start, seen)
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             # Only the block's own keys can lie in the future of one of its queries.
@@ -110,8 +118,9 @@ def _blockwise(
                 logits.masked_fill_(padding[..., :seen], torch.finfo(torch.float32).min)
             weights = torch.softmax(logits, -1, out=logits)
             if output is not None and some_values is not None:
-                attended = torch.bmm(weights.flatten(1, 2).to(dtype), some_values[:, :seen])
-                output[some, :, start:end] = attended.unflatten(1, (group, end - start))
+                of_split = some_values[:, :seen].expand(at_once * split, -1, -1)
+                attended = torch.bmm(weights.view(shape).to(dtype), of_split)
+                output[some, :, start:end] = attended.view(at_once, group, end - start, -1)
             if counted is not None:
                 weights *= counted[:, :, start:end]
             mass[some, :, :seen] += weights.sum(-2)
