@@ -141,12 +141,13 @@ def test_the_table() -> None:
     ]
 
 
-def test_the_documentation_has_the_figures_of_the_results() -> None:
-    command = [sys.executable, str(PEERS / "compare.py"), "--show", *map(str, sorted(PEERS.glob("results/*.jsonl")))]
+@pytest.mark.parametrize(("results", "page_name"), [(PEERS, "peers.md"), (PEERS.parent, "performance.md")])
+def test_the_documentation_has_the_figures_of_the_results(results: Path, page_name: str) -> None:
+    command = [sys.executable, str(PEERS / "compare.py"), "--show", *map(str, sorted(results.glob("results/*.jsonl")))]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     rows = [line.strip() for line in shown.splitlines() if line.startswith("| ")]
     assert len(rows) > 20
-    page = (PEERS.parents[1] / "docs" / "peers.md").read_text(encoding="utf-8")
+    page = (PEERS.parents[1] / "docs" / page_name).read_text(encoding="utf-8")
     for row in rows:
         assert row in page
 
