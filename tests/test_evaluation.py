@@ -420,6 +420,13 @@ def test_a_sweep_file(tmp_path: Path) -> None:
         Sweep.load(tmp_path / "none.yaml")
 
 
+def test_tasks_take_turns(subject: Subject, data: Path) -> None:
+    """So that an interrupted sweep has measured something of each."""
+    plan = sweep(tasks=["papers", "retrieval_single_1k"], limit=3)
+    work = plan_work(plan, subject, TaskSource(data), None)
+    assert [item.prompt.task for item in work.items] == ["papers", "retrieval_single_1k"] * 3
+
+
 def test_prompts_out_of_bounds_are_counted(subject: Subject, data: Path) -> None:
     write(data / "papers.jsonl", record(0), record(1, context="x" * 9000), record(2, context="short"))
     work = plan_work(sweep(min_prompt_tokens=900), subject, TaskSource(data), None)

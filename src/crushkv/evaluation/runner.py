@@ -56,13 +56,16 @@ class Work:
 def plan_work(sweep: Sweep, subject: Subject, source: TaskSource, results: ResultsFile | None) -> Work:
     """Loads tasks and leaves out what the results have.
 
+    The tasks take turns, so that what an interrupted sweep leaves is as even as it can be.
+
     Raises:
         ConfigError: a task is unknown, or no prompt is left.
     """
     tasks = load_tasks(sweep.tasks, source, subject.tokenizer)
     chat = _chat(subject.tokenizer) if sweep.chat else None
     longest = subject.model.config.get_text_config(decoder=True).max_position_embeddings
-    items, skipped, known, prompts_seen = [], dict.fromkeys(tasks, 0), 0, 0
+    turns: list[tuple[int, Item]] = []
+    skipped, known, prompts_seen = dict.fromkeys(tasks, 0), 0, 0
     for name, task in tasks.items():
         taken = 0
         for prompt in prompts(task, name, chat, sweep.trim):
@@ -84,13 +87,14 @@ def plan_work(sweep: Sweep, subject: Subject, source: TaskSource, results: Resul
             }
             known += len(sweep.configurations) - len(configs)
             if configs:
-                items.append(Item(prompt, ids, configs))
+                turns.append((taken, Item(prompt, ids, configs)))
         prompts_seen += taken
     if not prompts_seen:
         raise ConfigError(
             f"no prompt of {', '.join(tasks)} has {sweep.min_prompt_tokens} to "
             f"{sweep.max_prompt_tokens or longest} tokens"
         )
+    items = [item for _, item in sorted(turns, key=lambda turn: turn[0])]
     return Work(items, skipped, known)
 
 
