@@ -98,12 +98,25 @@ def test_h2o_stays_far_below_eager_attention_in_memory() -> None:
     assert largest * 2 < 0.05 * eager, f"{largest / 2**20:.0f} MiB, eager needs {eager / 2**20:.0f} MiB"
 
 
-def test_snapkv_is_the_smoothed_attention_of_the_window() -> None:
+@pytest.mark.parametrize("ahead", [0, 5, 60])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_snapkv_is_the_smoothed_attention_of_the_window(kernel: int, ahead: int) -> None:
     query, key, value = tensors(queries=8)
-    score = make_policy("snapkv", {"kernel": 3, "pooling": "max"}).score(LayerView(key, value, query, 0.35))
+    score = make_policy("snapkv", {"kernel": kernel, "ahead": ahead}).score(LayerView(key, value, query, 0.35))
+    mass = reference.attention_mass(query, key, 0.35) / 8
+    beside = kernel // 2
+    for token in range(42):
+        expected = mass[..., max(0, token - beside - ahead) : min(42, token + beside + 1)].amax(-1)
+        assert torch.allclose(score[..., token].double(), expected, atol=1e-6)
+    assert torch.allclose(score[..., 42:].double(), mass[..., 42:], atol=1e-6), "the window lends nothing"
+
+
+def test_snapkv_by_averages() -> None:
+    query, key, value = tensors(queries=8)
+    score = make_policy("snapkv", {"kernel": 3, "ahead": 2, "pooling": "avg"}).score(LayerView(key, value, query, 0.35))
     mass = reference.attention_mass(query, key, 0.35) / 8
     for token in range(42):
-        expected = mass[..., max(0, token - 1) : min(42, token + 2)].amax(-1)
+        expected = mass[..., max(0, token - 3) : min(42, token + 2)].sum(-1) / 5
         assert torch.allclose(score[..., token].double(), expected, atol=1e-6)
 
 
@@ -174,6 +187,7 @@ def test_scores_do_not_see_padding(name: str) -> None:
         ("snapkv", {"kernal": 3}, "no option 'kernal'. Did you mean 'kernel'"),
         ("snapkv", {"kernel": 4}, "kernel=4"),
         ("snapkv", {"kernel": True}, "kernel=True"),
+        ("snapkv", {"ahead": -1}, "ahead=-1: accepted is an integer of at least 0"),
         ("snapkv", {"pooling": "sum"}, "pooling='sum'"),
         ("expected_attention", {"epsilon": "abc"}, "epsilon='abc'"),
         ("pyramidkv", {"steepness": 0}, "steepness=0"),

@@ -25,6 +25,8 @@ class Variant:
         first, second: bits of keys and of values of the two tiers. share: of the units, that is in the second tier.
         window: recent tokens that are always kept. recent_bits: theirs and the sink's.
         queries: how many of the last queries give the scores. over: their mean, max, or mean of square roots (sqrt).
+        kernel: tokens that a score is the maximum over, centred. ahead: how many more before it, so that what follows a
+            token that is looked at counts as much.
         unit_score: of a page: mean, max, or the mean of its best four tokens.
         value: weight of a token's score: none, or the norm of its value.
         scaling: none, or channels of keys scaled by `Prompt.key_scale` before they are rounded.
@@ -46,6 +48,7 @@ class Variant:
     queries: int = 32
     over: str = "mean"
     kernel: int = 7
+    ahead: int = 0
     page: int = 16
     aggregate: str = "mean"
     unit_score: str = "mean"
@@ -96,7 +99,8 @@ def token_scores(prompt: Prompt, v: Variant) -> Tensor:
         mass = mass * prompt.values.norm(dim=-1).repeat_interleave(prompt.group, dim=1)
     past = prompt.tokens - v.queries
     if v.kernel > 1:
-        smooth = F.max_pool1d(mass[..., :past], v.kernel, stride=1, padding=v.kernel // 2)
+        sides = (v.kernel // 2 + v.ahead, v.kernel // 2)
+        smooth = F.max_pool1d(F.pad(mass[..., :past], sides), v.kernel + v.ahead, stride=1)
         mass = torch.cat([smooth, mass[..., past:]], dim=-1)
     return mass
 

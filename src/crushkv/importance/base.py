@@ -11,11 +11,11 @@ from torch import Tensor
 from ..errors import ConfigError
 
 
-def check_integer(name: str, value: object, odd: bool = False) -> None:
-    """Raises `ConfigError` unless an option is an integer of at least 1 (and odd, where that is asked for)."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (odd and value % 2 == 0):
+def check_integer(name: str, value: object, odd: bool = False, least: int = 1) -> None:
+    """Raises `ConfigError` unless an option is an integer of at least `least` (and odd, where that is asked for)."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (odd and value % 2 == 0):
         kind = "an odd integer" if odd else "an integer"
-        raise ConfigError(f"policy_options: {name}={value!r}: accepted is {kind} of at least 1")
+        raise ConfigError(f"policy_options: {name}={value!r}: accepted is {kind} of at least {least}")
 
 
 # Decoded tokens' queries that a streaming policy is shown at a time.

@@ -20,6 +20,8 @@ class SnapKV(Policy):
     Attributes:
         kernel: odd width of the smoothing over positions; 1 is none.
         pooling: `max` or `avg`.
+        ahead: how many tokens more before a token lend it their score: what follows a token that is looked at will be
+            read next. Not in the paper; 0 is none.
     """
 
     name = "snapkv"
@@ -27,9 +29,11 @@ class SnapKV(Policy):
 
     kernel: int = 7
     pooling: Literal["max", "avg"] = "max"
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         check_integer("kernel", self.kernel, odd=True)
+        check_integer("ahead", self.ahead, least=0)
         if self.pooling not in ("max", "avg"):
             raise ConfigError(f"policy_options: pooling={self.pooling!r}: accepted is 'max' or 'avg'")
 
@@ -41,7 +45,10 @@ class SnapKV(Policy):
         mass = window_mass(view)
         # The window's own tokens are kept anyway: their mass must not leak into their neighbours.
         past = view.keys.shape[2] - view.queries.shape[2]
-        if self.kernel > 1 and past:
+        width = self.kernel + self.ahead
+        if width > 1 and past:
             pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
-            mass[..., :past] = pool(mass[..., :past], self.kernel, stride=1, padding=self.kernel // 2)
+            beside = self.kernel // 2
+            # Mass is never negative, so that zeros beyond the ends do not change a maximum.
+            mass[..., :past] = pool(F.pad(mass[..., :past], (beside + self.ahead, beside)), width, stride=1)
         return mass
