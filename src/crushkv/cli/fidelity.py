@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from .model_loader import ModelOptions, load
@@ -108,7 +109,8 @@ def summary(name: str, samples: list[Sample]) -> dict[str, Any]:
 
 
 def _print(figures: list[dict[str, Any]]) -> None:
-    table = Table("configuration", "KL", "95 %", "agreement", "gold NLL", "bytes", "prompts")
+    table = Table("configuration", "KL", "95 %", "agreement", "gold NLL", "bytes", "prompts", box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"  # its end is what tells one from another
     for column in table.columns[1:]:
         column.justify = "right"
         column.no_wrap = True
