@@ -109,15 +109,17 @@ def summary(name: str, samples: list[Sample]) -> dict[str, Any]:
 
 
 def _print(figures: list[dict[str, Any]]) -> None:
-    table = Table("configuration", "KL", "95 %", "agreement", "gold NLL", "bytes", "prompts", box=box.SIMPLE_HEAD)
-    table.columns[0].overflow = "fold"  # its end is what tells one from another
-    for column in table.columns[1:]:
+    """A table, and above it the names of its rows: they are long, and their ends tell them apart."""
+    console = result_console()
+    table = Table("", "KL", "95 %", "agreement", "gold NLL", "bytes", "prompts", box=box.SIMPLE_HEAD)
+    for column in table.columns:
         column.justify = "right"
         column.no_wrap = True
-    for line in figures:
+    for number, line in enumerate(figures, start=1):
+        console.print(f"{number:3}  {line['name']}", markup=False, soft_wrap=True)
         low, high = line["kl_interval"]
         table.add_row(
-            line["name"],
+            str(number),
             f"{line['kl']:.4f}",
             f"{low:.4f} to {high:.4f}",
             f"{line['agreement']:.1%}",
@@ -125,4 +127,4 @@ def _print(figures: list[dict[str, Any]]) -> None:
             f"{line['bytes_fraction']:.1%}",
             str(line["prompts"]),
         )
-    result_console().print(table)
+    console.print(table)
