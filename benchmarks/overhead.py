@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from crushkv import CrushConfig, KVCrush
+from crushkv.benchmark import OWN_STAGES, rotated
 from crushkv.core import record_stages
 from subject import load, machine
 
-OWN_STAGES = ("signatures", "distances", "grouping")
-EVICTION = ("selection", "gather")  # `selection` contains the stages above
+EVICTION = ("selection", "gather")  # `selection` contains the own stages
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,7 @@ def measure(
     runs: dict[str, list[Run]] = defaultdict(list)
     request(model, prompt, 2, None)  # first touch of weights and allocator
     for repeat in range(repeats):
-        names = list(configs)
-        first = repeat % len(names)  # none of them always follows the same one
-        for name in names[first:] + names[:first]:
+        for name in rotated(list(configs), repeat):
             runs[name].append(request(model, prompt, new_tokens, configs[name]))
             last = runs[name][-1]
             print(

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crushkv import CrushConfig
-from crushkv.benchmark import Figure, Spread, measure_request, summarize
+from crushkv.benchmark import Figure, Spread, measure_request, rotated, summarize
 from crushkv.hf.measure import warm_up
 from subject import load, machine
 
@@ -36,9 +36,7 @@ def measure() -> list[Figure]:
     records = []
     for repeat in range(ROUNDS):
         print(f"round {repeat + 1} of {ROUNDS}", file=sys.stderr)
-        names = list(METHODS)
-        first = repeat % len(names)
-        for name in names[first:] + names[:first]:
+        for name in rotated(list(METHODS), repeat):
             records.append(measure_request(model, prompt, NEW_TOKENS, METHODS[name], name, repeat))
     return [figure for figure in summarize(records) if figure.method != "full"]
 

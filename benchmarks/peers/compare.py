@@ -14,18 +14,18 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from crushkv.benchmark import FULL
+from crushkv.benchmark import FULL, repeated_prompt
+from crushkv.cli.system import cpu
 from crushkv.embedded import DISTRIBUTION, embedded_model_path
 from engine import Engine, Record
 from process import WorkerError
@@ -85,10 +85,8 @@ def options() -> argparse.Namespace:
 
 
 def prompt_ids(least: int) -> list[int]:
-    """The bundled document, repeated as often as it takes."""
-    text = (resources.files("crushkv") / "demo" / "document.txt").read_text(encoding="utf-8")
-    ids: list[int] = AutoTokenizer.from_pretrained(embedded_model_path())(text)["input_ids"]
-    return ids * (least // len(ids) + 1)
+    ids: list[int] = repeated_prompt(AutoTokenizer.from_pretrained(embedded_model_path()), least)[0].tolist()
+    return ids
 
 
 def engines(prompt: Path, threads: int) -> dict[str, Engine]:
@@ -152,8 +150,8 @@ def chosen(engine: str, offered: Mapping[str, Any], entries: Sequence[str]) -> l
 
 
 def machine() -> Record:
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {"cpu": found[1] if found else os.uname().machine, "cores": len(os.sched_getaffinity(0))}
+    name, cores = cpu()
+    return {"cpu": name, "cores": cores}
 
 
 def line(record: Record) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import DynamicCache
-
 from crushkv import CrushConfig, KVCrush, __version__
 from crushkv.presets import PRESETS
-from decoding import decode, dense_bytes, load
+from decoding import decode, full_cache, load
 from worker import Method, Request, Run, arguments, serve, versions
 
 METHODS = {
@@ -24,7 +22,7 @@ def main() -> None:
 
     def prepare(request: Request) -> Run:
         if request.method == "full":
-            return lambda: decode(model, request, DynamicCache(config=model.config), dense_bytes)
+            return full_cache(model, request)
         if request.method in PRESETS:
             config = CrushConfig(**PRESETS[request.method])
         else:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from worker import Outcome, Request
+from worker import Outcome, Request, Run
 
 
 def load(folder: str, threads: int) -> Any:
@@ -41,6 +41,11 @@ def decode(model: Any, request: Request, cache: Any, held: Callable[[Any], int],
         times.append(time.perf_counter() - start)
         place = place[-1:] + 1
     return Outcome(times, held(cache), full_kv_bytes(model, request))
+
+
+def full_cache(model: Any, request: Request) -> Run:
+    """What answers a request with Transformers' own cache."""
+    return lambda: decode(model, request, DynamicCache(config=model.config), dense_bytes)
 
 
 def full_kv_bytes(model: Any, request: Request) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from kvpress import AdaKVPress, ExpectedAttentionPress, ObservedAttentionPress, SnapKVPress
 from transformers import DynamicCache
 
-from decoding import decode, dense_bytes, load
+from decoding import decode, dense_bytes, full_cache, load
 from worker import Method, Outcome, Request, Run, arguments, serve, versions
 
 PRESSES: dict[str, Callable[[float], Any]] = {
@@ -31,9 +31,9 @@ def main() -> None:
 
     def prepare(request: Request) -> Run:
         model.set_attn_implementation("eager" if request.method == "observed-attention" else "sdpa")
-        cache = DynamicCache(config=model.config)
         if request.method == "full":
-            return lambda: decode(model, request, cache, dense_bytes)
+            return full_cache(model, request)
+        cache = DynamicCache(config=model.config)
         press = PRESSES[request.method](1 - float(request.budget or 1))
 
         def run() -> Outcome:

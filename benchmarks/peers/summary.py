@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from crushkv.benchmark import FULL, Figure, Record, Spread, summarize
+from crushkv.benchmark import FULL, Figure, Spread, record_of, summarize
 
 MIB = 2**20
 COLUMNS = ("", "budget", "TTFT", "of its full cache", "TPOT", "of its full cache", "KV held", "peak above start")
@@ -18,8 +18,7 @@ COLUMNS = ("", "budget", "TTFT", "of its full cache", "TPOT", "of its full cache
 
 def show(lines: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Prints a table for each prompt length and batch size, and under it what a reader has to know."""
-    requests = [{**line} for line in lines if line["kind"] == "request"]
-    figures = summarize(Record(**{k: v for k, v in request.items() if k != "kind"}) for request in requests)
+    figures = summarize(record for line in lines if (record := record_of(line)) is not None)
     for tokens, batch in dict.fromkeys((figure.tokens, figure.batch) for figure in figures):
         found = [figure for figure in figures if (figure.tokens, figure.batch) == (tokens, batch)]
         console.print(f"\n{tokens} tokens, batch {batch}\n", highlight=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import DynamicCache, QuantizedCache
+from transformers import QuantizedCache
 
-from decoding import decode, dense_bytes, load, tensor_bytes
+from decoding import decode, full_cache, load, tensor_bytes
 from worker import Method, Request, Run, arguments, serve, versions
 
 BITS = {"quanto-4bit": 4, "quanto-2bit": 2}
@@ -19,7 +19,7 @@ def main() -> None:
 
     def prepare(request: Request) -> Run:
         if request.method == "full":
-            return lambda: decode(model, request, DynamicCache(config=model.config), dense_bytes)
+            return full_cache(model, request)
         cache = QuantizedCache(backend="quanto", config=model.config, nbits=BITS[request.method])
         return lambda: decode(model, request, cache, quantized_bytes)
 

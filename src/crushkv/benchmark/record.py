@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -57,9 +57,20 @@ class Record:
     error: str | None = None
 
 
+def label(method: str, budget: float | None) -> str:
+    """Method and budget, unless the method's name tells it."""
+    return method if budget is None or "budget=" in method else f"{method} at {budget:g}"
+
+
 def write_record(file: TextIO, record: Record) -> None:
     """Adds a line."""
     print(json.dumps({"kind": KIND, **dataclasses.asdict(record)}), file=file, flush=True)
+
+
+def record_of(line: Mapping[str, Any]) -> Record | None:
+    """The record that a line holds; None for a line of another kind (the machine's)."""
+    values = {**line}
+    return Record(**values) if values.pop("kind") == KIND else None
 
 
 def read_records(files: Sequence[Path]) -> list[Record]:
@@ -79,9 +90,8 @@ def _read(file: Path) -> list[Record]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            values: dict[str, Any] = json.loads(line)
-            if values.pop("kind") == KIND:
-                records.append(Record(**values))
+            if (record := record_of(json.loads(line))) is not None:
+                records.append(record)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ConfigError(f"{str(file)!r}, line {number}: no line of `crushkv bench`") from None
     return records

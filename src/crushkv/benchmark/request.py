@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from ..config import CrushConfig
 from ..core import record_stages
 from ..hf.measure import measure
 from .record import ENGINE, FULL, Record
+
+Method = TypeVar("Method")
 
 
 def measure_request(
@@ -59,6 +62,12 @@ def measure_request(
         full_kv_bytes=run.full_kv_bytes,
         stages=None if config is None else dict(stages),
     )
+
+
+def rotated(methods: Sequence[Method], repeat: int) -> list[Method]:
+    """The order of a round: each begins with another method, so that none always follows the same one."""
+    first = repeat % len(methods)
+    return [*methods[first:], *methods[:first]]
 
 
 def share(config: CrushConfig | None) -> float | None:

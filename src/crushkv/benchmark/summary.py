@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .record import ENGINE, FULL, Record
+from .record import ENGINE, FULL, Record, label
 
 # What KVCrush does besides ranking tokens by importance.
 OWN_STAGES = ("signatures", "distances", "grouping")
@@ -57,8 +57,7 @@ class Figure:
     def name(self) -> str:
         """Method and budget; the engine, where it is another's."""
         engine = "" if self.engine == ENGINE else f"{self.engine}: "
-        told = self.budget is None or "budget=" in self.method
-        return f"{engine}{self.method}" + ("" if told else f" at {self.budget:g}")
+        return engine + label(self.method, self.budget)
 
 
 def summarize(records: Iterable[Record]) -> list[Figure]:

@@ -37,8 +37,9 @@ class _Request:
 
     @property
     def text(self) -> str:
-        budget = "" if self.config is None or "budget=" in self.method else f" at {self.config.budget}"
-        return f"{self.tokens} tokens, batch of {self.batch}, {self.method}{budget}"
+        from ..benchmark import label, share
+
+        return f"{self.tokens} tokens, batch of {self.batch}, {label(self.method, share(self.config))}"
 
     def failed(self, new_tokens: int, error: str) -> Record:
         from ..benchmark import ENGINE, Record, share
@@ -148,12 +149,15 @@ def _requests(
     methods: Sequence[tuple[str, CrushConfig | None]], lengths: Sequence[int], batches: Sequence[int], repeats: int
 ) -> list[_Request]:
     """Round by round; within a round the methods of one length follow each other, first another one each time."""
-    requests = []
-    for repeat in range(repeats):
-        first = repeat % len(methods)
-        order = [*methods[first:], *methods[:first]]
-        requests += [_Request(*made, tokens, rows, repeat) for tokens in lengths for rows in batches for made in order]
-    return requests
+    from ..benchmark import rotated
+
+    return [
+        _Request(*made, tokens, rows, repeat)
+        for repeat in range(repeats)
+        for tokens in lengths
+        for rows in batches
+        for made in rotated(methods, repeat)
+    ]
 
 
 def _measure(
@@ -169,11 +173,14 @@ def _measure(
     records: list[Record] = []
     with WorkProgress([float(r.batch * (r.tokens + 20 * new_tokens)) for r in requests]) as progress:
         progress.begin("warming up")
+        short = repeated_prompt(loaded.tokenizer, 256)
         for config in {r.method: r.config for r in requests}.values():
-            warm_up(loaded.model, repeated_prompt(loaded.tokenizer, 256), config)
+            warm_up(loaded.model, short, config)
+        sizes = {(r.tokens, r.batch) for r in requests}
+        prompts = {size: repeated_prompt(loaded.tokenizer, *size) for size in sizes}
         for request in requests:
             progress.begin(request.text)
-            prompt = repeated_prompt(loaded.tokenizer, request.tokens, request.batch)
+            prompt = prompts[request.tokens, request.batch]
             try:
                 record = measure_request(
                     loaded.model, prompt, new_tokens, request.config, request.method, request.repeat, **options

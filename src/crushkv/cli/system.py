@@ -80,14 +80,20 @@ def _text(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
 
 
-def processor() -> str:
-    """The CPU and the number of cores that this process may use."""
+def cpu() -> tuple[str, int | None]:
+    """The CPU's name, and the number of cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
         found = None
-    return f"{found[1] if found else platform.machine()}, {cores} cores"
+    return found[1] if found else platform.machine(), cores
+
+
+def processor() -> str:
+    """`cpu` for reading."""
+    name, cores = cpu()
+    return f"{name}, {cores} cores"
 
 
 def _devices() -> list[dict[str, Any]]:

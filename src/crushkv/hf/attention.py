@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,28 +94,24 @@ class CrushAttention:
         if layer is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
         mask = layer.mask(attention_mask, query.shape[2], aligned="flash" in self.name)
-        scaling = kwargs.get("scaling")
-        call = AttentionCall(
-            queries=query,
-            mask=attention_mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=kwargs.get("softcap"),
-        )
+        given = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if given is None else given
         turned_keys, turned_values = layer.storage.rotations()
         turned = query if turned_keys is None else turn(query, turned_keys)
         plain = not args and cpu_attention.replaceable(attend, query, mask, kwargs)
         output: tuple[Tensor | None, ...]
+        mass = None
         if plain and query.shape[2] == 1:
             output = (cpu_attention.decode(turned, key, value, scaling), None)
         elif plain and layer.streams and query.shape[2] == key.shape[2]:
-            attended, mass = cpu_attention.prefill_with_mass(query, key, value, call.scaling)
-            output, call = (attended, None), replace(call, mass=mass)
+            attended, mass = cpu_attention.prefill_with_mass(query, key, value, scaling)
+            output = (attended, None)
         else:
             output = attend(module, turned, key, value, mask, *args, **kwargs)
         if turned_values is not None:
             assert output[0] is not None
             output = (turn(output[0], turned_values.T), *output[1:])
-        layer.after_attention(call)
+        layer.after_attention(AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass))
         return output
 
 

@@ -28,7 +28,7 @@ def replaceable(
     )
 
 
-def decode(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def decode(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Attention of one token, `query [B, Hq, 1, D]`: `[B, 1, Hq, Dv]`.
 
     The query heads of a group become queries of its KV head: keys and values are read once for all of them.
