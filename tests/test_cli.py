@@ -560,7 +560,13 @@ def test_warnings_of_crushkv_are_one_line(crushkv: Any, tiny: Path) -> None:
 def test_policies_as_json_and_as_a_table(crushkv: Any) -> None:
     listed = {policy["name"]: policy for policy in crushkv("policies", "--json").json["policies"]}
     assert set(listed) == set(policies())
-    assert listed["snapkv"]["options"] == {"kernel": 7, "pooling": "max", "ahead": 0}
+    assert listed["snapkv"]["options"] == {
+        "kernel": 7,
+        "pooling": "max",
+        "ahead": 0,
+        "half_life": 0,
+        "value_norm": False,
+    }
     assert listed["h2o"]["queries"] == "all"
     assert listed["snapkv"]["queries"] == "window"
     assert listed["tova"]["queries"] == "last 1"

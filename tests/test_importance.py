@@ -120,6 +120,25 @@ def test_snapkv_by_averages() -> None:
         assert torch.allclose(score[..., token].double(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("padding", [0, 45])
+def test_snapkv_with_later_queries_and_the_norm_of_values(padding: int) -> None:
+    query, key, value = tensors(queries=8)
+    real = padded(2, 50, padding) if padding else None
+    last = None if real is None else real[:, -8:]
+    options = {"kernel": 1, "half_life": 3, "value_norm": True}
+    score = make_policy("snapkv", options).score(LayerView(key, value, query, 0.35, real, last))
+    for row, head in ((0, 0), (0, 5), (1, 4)):
+        first = padding if row else 0
+        weights = {}
+        for place in range(max(42, first), 50):
+            logits = query[row, head, place - 42] @ key[row, head // 3, first : place + 1].T * 0.35
+            weights[place] = F.pad(logits.softmax(-1), (first, 49 - place))
+        shares = torch.tensor([0.5 ** ((49 - place) / 3) for place in weights])
+        mass = (torch.stack(list(weights.values())) * shares[:, None]).sum(0) / shares.sum()
+        expected = mass * value[row, head // 3].square().sum(-1).sqrt()
+        assert torch.allclose(score[row, head, first:], expected[first:], atol=1e-6)
+
+
 def test_tova_reads_the_last_query_only() -> None:
     query, key, value = tensors(queries=1)
     score = make_policy("tova").score(LayerView(key, value, query, 0.35))
@@ -188,6 +207,9 @@ def test_scores_do_not_see_padding(name: str) -> None:
         ("snapkv", {"kernel": 4}, "kernel=4"),
         ("snapkv", {"kernel": True}, "kernel=True"),
         ("snapkv", {"ahead": -1}, "ahead=-1: accepted is an integer of at least 0"),
+        ("snapkv", {"half_life": -1.0}, "half_life=-1.0: accepted is a number of at least 0"),
+        ("snapkv", {"half_life": float("nan")}, "half_life=nan: accepted is a number of at least 0"),
+        ("snapkv", {"value_norm": 1}, "value_norm=1: accepted is true or false"),
         ("snapkv", {"pooling": "sum"}, "pooling='sum'"),
         ("expected_attention", {"epsilon": "abc"}, "epsilon='abc'"),
         ("pyramidkv", {"steepness": 0}, "steepness=0"),

@@ -24,7 +24,8 @@ class Variant:
         budget: share of the full cache's bytes.
         first, second: bits of keys and of values of the two tiers. share: of the units, that is in the second tier.
         window: recent tokens that are always kept. recent_bits: theirs and the sink's.
-        queries: how many of the last queries give the scores. over: their mean, max, or mean of square roots (sqrt).
+        queries: how many of the last queries give the scores. over: their mean, max, mean of square roots (sqrt), or a
+            mean in which a query counts half as much as one that is N tokens later (halfN).
         kernel: tokens that a score is the maximum over, centred. ahead: how many more before it, so that what follows a
             token that is looked at counts as much.
         unit_score: of a page: mean, max, or the mean of its best four tokens.
@@ -94,7 +95,14 @@ def token_bytes(bits: tuple[int, int]) -> int:
 def token_scores(prompt: Prompt, v: Variant) -> Tensor:
     """SnapKV's scores, `[L, Hq, S]`."""
     weights = prompt.attention(v.queries)
-    mass = weights.amax(2) if v.over == "max" else (weights.sqrt() if v.over == "sqrt" else weights).mean(2)
+    if v.over == "max":
+        mass = weights.amax(2)
+    elif v.over.startswith("half"):
+        age = torch.arange(v.queries - 1, -1, -1)
+        weight = 0.5 ** (age / int(v.over.removeprefix("half")))
+        mass = (weights * (weight / weight.sum())[:, None]).sum(2)
+    else:
+        mass = (weights.sqrt() if v.over == "sqrt" else weights).mean(2)
     if v.value == "norm":
         mass = mass * prompt.values.norm(dim=-1).repeat_interleave(prompt.group, dim=1)
     past = prompt.tokens - v.queries

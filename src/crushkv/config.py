@@ -238,8 +238,11 @@ class CrushConfig:
         return Formats(important, representative, recent, self.group_size, self.rotation, self.rank)
 
     def replace(self, **changes: Any) -> CrushConfig:
-        """A copy with some fields changed, checked again."""
-        return CrushConfig.from_dict({**self.to_dict(), **changes})
+        """A copy with some fields changed, checked again. With another policy, the options are those given here."""
+        values = self.to_dict()
+        if changes.get("policy", self.policy) != self.policy:
+            values["policy_options"] = {}
+        return CrushConfig.from_dict({**values, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as JSON has them."""

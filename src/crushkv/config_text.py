@@ -50,7 +50,7 @@ def parse_config(text: str) -> CrushConfig | None:
             else:
                 raise ConfigError(f"unknown field {field!r}.{nearest(field, [*_FIELDS, *options])}")
         if own:
-            values["policy_options"] = {**values.get("policy_options", {}), **own}
+            values["policy_options"] = {**values.get("policy_options", base.get("policy_options", {})), **own}
         return CrushConfig.from_dict({**base, **values})
     except ConfigError as error:
         raise ConfigError(f"configuration {text!r}: {error}") from None

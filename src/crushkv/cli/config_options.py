@@ -92,12 +92,8 @@ def build_config(defaults: CrushConfig, config_file: Path | None = None, **given
         except ConfigError as error:
             raise ConfigError(f"--config {str(config_file)!r}: {error}") from None
     changes = {name: _read(name, value) for name, value in given.items() if value not in (None, [])}
-    same_policy = changes.get("policy", base.policy) == base.policy
-    if "policy_options" in changes or not same_policy:  # another policy's options mean nothing to this one
-        changes["policy_options"] = {
-            **(base.policy_options if same_policy else {}),
-            **changes.get("policy_options", {}),
-        }
+    if "policy_options" in changes and changes.get("policy", base.policy) == base.policy:
+        changes["policy_options"] = {**base.policy_options, **changes["policy_options"]}
     return base.replace(**changes)
 
 

@@ -21,7 +21,7 @@ def attention_mass(
     keys: Tensor,
     scaling: float,
     real: Tensor | None = None,
-    queries_real: Tensor | None = None,
+    queries_weight: Tensor | None = None,
     softcap: float | None = None,
     block_bytes: int | None = None,
 ) -> Tensor:
@@ -32,14 +32,14 @@ def attention_mass(
         keys: `[B, Hkv, S, D]`, S >= T; Hq is a multiple of Hkv.
         scaling: factor of the logits.
         real: bool `[B, S]`; padding receives nothing.
-        queries_real: bool `[B, T]`; padding gives nothing.
+        queries_weight: bool or float `[B, T]`: how much a query counts, nothing where it is padding; None: all count 1.
         softcap: bound of the logits by tanh (Gemma 2), None for none.
         block_bytes: upper bound of the weights held at a time (at least one query's are); None: what suits the device.
 
     Returns:
-        float32 `[B, Hq, S]`; a row of q real queries sums to q for each head.
+        float32 `[B, Hq, S]`; a row sums to its queries' weights for each head.
     """
-    return _blockwise(queries, keys, None, scaling, real, queries_real, softcap, block_bytes)[1]
+    return _blockwise(queries, keys, None, scaling, real, queries_weight, softcap, block_bytes)[1]
 
 
 def attention_with_mass(
@@ -63,7 +63,7 @@ def _blockwise(
     values: Tensor | None,
     scaling: float,
     real: Tensor | None,
-    queries_real: Tensor | None,
+    queries_weight: Tensor | None,
     softcap: float | None,
     block_bytes: int | None,
 ) -> tuple[Tensor | None, Tensor]:
@@ -98,7 +98,7 @@ def _blockwise(
         some_keys = keys[some].to(dtype)
         some_values = None if values is None else values[some].to(dtype)
         padding = None if real is None else ~real[row[some], None, None]  # [n, 1, 1, S]
-        counted = None if queries_real is None else queries_real[row[some], None, :, None]  # [n, 1, T, 1]
+        counted = None if queries_weight is None else queries_weight[row[some], None, :, None]  # [n, 1, T, 1]
         for start in range(0, count, block):
             end = min(start + block, count)
             seen = tokens - count + end  # keys up to the last query of the block
@@ -127,13 +127,21 @@ def _blockwise(
     return None if output is None else output.view(rows, heads, count, -1), mass.view(rows, heads, tokens)
 
 
-def window_mass(view: LayerView) -> Tensor:
-    """`attention_mass` of the view's queries as a mean over the real ones, so that scores do not grow with them."""
+def window_mass(view: LayerView, half_life: float = 0) -> Tensor:
+    """`attention_mass` of the view's queries as a mean over the real ones, so that scores do not grow with them.
+
+    Args:
+        half_life: in tokens: a query counts half as much as one that comes so many later; 0: all count the same.
+    """
     assert view.queries is not None
-    count: Tensor | int = view.queries.shape[2]
-    if view.queries_real is not None:
-        count = view.queries_real.sum(-1).clamp(min=1)[:, None, None]
-    return view_mass(view) / count
+    rows, _, count, _ = view.queries.shape
+    weight = view.queries_real
+    if half_life:
+        age = torch.arange(count - 1, -1, -1, device=view.queries.device)
+        later = (0.5 ** (age / half_life)).expand(rows, -1)
+        weight = later if weight is None else later * weight
+    mass = attention_mass(view.queries, view.keys, view.scaling, view.real, weight, view.softcap)
+    return mass / (count if weight is None else weight.sum(-1).clamp(min=1)[:, None, None])
 
 
 def view_mass(view: LayerView) -> Tensor:

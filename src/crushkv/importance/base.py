@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -16,6 +17,18 @@ def check_integer(name: str, value: object, odd: bool = False, least: int = 1) -
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (odd and value % 2 == 0):
         kind = "an odd integer" if odd else "an integer"
         raise ConfigError(f"policy_options: {name}={value!r}: accepted is {kind} of at least {least}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises `ConfigError` unless an option is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ConfigError(f"policy_options: {name}={value!r}: accepted is a number of at least 0")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises `ConfigError` unless an option is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"policy_options: {name}={value!r}: accepted is true or false")
 
 
 # Decoded tokens' queries that a streaming policy is shown at a time.

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from .base import LayerView, Policy, check_integer
+from .base import LayerView, Policy, check_integer, check_number
 from .registry import register
 
 
@@ -33,8 +32,7 @@ class ExpectedAttention(Policy):
 
     def __post_init__(self) -> None:
         check_integer("samples", self.samples)
-        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)) or not self.epsilon >= 0:
-            raise ConfigError(f"policy_options: epsilon={self.epsilon!r}: accepted is a number of at least 0")
+        check_number("epsilon", self.epsilon)
 
     def queries(self, window: int) -> int:
         return self.samples

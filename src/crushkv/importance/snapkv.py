@@ -3,12 +3,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
 from .attention import window_mass
-from .base import LayerView, Policy, check_integer
+from .base import LayerView, Policy, check_flag, check_integer, check_number
 from .registry import register
 
 
@@ -22,6 +23,10 @@ class SnapKV(Policy):
         pooling: `max` or `avg`.
         ahead: how many tokens more before a token lend it their score: what follows a token that is looked at will be
             read next. Not in the paper; 0 is none.
+        half_life: in tokens: a query counts half as much as one that comes so many later. Not in the paper, where all
+            count the same; so does 0.
+        value_norm: attention is multiplied by the Euclidean norm of the token's value, as what it adds to the output
+            grows with both (arXiv 2406.12335, which takes the sum of the magnitudes).
     """
 
     name = "snapkv"
@@ -30,10 +35,14 @@ class SnapKV(Policy):
     kernel: int = 7
     pooling: Literal["max", "avg"] = "max"
     ahead: int = 0
+    half_life: float = 0
+    value_norm: bool = False
 
     def __post_init__(self) -> None:
         check_integer("kernel", self.kernel, odd=True)
         check_integer("ahead", self.ahead, least=0)
+        check_number("half_life", self.half_life)
+        check_flag("value_norm", self.value_norm)
         if self.pooling not in ("max", "avg"):
             raise ConfigError(f"policy_options: pooling={self.pooling!r}: accepted is 'max' or 'avg'")
 
@@ -42,7 +51,10 @@ class SnapKV(Policy):
 
     def score(self, view: LayerView) -> Tensor:
         assert view.queries is not None
-        mass = window_mass(view)
+        mass = window_mass(view, self.half_life)
+        if self.value_norm:
+            norm = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+            mass = mass * norm.repeat_interleave(mass.shape[1] // norm.shape[1], dim=1)
         # The window's own tokens are kept anyway: their mass must not leak into their neighbours.
         past = view.keys.shape[2] - view.queries.shape[2]
         width = self.kernel + self.ahead
