@@ -98,3 +98,10 @@ def test_everything_is_frozen() -> None:
     config = CrushConfig(policy_options=options)
     options["kernel"] = 9
     assert config.policy_options["kernel"] == 5
+
+
+def test_another_policy_does_not_take_over_options() -> None:
+    config = CrushConfig(policy="snapkv", policy_options={"kernel": 5})
+    assert config.replace(policy="h2o").policy_options == {}
+    assert config.replace(policy="snapkv", budget=0.5).policy_options == {"kernel": 5}
+    assert config.replace(policy="pyramidkv", policy_options={"kernel": 3}).policy_options == {"kernel": 3}

@@ -26,7 +26,13 @@ from crushkv.errors import ConfigError
     ],
 )
 def test_text_names_fields(text: str, fields: dict[str, object]) -> None:
-    assert parse_config(text) == CrushConfig(**fields)  # type: ignore[arg-type]
+    assert parse_config(text) == CrushConfig(**{"policy": "snapkv", **fields})  # type: ignore[arg-type]
+
+
+def test_a_preset_keeps_what_the_text_does_not_change() -> None:
+    small = CrushConfig.preset("small")
+    assert parse_config("small:kernel=5") == small.replace(policy_options={"kernel": 5})
+    assert parse_config("small:window=16,budget=0.1") == small.replace(window=16, budget=0.1)
 
 
 def test_full_is_no_configuration() -> None:

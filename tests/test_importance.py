@@ -139,6 +139,15 @@ def test_snapkv_with_later_queries_and_the_norm_of_values(padding: int) -> None:
         assert torch.allclose(score[row, head, first:], expected[first:], atol=1e-6)
 
 
+def test_readahead_is_snapkv_with_other_defaults() -> None:
+    query, key, value = tensors(queries=8)
+    view = LayerView(key, value, query, 0.35)
+    same = {"ahead": 16, "half_life": 8, "value_norm": True}
+    assert torch.equal(make_policy("readahead").score(view), make_policy("snapkv", same).score(view))
+    none = {"ahead": 0, "half_life": 0, "value_norm": False}
+    assert torch.equal(make_policy("readahead", none).score(view), make_policy("snapkv").score(view))
+
+
 def test_tova_reads_the_last_query_only() -> None:
     query, key, value = tensors(queries=1)
     score = make_policy("tova").score(LayerView(key, value, query, 0.35))

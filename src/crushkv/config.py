@@ -72,7 +72,7 @@ class CrushConfig:
     """
 
     budget: float | int | str = 0.25
-    policy: str = "snapkv"
+    policy: str = "readahead"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     sink: int = 4
     window: int = 32

@@ -8,6 +8,7 @@ from .key_diff import KeyDiff
 from .key_norm import KeyNorm
 from .pyramidkv import PyramidKV
 from .random import Random
+from .readahead import ReadAhead
 from .registry import make_policy, policies, register
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
@@ -24,6 +25,7 @@ __all__ = [
     "Policy",
     "PyramidKV",
     "Random",
+    "ReadAhead",
     "SnapKV",
     "StreamingLLM",
     "attention_mass",

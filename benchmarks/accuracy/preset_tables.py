@@ -1,0 +1,200 @@
+"""Prints the tables of docs/accuracy.md on the presets, and draws its first plot, from results/presets.
+
+python benchmarks/accuracy/preset_tables.py [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import matplotlib
+from tables import RESULTS, Read, Table, kl, longbench, retrieval, score, show
+
+from crushkv.evaluation import Sample, read_report_samples
+from crushkv.evaluation.statistics import by_task, macro_mean
+
+HALVES = "bits=4,representative_bits=2,representative_share=0.5"
+READAHEAD = "ahead=16,half_life=8,value_norm=true"
+SIZES = {"0.25": "4 times smaller", "0.125": "8 times", "0.0625": "16 times"}
+
+
+def halves(budget: str, options: str = READAHEAD, grouping: str = "score", recent_bits: int = 8) -> str:
+    """Half of the kept tokens in 4 bits, half in 2, as it is named in the sweeps; by default what the presets are."""
+    return f"snapkv:budget={budget},{HALVES},grouping={grouping},recent_bits={recent_bits}" + (
+        f",{options}" if options else ""
+    )
+
+
+def kvcrush(budget: str) -> str:
+    return halves(budget, grouping="signature")
+
+
+def pages(budget: str) -> str:
+    """SnapKV in pages of 16, in 16 bits."""
+    return "snapkv:budget=0.25,page_size=16" if budget == "0.25" else f"snapkv:budget={budget}"
+
+
+ROWS = {
+    "full cache": "full",
+    "`safe`": "safe",
+    "`balanced`": halves("0.25"),
+    "`small`": halves("0.125"),
+    "`small:budget=0.0625`": halves("0.0625"),
+    "`small`, its second half chosen by KVCrush": kvcrush("0.125"),
+    "`balanced` without readahead (SnapKV)": halves("0.25", ""),
+    "`small` without readahead": halves("0.125", ""),
+    "16 bits (the default), a quarter": "readahead:budget=0.25",
+    "16 bits, an eighth": "readahead:budget=0.125",
+    "SnapKV in pages, 16 bits, a quarter": pages("0.25"),
+    "SnapKV in pages, 16 bits, an eighth": pages("0.125"),
+    "SnapKV as published, 16 bits, a quarter": "snapkv:budget=0.25,page_size=1",
+}
+CURVES: Mapping[str, Mapping[str, str]] = {
+    "presets: readahead, 4 and 2 bits": {budget: halves(budget) for budget in SIZES},
+    "the same, second half by KVCrush": {budget: kvcrush(budget) for budget in ("0.125", "0.0625")},
+    "SnapKV in pages, 4 and 2 bits": {budget: halves(budget, "") for budget in SIZES},
+    "readahead in pages, 16 bits": {budget: f"readahead:budget={budget}" for budget in SIZES},
+    "SnapKV in pages, 16 bits": {budget: pages(budget) for budget in SIZES},
+    "SnapKV as published, 16 bits": {budget: f"snapkv:budget={budget},page_size=1" for budget in SIZES},
+}
+
+
+def lengths(tokens: str) -> Read:
+    """Score of the retrieval tasks of one length."""
+    return lambda sample: sample.score if sample.task.startswith("retrieval") and sample.task.endswith(tokens) else None
+
+
+def in_short(distances: Table, scores: Table) -> None:
+    show(
+        "Presets, in short",
+        ["", "bytes", "KL", "same token", "LongBench score", "minus the full cache", "needles, 2k", "4k"],
+        [
+            [
+                label,
+                scores.bytes(name),
+                distances.mean(name, kl, interval=False),
+                distances.mean(name, lambda s: s.agreement, interval=False),
+                scores.mean(name, longbench, interval=False),
+                "" if name == "full" else scores.difference(name, "full", longbench),
+                *(scores.mean(name, lengths(tokens), 2, interval=False) for tokens in ("2k", "4k")),
+            ]
+            for label, name in ROWS.items()
+        ],
+    )
+
+
+def by_task_table(scores: Table) -> None:
+    tasks = list(dict.fromkeys(s.task for s in scores.groups["full"]))
+    show(
+        "Presets, task by task",
+        ["", *tasks],
+        [[label, *(scores.task(name, task, score) for task in tasks)] for label, name in ROWS.items()],
+    )
+
+
+def steps(distances: Table) -> None:
+    """KL, and what each step changes."""
+    found: dict[str, Callable[[str], str]] = {
+        "SnapKV, sink and window in 16 bits": lambda b: halves(b, "", recent_bits=16),
+        "sink and window in 8 bits": lambda b: halves(b, ""),
+        "... `ahead=16`": lambda b: halves(b, "ahead=16"),
+        "... `half_life=8`": lambda b: halves(b, "ahead=16,half_life=8"),
+        "... `value_norm=true`: the presets": halves,
+    }
+    show(
+        "From SnapKV to the presets: KL",
+        ["", *SIZES.values()],
+        [[label, *(distances.mean(of(b)) for b in SIZES)] for label, of in found.items()],
+    )
+    pairs = [(label, of, before) for (label, of), before in zip(list(found.items())[1:], found.values(), strict=False)]
+    pairs.append(("the presets, minus the first row", halves, next(iter(found.values()))))
+    show(
+        "From SnapKV to the presets: what each step changes",
+        ["minus the row before", *SIZES.values()],
+        [[label, *(distances.difference(of(b), before(b)) for b in SIZES)] for label, of, before in pairs],
+    )
+    show(
+        "16 bits: KL",
+        ["pages of 16", *SIZES.values()],
+        [
+            ["SnapKV", *(distances.mean(pages(b)) for b in SIZES)],
+            ["readahead", *(distances.mean(f"readahead:budget={b}") for b in SIZES)],
+            ["difference", *(distances.difference(f"readahead:budget={b}", pages(b)) for b in SIZES)],
+        ],
+    )
+    window = "ahead=16,value_norm=true,window=16"
+    show(
+        "A window of 16 tokens, all queries alike, minus the presets: KL",
+        ["", *list(SIZES.values())[1:]],
+        [["difference", *(distances.difference(halves(b, window), halves(b)) for b in list(SIZES)[1:])]],
+    )
+
+
+def own_part(distances: Table) -> None:
+    smaller = list(SIZES)[1:]
+    others: dict[str, Callable[[str], str]] = {
+        "the next best scores": halves,
+        "evenly by position": lambda b: halves(b, grouping="position"),
+        "at random": lambda b: halves(b, grouping="random"),
+        "none: more tokens in 4 bits": lambda b: f"snapkv:budget={b},bits=4,recent_bits=8,{READAHEAD}",
+    }
+    show(
+        "The second half chosen by KVCrush: KL minus KL of other choices, at equal bytes",
+        ["minus", *(SIZES[b] for b in smaller)],
+        [[label, *(distances.difference(kvcrush(b), other(b)) for b in smaller)] for label, other in others.items()],
+    )
+
+
+def plot(distances: Table, scores: Table, path: Path) -> None:
+    """Score, retrieval and KL against the share of the full cache's bytes."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    panels = (
+        ("LongBench score", scores, longbench),
+        ("needles found", scores, retrieval),
+        ("KL to the full cache, nats (log)", distances, kl),
+    )
+    for axis, (title, table, read) in zip(axes, panels, strict=True):
+        for label, curve in CURVES.items():
+            groups = [table.groups[name] for name in curve.values() if name in table.groups]
+            points = [(_share(group), macro_mean(by_task(group, read))) for group in groups]
+            axis.plot([x for x, _ in points], [e.mean for _, e in points], marker="o", label=label, alpha=0.85)
+        if read is not kl:
+            full = macro_mean(by_task(table.groups["full"], read)).mean
+            axis.axhline(full, color="grey", linestyle="--", label="full cache")
+            axis.set_ylim(bottom=0, top=full * 1.15)
+        axis.set(xscale="log", title=title, xlabel="share of the full cache's bytes")
+        axis.set_xticks([1 / 16, 1 / 8, 1 / 4], ["1/16", "1/8", "1/4"], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+    axes[2].set_yscale("log")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _share(group: list[Sample]) -> float:
+    return sum(sample.bytes_fraction for sample in group) / len(group)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--plot", type=Path, help="PNG or SVG")
+    parser.add_argument("--results", type=Path, default=RESULTS / "presets", help="folder of the results")
+    arguments = parser.parse_args()
+    found = {name: next(arguments.results.glob(f"{name}.jsonl*")) for name in ("fidelity", "scores")}
+    distances, scores = (Table(read_report_samples([path])) for path in found.values())
+    in_short(distances, scores)
+    steps(distances)
+    own_part(distances)
+    by_task_table(scores)
+    if arguments.plot is not None:
+        plot(distances, scores, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
