@@ -25,7 +25,7 @@ from subject import load
 
 MIB = 2**20
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
-QUARTER = CrushConfig(budget=0.25, representative_share=0.1)
+QUARTER = CrushConfig(policy="snapkv", budget=0.25, representative_share=0.1)
 METHODS: dict[str, CrushConfig | None] = {
     "no cache": None,
     "full cache": None,

@@ -24,7 +24,7 @@ from subject import load, machine
 
 STORED = Path(__file__).with_name("quick.json")
 TOKENS, NEW_TOKENS, ROUNDS = 2048, 16, 5
-QUARTER = CrushConfig(budget=0.25, representative_share=0.1)
+QUARTER = CrushConfig(policy="snapkv", budget=0.25, representative_share=0.1)
 METHODS = {"full": None, "snapkv": QUARTER, "h2o": QUARTER.replace(policy="h2o")}
 
 

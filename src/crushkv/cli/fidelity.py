@@ -12,6 +12,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from ..presets import PRESETS
 from .model_loader import ModelOptions, load
 from .options import MODEL, with_options
 from .output import only_result_on_stdout, result_console, say
@@ -33,9 +34,9 @@ def fidelity(
     config: Annotated[
         list[str] | None,
         typer.Option(
-            help="A configuration: full, or POLICY:FIELD=VALUE,... Repeatable; {a,b} stands for both.",
+            help="full, a preset, or POLICY:FIELD=VALUE,... Repeatable; {a,b} stands for both.",
             metavar="TEXT",
-            show_default="full, and snapkv at a quarter with and without representatives",
+            show_default="full, 16 bits at a quarter, and the presets",
         ),
     ] = None,
     answer_tokens: Annotated[
@@ -63,7 +64,7 @@ def fidelity(
     with evaluation_extra():
         from ..evaluation import Sweep
 
-    texts = config or ["full", "snapkv:budget=0.25,representative_share={0,0.1}"]
+    texts = config or ["full", "readahead:budget=0.25", *PRESETS]
     sweep = Sweep.from_dict(
         {
             "tasks": split_names(tasks),
