@@ -476,7 +476,7 @@ def test_any_task_of_the_harness_runs(subject: Subject, harness: Any, data: Path
     results = lm_eval.simple_evaluate(model, tasks=[task], limit=3, gen_kwargs="max_gen_toks=8")
     samples = results["samples"]["papers"]
     assert len(samples) == 3
-    plan = sweep(configurations=["snapkv:budget=0.3,sink=2,window=8,page_size=4,representative_share=0.2"], limit=3)
+    plan = sweep(configurations=["readahead:budget=0.3,sink=2,window=8,page_size=4,representative_share=0.2"], limit=3)
     answers = {}
     for item in plan_work(plan, subject, TaskSource(data), None).items:
         run_item(item, plan, subject, lambda sample: answers.__setitem__(sample.id, (sample.answer, sample.score)))
