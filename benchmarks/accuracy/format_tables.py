@@ -29,12 +29,12 @@ CURVES = {
     "half 4, half 2 bits, KVCrush": f"bits=4,{HALF_REPRESENTATIVES}=signature",
 }
 # What it is, by its names in the two sweeps.
-PRESETS = {
+ROWS = {
     "full cache": ("full", "full"),
-    "`safe`: 8 bits": ("snapkv:budget=0.5,bits=8",) * 2,
-    "`balanced`: half 4, half 2 bits": (f"snapkv:budget=0.25,bits=4,{HALF_REPRESENTATIVES}=score",) * 2,
-    "`small`: half 4, half 2 bits": (f"snapkv:budget=0.125,bits=4,{HALF_REPRESENTATIVES}=score",) * 2,
-    "16 times smaller, keys 3, values 2 bits": ("snapkv:budget=0.0625,bits=3/2",) * 2,
+    "a half, 8 bits": ("snapkv:budget=0.5,bits=8",) * 2,
+    "a quarter, half 4, half 2 bits": (f"snapkv:budget=0.25,bits=4,{HALF_REPRESENTATIVES}=score",) * 2,
+    "an eighth, half 4, half 2 bits": (f"snapkv:budget=0.125,bits=4,{HALF_REPRESENTATIVES}=score",) * 2,
+    "a sixteenth, keys 3, values 2 bits": ("snapkv:budget=0.0625,bits=3/2",) * 2,
     "a quarter in 16 bits": ("snapkv:budget=0.25", "snapkv:budget=0.25,page_size=16"),
     "an eighth in 16 bits": ("snapkv:budget=0.125", "snapkv:budget=0.125,page_size=16"),
     "a sixteenth in 16 bits": ("snapkv:budget=0.0625", "snapkv:budget=0.0625,page_size=16"),
@@ -103,7 +103,7 @@ def fidelity(table: Table) -> None:
 
 def in_short(distances: Table, scores: Table) -> None:
     show(
-        "Presets, in short",
+        "Formats, in short",
         ["", "bytes", "KL", "same token", "LongBench score", "minus the full cache", "needles found"],
         [
             [
@@ -115,7 +115,7 @@ def in_short(distances: Table, scores: Table) -> None:
                 "" if answered == "full" else scores.difference(answered, "full", longbench),
                 scores.mean(answered, retrieval, 2, interval=False),
             ]
-            for label, (answered, followed) in PRESETS.items()
+            for label, (answered, followed) in ROWS.items()
         ],
     )
 

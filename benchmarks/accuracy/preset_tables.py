@@ -15,16 +15,21 @@ from tables import RESULTS, Read, Table, kl, longbench, retrieval, score, show
 from crushkv.evaluation import Sample, read_report_samples
 from crushkv.evaluation.statistics import by_task, macro_mean
 
-HALVES = "bits=4,representative_bits=2,representative_share=0.5"
 READAHEAD = "ahead=16,half_life=8,value_norm=true"
 SIZES = {"0.25": "4 times smaller", "0.125": "8 times", "0.0625": "16 times"}
 
 
-def halves(budget: str, options: str = READAHEAD, grouping: str = "score", recent_bits: int = 8) -> str:
-    """Half of the kept tokens in 4 bits, half in 2, as it is named in the sweeps; by default what the presets are."""
-    return f"snapkv:budget={budget},{HALVES},grouping={grouping},recent_bits={recent_bits}" + (
-        f",{options}" if options else ""
-    )
+def halves(
+    budget: str, options: str = READAHEAD, grouping: str = "score", recent_bits: int = 8, share: str = "0.5"
+) -> str:
+    """Kept tokens in 4 bits and a share in 2, as it is named in the sweeps; by default what `small` is."""
+    formats = f"bits=4,representative_bits=2,representative_share={share},grouping={grouping},recent_bits={recent_bits}"
+    return f"snapkv:budget={budget},{formats}" + (f",{options}" if options else "")
+
+
+def preset(budget: str) -> str:
+    """`balanced`, `small`, and `small:budget=0.0625`."""
+    return halves(budget, share="0.35" if budget == "0.25" else "0.5")
 
 
 def kvcrush(budget: str) -> str:
@@ -39,12 +44,12 @@ def pages(budget: str) -> str:
 ROWS = {
     "full cache": "full",
     "`safe`": "safe",
-    "`balanced`": halves("0.25"),
-    "`small`": halves("0.125"),
-    "`small:budget=0.0625`": halves("0.0625"),
+    "`balanced`": preset("0.25"),
+    "`small`": preset("0.125"),
+    "`small:budget=0.0625`": preset("0.0625"),
     "`small`, its second half chosen by KVCrush": kvcrush("0.125"),
-    "`balanced` without readahead (SnapKV)": halves("0.25", ""),
-    "`small` without readahead": halves("0.125", ""),
+    "SnapKV, half 4, half 2 bits, a quarter": halves("0.25", ""),
+    "SnapKV, half 4, half 2 bits, an eighth": halves("0.125", ""),
     "16 bits (the default), a quarter": "readahead:budget=0.25",
     "16 bits, an eighth": "readahead:budget=0.125",
     "SnapKV in pages, 16 bits, a quarter": pages("0.25"),
@@ -52,13 +57,15 @@ ROWS = {
     "SnapKV as published, 16 bits, a quarter": "snapkv:budget=0.25,page_size=1",
 }
 CURVES: Mapping[str, Mapping[str, str]] = {
-    "presets: readahead, 4 and 2 bits": {budget: halves(budget) for budget in SIZES},
+    "presets: readahead, 4 and 2 bits": {budget: preset(budget) for budget in SIZES},
     "the same, second half by KVCrush": {budget: kvcrush(budget) for budget in ("0.125", "0.0625")},
     "SnapKV in pages, 4 and 2 bits": {budget: halves(budget, "") for budget in SIZES},
     "readahead in pages, 16 bits": {budget: f"readahead:budget={budget}" for budget in SIZES},
     "SnapKV in pages, 16 bits": {budget: pages(budget) for budget in SIZES},
     "SnapKV as published, 16 bits": {budget: f"snapkv:budget={budget},page_size=1" for budget in SIZES},
 }
+# Alike where the format is.
+COLOURS = dict(zip(CURVES, ("tab:blue", "tab:orange", "tab:blue", "tab:red", "tab:red", "tab:brown"), strict=True))
 
 
 def lengths(tokens: str) -> Read:
@@ -85,6 +92,45 @@ def in_short(distances: Table, scores: Table) -> None:
     )
 
 
+def goals(distances: Table, scores: Table) -> None:
+    """What was aimed at: lowest score and retrieval, highest KL."""
+    aims = {"0.25": ("-0.3 %", None, "-1 %"), "0.125": ("-1 %", "0.25", "-5 %"), "0.0625": ("-3 %", "1.00", "-10 %")}
+
+    def of(table: Table, name: str, read: Read) -> float:
+        return macro_mean(by_task(table.groups[name], read)).mean
+
+    published = of(distances, "snapkv:budget=0.25,page_size=1", kl)
+    lines = []
+    for budget, (least, most, found) in aims.items():
+        name = preset(budget)
+        worse = (of(scores, name, read) / of(scores, "full", read) - 1 for read in (longbench, retrieval))
+        score_change, needles_change = (f"{100 * change:+.1f} %" for change in worse)
+        lines.append(
+            [
+                SIZES[budget],
+                score_change,
+                least,
+                f"{of(distances, name, kl) / published:.2f}",
+                most or "",
+                needles_change,
+                found,
+            ]
+        )
+    show(
+        "Presets: what was aimed at",
+        [
+            "",
+            "score against the full cache's",
+            "goal",
+            "KL by SnapKV's as published, a quarter",
+            "goal",
+            "needles against the full cache's",
+            "goal",
+        ],
+        lines,
+    )
+
+
 def by_task_table(scores: Table) -> None:
     tasks = list(dict.fromkeys(s.task for s in scores.groups["full"]))
     show(
@@ -101,7 +147,8 @@ def steps(distances: Table) -> None:
         "sink and window in 8 bits": lambda b: halves(b, ""),
         "... `ahead=16`": lambda b: halves(b, "ahead=16"),
         "... `half_life=8`": lambda b: halves(b, "ahead=16,half_life=8"),
-        "... `value_norm=true`: the presets": halves,
+        "... `value_norm=true`: `small`": halves,
+        "... a third in 2 bits instead of half: `balanced`": lambda b: preset(b) if b == "0.25" else "",
     }
     show(
         "From SnapKV to the presets: KL",
@@ -109,7 +156,7 @@ def steps(distances: Table) -> None:
         [[label, *(distances.mean(of(b)) for b in SIZES)] for label, of in found.items()],
     )
     pairs = [(label, of, before) for (label, of), before in zip(list(found.items())[1:], found.values(), strict=False)]
-    pairs.append(("the presets, minus the first row", halves, next(iter(found.values()))))
+    pairs.append(("the presets, minus the first row", preset, next(iter(found.values()))))
     show(
         "From SnapKV to the presets: what each step changes",
         ["minus the row before", *SIZES.values()],
@@ -129,6 +176,27 @@ def steps(distances: Table) -> None:
         "A window of 16 tokens, all queries alike, minus the presets: KL",
         ["", *list(SIZES.values())[1:]],
         [["difference", *(distances.difference(halves(b, window), halves(b)) for b in list(SIZES)[1:])]],
+    )
+
+
+def behind_the_chat_template(table: Table) -> None:
+    smaller = list(SIZES)[1:]
+    rows: dict[str, Callable[[str], str]] = {
+        "SnapKV": lambda b: halves(b, ""),
+        "the presets": lambda b: f"small:budget={b}",
+        "a window of 16 tokens, all queries alike": lambda b: f"small:budget={b},window=16,half_life=0",
+    }
+    show(
+        "Behind the chat template: KL, and minus SnapKV's",
+        ["half 4, half 2 bits", *(SIZES[b] for b in smaller), *("minus SnapKV, " + SIZES[b] for b in smaller)],
+        [
+            [
+                label,
+                *(table.mean(of(b)) for b in smaller),
+                *("" if label == "SnapKV" else table.difference(of(b), halves(b, "")) for b in smaller),
+            ]
+            for label, of in rows.items()
+        ],
     )
 
 
@@ -162,16 +230,19 @@ def plot(distances: Table, scores: Table, path: Path) -> None:
         for label, curve in CURVES.items():
             groups = [table.groups[name] for name in curve.values() if name in table.groups]
             points = [(_share(group), macro_mean(by_task(group, read))) for group in groups]
-            axis.plot([x for x, _ in points], [e.mean for _, e in points], marker="o", label=label, alpha=0.85)
+            style = {"color": COLOURS[label], "linestyle": "--" if label.startswith("SnapKV") else "-"}
+            axis.plot([x for x, _ in points], [e.mean for _, e in points], marker="o", label=label, **style)
         if read is not kl:
             full = macro_mean(by_task(table.groups["full"], read)).mean
-            axis.axhline(full, color="grey", linestyle="--", label="full cache")
-            axis.set_ylim(bottom=0, top=full * 1.15)
+            axis.axhline(full, color="grey", linestyle=":", label="full cache")
+            axis.set_ylim(bottom=0)
         axis.set(xscale="log", title=title, xlabel="share of the full cache's bytes")
         axis.set_xticks([1 / 16, 1 / 8, 1 / 4], ["1/16", "1/8", "1/4"], minor=False)
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[2].set_yscale("log")
+    axes[2].set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"])
+    axes[2].set_yticks([], minor=True)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
@@ -186,10 +257,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG or SVG")
     parser.add_argument("--results", type=Path, default=RESULTS / "presets", help="folder of the results")
     arguments = parser.parse_args()
-    found = {name: next(arguments.results.glob(f"{name}.jsonl*")) for name in ("fidelity", "scores")}
-    distances, scores = (Table(read_report_samples([path])) for path in found.values())
+    found = {name: next(arguments.results.glob(f"{name}.jsonl*")) for name in ("fidelity", "scores", "chat")}
+    distances, scores, chat = (Table(read_report_samples([path])) for path in found.values())
     in_short(distances, scores)
+    goals(distances, scores)
     steps(distances)
+    behind_the_chat_template(chat)
     own_part(distances)
     by_task_table(scores)
     if arguments.plot is not None:

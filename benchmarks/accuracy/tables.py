@@ -88,7 +88,7 @@ def short(table: Table) -> None:
     needles = ("retrieval_single_2k", "retrieval_multikey_2k")
     labels = {
         "full": "full cache",
-        name("snapkv", "0.25", 16, "0"): "SnapKV, pages of 16 (the default)",
+        name("snapkv", "0.25", 16, "0"): "SnapKV, pages of 16",
         name("snapkv", "0.25", 16, "0.1"): "the same, 10 % of it KVCrush's representatives",
         name("snapkv", "0.25", 1, "0"): "SnapKV, single tokens",
         name("snapkv", "0.25", 1, "0.1"): "the same, 10 % representatives: KVCrush as published",
