@@ -200,6 +200,29 @@ def behind_the_chat_template(table: Table) -> None:
     )
 
 
+def held_out(table: Table) -> None:
+    presets = {"0.25": "balanced", "0.125": "small", "0.0625": "small:budget=0.0625"}
+    rows: dict[str, Callable[[str], str]] = {
+        "SnapKV as published, 16 bits": lambda b: f"snapkv:budget={b},page_size=1",
+        "SnapKV in pages, 16 bits": lambda b: f"snapkv:budget={b}",
+        "readahead, 16 bits (the default)": lambda b: f"readahead:budget={b}",
+        "SnapKV, half 4, half 2 bits": lambda b: halves(b, "", recent_bits=16),
+        "the presets": lambda b: presets[b],
+    }
+    pairs = [
+        ("readahead minus SnapKV, 16 bits", "readahead, 16 bits (the default)", "SnapKV in pages, 16 bits"),
+        ("the presets minus SnapKV in half 4, half 2 bits", "the presets", "SnapKV, half 4, half 2 bits"),
+    ]
+    show(
+        "Tasks that had no part in the choice: KL",
+        ["", *SIZES.values()],
+        [
+            *([label, *(table.mean(of(b)) for b in SIZES)] for label, of in rows.items()),
+            *([label, *(table.difference(rows[new](b), rows[old](b)) for b in SIZES)] for label, new, old in pairs),
+        ],
+    )
+
+
 def own_part(distances: Table) -> None:
     smaller = list(SIZES)[1:]
     others: dict[str, Callable[[str], str]] = {
@@ -257,12 +280,15 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG or SVG")
     parser.add_argument("--results", type=Path, default=RESULTS / "presets", help="folder of the results")
     arguments = parser.parse_args()
-    found = {name: next(arguments.results.glob(f"{name}.jsonl*")) for name in ("fidelity", "scores", "chat")}
-    distances, scores, chat = (Table(read_report_samples([path])) for path in found.values())
+    found = {
+        name: next(arguments.results.glob(f"{name}.jsonl*")) for name in ("fidelity", "scores", "chat", "held-out")
+    }
+    distances, scores, chat, others = (Table(read_report_samples([path])) for path in found.values())
     in_short(distances, scores)
     goals(distances, scores)
     steps(distances)
     behind_the_chat_template(chat)
+    held_out(others)
     own_part(distances)
     by_task_table(scores)
     if arguments.plot is not None:
