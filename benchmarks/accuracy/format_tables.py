@@ -9,10 +9,9 @@ import argparse
 from pathlib import Path
 
 import matplotlib
-from tables import RESULTS, Table, kl, longbench, retrieval, show
+from tables import RESULTS, SHORT, Table, mark_shares, retrieval, short_cells, show
 
 from crushkv.evaluation import read_report_samples
-from crushkv.evaluation.statistics import by_task, macro_mean
 
 BUDGETS = ("0.25", "0.125", "0.0625")
 SIZES = ("4 times smaller", "8 times", "16 times")
@@ -104,15 +103,11 @@ def fidelity(table: Table) -> None:
 def in_short(distances: Table, scores: Table) -> None:
     show(
         "Formats, in short",
-        ["", "bytes", "KL", "same token", "LongBench score", "minus the full cache", "needles found"],
+        ["", *SHORT, "needles found"],
         [
             [
                 label,
-                scores.bytes(answered),
-                distances.mean(followed, kl, interval=False),
-                distances.mean(followed, lambda s: s.agreement, interval=False),
-                scores.mean(answered, longbench, interval=False),
-                "" if answered == "full" else scores.difference(answered, "full", longbench),
+                *short_cells(distances, followed, scores, answered),
                 scores.mean(answered, retrieval, 2, interval=False),
             ]
             for label, (answered, followed) in ROWS.items()
@@ -127,23 +122,24 @@ def plot(table: Table, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for label, rest in CURVES.items():
-        points = []
-        for budget in BUDGETS:
-            group = table.groups[name(budget, rest)]
-            share = sum(sample.bytes_fraction for sample in group) / len(group)
-            points.append((share, macro_mean(by_task(group, kl))))
-        x = [share for share, _ in points]
-        low, high = ([e.mean - e.low for _, e in points], [e.high - e.mean for _, e in points])
-        axes.errorbar(x, [e.mean for _, e in points], yerr=(low, high), marker="o", capsize=2, label=label, alpha=0.8)
+        names = [name(budget, rest) for budget in BUDGETS]
+        found = [e for n in names if (e := table.estimate(n)) is not None]
+        low, high = ([e.mean - e.low for e in found], [e.high - e.mean for e in found])
+        axes.errorbar(
+            [table.share(n) for n in names],
+            [e.mean for e in found],
+            yerr=(low, high),
+            marker="o",
+            capsize=2,
+            label=label,
+            alpha=0.8,
+        )
     axes.set(
-        xscale="log",
         yscale="log",
         xlabel="share of the full cache's bytes (log)",
         ylabel="KL to the full cache, nats (log)",
     )
-    axes.set_xticks([1 / 16, 1 / 8, 1 / 4], ["1/16", "1/8", "1/4"], minor=False)
-    axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.3)
+    mark_shares(axes)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 

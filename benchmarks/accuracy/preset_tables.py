@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
-from tables import RESULTS, Read, Table, kl, longbench, retrieval, score, show
+from tables import RESULTS, SHORT, Read, Table, kl, longbench, mark_shares, retrieval, score, short_cells, show
 
-from crushkv.evaluation import Sample, read_report_samples
-from crushkv.evaluation.statistics import by_task, macro_mean
+from crushkv.evaluation import read_report_samples
 
 READAHEAD = "ahead=16,half_life=8,value_norm=true"
 SIZES = {"0.25": "4 times smaller", "0.125": "8 times", "0.0625": "16 times"}
+SMALLER = ("0.125", "0.0625")  # at a quarter every token fits in few bits
 
 
 def halves(
@@ -41,6 +41,16 @@ def pages(budget: str) -> str:
     return "snapkv:budget=0.25,page_size=16" if budget == "0.25" else f"snapkv:budget={budget}"
 
 
+def published(budget: str) -> str:
+    """SnapKV of single tokens, in 16 bits."""
+    return f"snapkv:budget={budget},page_size=1"
+
+
+def readahead(budget: str) -> str:
+    """The default: pages of 16, in 16 bits."""
+    return f"readahead:budget={budget}"
+
+
 ROWS = {
     "full cache": "full",
     "`safe`": "safe",
@@ -50,19 +60,19 @@ ROWS = {
     "`small`, its second half chosen by KVCrush": kvcrush("0.125"),
     "SnapKV, half 4, half 2 bits, a quarter": halves("0.25", ""),
     "SnapKV, half 4, half 2 bits, an eighth": halves("0.125", ""),
-    "16 bits (the default), a quarter": "readahead:budget=0.25",
-    "16 bits, an eighth": "readahead:budget=0.125",
+    "16 bits (the default), a quarter": readahead("0.25"),
+    "16 bits, an eighth": readahead("0.125"),
     "SnapKV in pages, 16 bits, a quarter": pages("0.25"),
     "SnapKV in pages, 16 bits, an eighth": pages("0.125"),
-    "SnapKV as published, 16 bits, a quarter": "snapkv:budget=0.25,page_size=1",
+    "SnapKV as published, 16 bits, a quarter": published("0.25"),
 }
 CURVES: Mapping[str, Mapping[str, str]] = {
     "presets: readahead, 4 and 2 bits": {budget: preset(budget) for budget in SIZES},
-    "the same, second half by KVCrush": {budget: kvcrush(budget) for budget in ("0.125", "0.0625")},
+    "the same, second half by KVCrush": {budget: kvcrush(budget) for budget in SMALLER},
     "SnapKV in pages, 4 and 2 bits": {budget: halves(budget, "") for budget in SIZES},
-    "readahead in pages, 16 bits": {budget: f"readahead:budget={budget}" for budget in SIZES},
+    "readahead in pages, 16 bits": {budget: readahead(budget) for budget in SIZES},
     "SnapKV in pages, 16 bits": {budget: pages(budget) for budget in SIZES},
-    "SnapKV as published, 16 bits": {budget: f"snapkv:budget={budget},page_size=1" for budget in SIZES},
+    "SnapKV as published, 16 bits": {budget: published(budget) for budget in SIZES},
 }
 # Alike where the format is.
 COLOURS = dict(zip(CURVES, ("tab:blue", "tab:orange", "tab:blue", "tab:red", "tab:red", "tab:brown"), strict=True))
@@ -76,15 +86,11 @@ def lengths(tokens: str) -> Read:
 def in_short(distances: Table, scores: Table) -> None:
     show(
         "Presets, in short",
-        ["", "bytes", "KL", "same token", "LongBench score", "minus the full cache", "needles, 2k", "4k"],
+        ["", *SHORT, "needles, 2k", "4k"],
         [
             [
                 label,
-                scores.bytes(name),
-                distances.mean(name, kl, interval=False),
-                distances.mean(name, lambda s: s.agreement, interval=False),
-                scores.mean(name, longbench, interval=False),
-                "" if name == "full" else scores.difference(name, "full", longbench),
+                *short_cells(distances, name, scores, name),
                 *(scores.mean(name, lengths(tokens), 2, interval=False) for tokens in ("2k", "4k")),
             ]
             for label, name in ROWS.items()
@@ -97,9 +103,11 @@ def goals(distances: Table, scores: Table) -> None:
     aims = {"0.25": ("-0.3 %", None, "-1 %"), "0.125": ("-1 %", "0.25", "-5 %"), "0.0625": ("-3 %", "1.00", "-10 %")}
 
     def of(table: Table, name: str, read: Read) -> float:
-        return macro_mean(by_task(table.groups[name], read)).mean
+        found = table.estimate(name, read)
+        assert found is not None, name
+        return found.mean
 
-    published = of(distances, "snapkv:budget=0.25,page_size=1", kl)
+    yardstick = of(distances, published("0.25"), kl)
     lines = []
     for budget, (least, most, found) in aims.items():
         name = preset(budget)
@@ -110,7 +118,7 @@ def goals(distances: Table, scores: Table) -> None:
                 SIZES[budget],
                 score_change,
                 least,
-                f"{of(distances, name, kl) / published:.2f}",
+                f"{of(distances, name, kl) / yardstick:.2f}",
                 most or "",
                 needles_change,
                 found,
@@ -167,20 +175,19 @@ def steps(distances: Table) -> None:
         ["pages of 16", *SIZES.values()],
         [
             ["SnapKV", *(distances.mean(pages(b)) for b in SIZES)],
-            ["readahead", *(distances.mean(f"readahead:budget={b}") for b in SIZES)],
-            ["difference", *(distances.difference(f"readahead:budget={b}", pages(b)) for b in SIZES)],
+            ["readahead", *(distances.mean(readahead(b)) for b in SIZES)],
+            ["difference", *(distances.difference(readahead(b), pages(b)) for b in SIZES)],
         ],
     )
     window = "ahead=16,value_norm=true,window=16"
     show(
         "A window of 16 tokens, all queries alike, minus the presets: KL",
-        ["", *list(SIZES.values())[1:]],
-        [["difference", *(distances.difference(halves(b, window), halves(b)) for b in list(SIZES)[1:])]],
+        ["", *(SIZES[b] for b in SMALLER)],
+        [["difference", *(distances.difference(halves(b, window), halves(b)) for b in SMALLER)]],
     )
 
 
 def behind_the_chat_template(table: Table) -> None:
-    smaller = list(SIZES)[1:]
     rows: dict[str, Callable[[str], str]] = {
         "SnapKV": lambda b: halves(b, ""),
         "the presets": lambda b: f"small:budget={b}",
@@ -188,12 +195,12 @@ def behind_the_chat_template(table: Table) -> None:
     }
     show(
         "Behind the chat template: KL, and minus SnapKV's",
-        ["half 4, half 2 bits", *(SIZES[b] for b in smaller), *("minus SnapKV, " + SIZES[b] for b in smaller)],
+        ["half 4, half 2 bits", *(SIZES[b] for b in SMALLER), *("minus SnapKV, " + SIZES[b] for b in SMALLER)],
         [
             [
                 label,
-                *(table.mean(of(b)) for b in smaller),
-                *("" if label == "SnapKV" else table.difference(of(b), halves(b, "")) for b in smaller),
+                *(table.mean(of(b)) for b in SMALLER),
+                *("" if label == "SnapKV" else table.difference(of(b), halves(b, "")) for b in SMALLER),
             ]
             for label, of in rows.items()
         ],
@@ -203,9 +210,9 @@ def behind_the_chat_template(table: Table) -> None:
 def held_out(table: Table) -> None:
     presets = {"0.25": "balanced", "0.125": "small", "0.0625": "small:budget=0.0625"}
     rows: dict[str, Callable[[str], str]] = {
-        "SnapKV as published, 16 bits": lambda b: f"snapkv:budget={b},page_size=1",
+        "SnapKV as published, 16 bits": published,
         "SnapKV in pages, 16 bits": lambda b: f"snapkv:budget={b}",
-        "readahead, 16 bits (the default)": lambda b: f"readahead:budget={b}",
+        "readahead, 16 bits (the default)": readahead,
         "SnapKV, half 4, half 2 bits": lambda b: halves(b, "", recent_bits=16),
         "the presets": lambda b: presets[b],
     }
@@ -224,7 +231,6 @@ def held_out(table: Table) -> None:
 
 
 def own_part(distances: Table) -> None:
-    smaller = list(SIZES)[1:]
     others: dict[str, Callable[[str], str]] = {
         "the next best scores": halves,
         "evenly by position": lambda b: halves(b, grouping="position"),
@@ -233,8 +239,8 @@ def own_part(distances: Table) -> None:
     }
     show(
         "The second half chosen by KVCrush: KL minus KL of other choices, at equal bytes",
-        ["minus", *(SIZES[b] for b in smaller)],
-        [[label, *(distances.difference(kvcrush(b), other(b)) for b in smaller)] for label, other in others.items()],
+        ["minus", *(SIZES[b] for b in SMALLER)],
+        [[label, *(distances.difference(kvcrush(b), other(b)) for b in SMALLER)] for label, other in others.items()],
     )
 
 
@@ -251,28 +257,22 @@ def plot(distances: Table, scores: Table, path: Path) -> None:
     )
     for axis, (title, table, read) in zip(axes, panels, strict=True):
         for label, curve in CURVES.items():
-            groups = [table.groups[name] for name in curve.values() if name in table.groups]
-            points = [(_share(group), macro_mean(by_task(group, read))) for group in groups]
+            points = [(table.share(n), e.mean) for n in curve.values() if (e := table.estimate(n, read)) is not None]
             style = {"color": COLOURS[label], "linestyle": "--" if label.startswith("SnapKV") else "-"}
-            axis.plot([x for x, _ in points], [e.mean for _, e in points], marker="o", label=label, **style)
+            axis.plot(*zip(*points, strict=True), marker="o", label=label, **style)
         if read is not kl:
-            full = macro_mean(by_task(table.groups["full"], read)).mean
-            axis.axhline(full, color="grey", linestyle=":", label="full cache")
+            full = table.estimate("full", read)
+            assert full is not None
+            axis.axhline(full.mean, color="grey", linestyle=":", label="full cache")
             axis.set_ylim(bottom=0)
-        axis.set(xscale="log", title=title, xlabel="share of the full cache's bytes")
-        axis.set_xticks([1 / 16, 1 / 8, 1 / 4], ["1/16", "1/8", "1/4"], minor=False)
-        axis.set_xticks([], minor=True)
-        axis.grid(alpha=0.3)
+        axis.set(title=title, xlabel="share of the full cache's bytes")
+        mark_shares(axis)
     axes[2].set_yscale("log")
     axes[2].set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"])
     axes[2].set_yticks([], minor=True)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
-
-
-def _share(group: list[Sample]) -> float:
-    return sum(sample.bytes_fraction for sample in group) / len(group)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from crushkv.evaluation import Sample, read_report_samples
 from crushkv.evaluation.statistics import Estimate, by_task, macro_mean, paired
@@ -42,11 +43,15 @@ class Table:
         for sample in samples:
             self.groups[sample.name].append(sample)
 
-    def mean(self, name: str, read: Read = kl, digits: int = 3, interval: bool = True) -> str:
+    def estimate(self, name: str, read: Read = kl) -> Estimate | None:
+        """The mean, each task counting alike; None where nothing was measured."""
         values = by_task(self.groups.get(name, []), read)
-        if not values:
+        return macro_mean(values) if values else None
+
+    def mean(self, name: str, read: Read = kl, digits: int = 3, interval: bool = True) -> str:
+        found = self.estimate(name, read)
+        if found is None:
             return ""
-        found = macro_mean(values)
         text = f"{found.mean:.{digits}f}"
         return f"{text} ({found.low:.{digits}f} to {found.high:.{digits}f})" if interval else text
 
@@ -57,9 +62,13 @@ class Table:
             return ""
         return _signed(found.estimate, digits)
 
+    def share(self, name: str) -> float:
+        """Bytes held, as a share of the full cache's."""
+        group = self.groups[name]
+        return sum(s.bytes_fraction for s in group) / len(group)
+
     def bytes(self, name: str) -> str:
-        group = self.groups.get(name, [])
-        return f"{sum(s.bytes_fraction for s in group) / len(group):.1%}" if group else ""
+        return f"{self.share(name):.1%}" if name in self.groups else ""
 
     def task(self, name: str, task: str, read: Read, digits: int = 3) -> str:
         values = [v for s in self.groups.get(name, []) if s.task == task and (v := read(s)) is not None]
@@ -77,6 +86,28 @@ def show(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> Non
     print("|---|" + "---:|" * (len(head) - 1))
     for line in lines:
         print("| " + " | ".join(line) + " |")
+
+
+SHORT = ("bytes", "KL", "same token", "LongBench score", "minus the full cache")
+
+
+def short_cells(distances: Table, followed: str, scores: Table, answered: str) -> list[str]:
+    """Cells under `SHORT`: of a configuration's name in the sweep of fidelity and in that of scores."""
+    return [
+        scores.bytes(answered),
+        distances.mean(followed, kl, interval=False),
+        distances.mean(followed, lambda s: s.agreement, interval=False),
+        scores.mean(answered, longbench, interval=False),
+        "" if answered == "full" else scores.difference(answered, "full", longbench),
+    ]
+
+
+def mark_shares(axes: Any) -> None:
+    """A logarithmic axis of the share of the full cache's bytes."""
+    axes.set_xscale("log")
+    axes.set_xticks([1 / 16, 1 / 8, 1 / 4], ["1/16", "1/8", "1/4"], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
 
 
 def name(policy: str, budget: str, page: int, share: str, more: str = "") -> str:
