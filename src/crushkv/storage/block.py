@@ -22,10 +22,14 @@ class Coordinates:
     values: Codes | Tensor
 
     @classmethod
-    def of(cls, x: Tensor, basis: Basis, bits: int, group_size: int) -> Coordinates:
-        """What a tensor of `bits` bits will hold of `x [B, Hkv, P, D]`."""
-        found = basis.coordinates(x)
-        return cls(found.to(x.dtype) if bits == RAW else quantize(found, group_size))
+    def of(cls, x: Tensor, basis: Basis, positions: Tensor, bits: int, group_size: int) -> Coordinates:
+        """What a tensor of `bits` bits will hold of `x [B, Hkv, P, D]` at `positions [B, Hkv, P]`."""
+        return cls.of_numbers(basis.coordinates(x, positions), x.dtype, bits, group_size)
+
+    @classmethod
+    def of_numbers(cls, numbers: Tensor, dtype: torch.dtype, bits: int, group_size: int) -> Coordinates:
+        """The same of coordinates, float32 `[B, Hkv, P, R]`, where the model's dtype is `dtype`."""
+        return cls(numbers.to(dtype) if bits == RAW else quantize(numbers, group_size))
 
     @staticmethod
     def joined(parts: list[Coordinates]) -> Coordinates:
@@ -40,6 +44,16 @@ class Coordinates:
         """The tokens at `indices [B, Hkv, K]`."""
         values = self.values
         return Coordinates(values.gather(indices) if isinstance(values, Codes) else take(values, indices))
+
+    def replaced(self, by: Coordinates, where: Tensor) -> Coordinates:
+        """These, but for the tokens of `where [B, Hkv, P]`, which are those of `by`."""
+        at = where[..., None]
+        if isinstance(self.values, Codes) and isinstance(by.values, Codes):
+            names = ("codes", "low", "span")
+            pairs = ((getattr(by.values, name), getattr(self.values, name)) for name in names)
+            return Coordinates(Codes(*(torch.where(at, new, old) for new, old in pairs)))
+        assert isinstance(self.values, Tensor) and isinstance(by.values, Tensor)
+        return Coordinates(torch.where(at, by.values, self.values))
 
 
 class PackedTensor:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .basis import Basis, fit
+from . import channels
+from .basis import Basis, fit, fit_channels
 from .block import Coordinates, PackedTensor
 from .buffers import take
+from .channels import ChannelFormat, ChannelTensor
 from .dense import DenseStorage
 from .formats import RAW, Formats, LayerSizes
+from .rope import Rope
 from .rotation import rotation, turn
+from .widths import allocate
 from .workspace import Workspace
+
+Part = PackedTensor | ChannelTensor
+
+
+@dataclass(frozen=True)
+class KeyEnergy:
+    """What widths of channels are chosen by: mean squares, float32 `[Hkv, D]`.
+
+    keys: of the keys less their mean before RoPE. queries: of the queries of a KV head's group.
+    """
+
+    keys: Tensor
+    queries: Tensor
 
 
 class TieredStorage:
@@ -21,24 +39,40 @@ class TieredStorage:
     and recent tokens, unless these have a block of their own.
 
     Attention does not depend on the order of what it attends to, so nothing is ever sorted for it. Tokens are
-    quantized when `keep` first puts them into a block. From then on their codes are moved and never made anew.
+    quantized when `keep` first puts them into a block. From then on their codes are moved and not made anew, but for
+    keys whose channels have widths of their own: these are coded once more when they move to another block.
 
     Args:
         formats: of the tiers.
         growth: see `DenseStorage`.
         workspace: shared by the layers of a cache: only one of them is unpacked at a time.
+        rope: how the keys turn with their position; None: they do not, or it is not known.
+        forms: the format of the keys of each block that has channels of its own widths, None for each other block;
+            None: found from the prompt, by `fit`.
     """
 
-    def __init__(self, formats: Formats, growth: int = 64, workspace: Workspace | None = None) -> None:
+    def __init__(
+        self,
+        formats: Formats,
+        growth: int = 64,
+        workspace: Workspace | None = None,
+        rope: Rope | None = None,
+        forms: Sequence[ChannelFormat | None] | None = None,
+    ) -> None:
         self.formats = formats
         self.dense = DenseStorage(growth)
+        self.rope = rope
         self._workspace = workspace or Workspace()
+        self._given_forms = forms
         self.clear()
 
     def clear(self) -> None:
         self.dense.clear()
+        self.seen = 0
         self.bases: tuple[Basis, Basis] | None = None
-        self._blocks: list[tuple[PackedTensor, PackedTensor]] = []
+        self.forms = self._given_forms
+        self._blocks: list[tuple[Part, Part]] = []
+        self._positions: Tensor | None = None  # int32 [B, Hkv, slots of the last `keep`]
 
     # Size
 
@@ -74,6 +108,11 @@ class TieredStorage:
         return self.blocked + self.dense.length
 
     @property
+    def kept(self) -> int:
+        """Slots of the last `keep`; behind them is what came since."""
+        return 0 if self._positions is None else self._positions.shape[2]
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, room to grow included."""
         blocks = sum(keys.nbytes + values.nbytes for keys, values in self._blocks)
@@ -85,7 +124,15 @@ class TieredStorage:
         if self.empty:
             return 0
         codes = sum(part.nbytes for pair in self._blocks for part in pair if part.bits != RAW)
+        codes += sum(basis.spread.nbytes for basis in self.bases or () if basis.spread is not None)
         return codes + (self.nbytes - codes) * 2 // self._dense_keys.element_size()
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes held besides keys and values: positions, and widths that no profile gave."""
+        own = () if self.forms is None or self.forms is self._given_forms else self.forms
+        positions = 0 if self._positions is None else self._positions.nbytes
+        return positions + sum(form.nbytes for form in own if form is not None)
 
     def sizes(self) -> LayerSizes:
         """The arithmetic of bytes for one row of what is held."""
@@ -97,23 +144,49 @@ class TieredStorage:
             ranks = (self.bases[0].rank(sizes[0]), self.bases[1].rank(sizes[1]))
         return LayerSizes(self.formats, self.kv_heads, sizes, ranks, keys.element_size())
 
+    @property
+    def positions(self) -> Tensor:
+        """Position of every slot, int64 `[B, Hkv, P]`: the number of tokens before it, padding counted."""
+        recent = torch.arange(self.seen - (self.length - self.kept), self.seen, device=self.device)
+        recent = recent.expand(self.rows, self.kv_heads, -1)
+        return recent if self._positions is None else torch.cat([self._positions.long(), recent], dim=2)
+
     # What goes in
 
     def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> tuple[Tensor, Tensor]:
         """Adds tokens at the end, with room for `reserve` more; returns what `attended` does."""
         self.dense.append(keys, values, reserve)
+        self.seen += keys.shape[2]
         return self.attended()
 
     @torch.no_grad()
-    def fit(self, real: Tensor | None) -> None:
-        """Finds the coordinates for the blocks, once, from all tokens of which `real [B, P]` is not False."""
-        if self.bases is None and not self.formats.raw:
-            keys, values, f = self._dense_keys, self.dense.values, self.formats
-            assert values is not None
-            self.bases = (
-                fit(keys, real, centred=True, rotate=f.rotation, rank=f.rank),
-                fit(values, real, centred=False, rotate=f.rotation, rank=f.rank),
-            )
+    def fit(self, real: Tensor | None, energy: KeyEnergy | None = None) -> None:
+        """Finds the coordinates for the blocks, once, from all tokens of which `real [B, P]` is not False.
+
+        Args:
+            energy: what widths of channels are chosen by, where no formats were given; None: the prompt's keys, and
+                queries that are alike in all channels.
+        """
+        if self.bases is not None or self.formats.raw:
+            return
+        keys, values, f = self._dense_keys, self.dense.values, self.formats
+        assert values is not None
+        positions = torch.arange(self.seen - keys.shape[2], self.seen, device=keys.device)[None, None]
+        if f.by_channel:
+            of_keys = fit_channels(keys, positions, real, self.rope)
+            if self.forms is None:
+                self.forms = self._own_forms(of_keys, energy)
+        else:
+            of_keys = fit(keys, positions, real, centred=True, rotate=f.rotation, rank=f.rank, rope=self.rope)
+        of_values = fit(values, positions, real, centred=False, rotate=f.rotation, rank=f.rank)
+        self.bases = of_keys, of_values
+
+    def _own_forms(self, basis: Basis, energy: KeyEnergy | None) -> list[ChannelFormat | None]:
+        if energy is None:
+            assert basis.spread is not None
+            keys = basis.spread.float().square().mean((0, 2))
+            energy = KeyEnergy(keys, torch.ones_like(keys))
+        return channel_formats(self.formats, energy)
 
     @torch.no_grad()
     def keep(self, indices: Tensor, lengths: Sequence[int]) -> None:
@@ -127,27 +200,90 @@ class TieredStorage:
         *blocks, stays = indices.split(list(lengths), dim=2)
         # What only fills rows up may point into a block.
         dense = (stays - self.blocked).clamp(min=0)
-        self._blocks = list(zip(self._moved(0, blocks), self._moved(1, blocks), strict=True))
+        self._blocks = list(zip(self._moved_keys(blocks), self._moved(1, blocks), strict=True))
+        self._positions = self.positions.gather(2, indices).to(torch.int32)
         self.dense.keep(dense)
         if not self.blocked:
-            self._blocks, self.bases = [], None
+            self._blocks, self.bases, self.forms = [], None, self._given_forms
 
-    def _moved(self, which: int, parts: Sequence[Tensor]) -> list[PackedTensor]:
+    def _moved_keys(self, parts: Sequence[Tensor]) -> Sequence[Part]:
+        return self._recoded(parts) if self.formats.by_channel else self._moved(0, parts)
+
+    def _moved(self, which: int, parts: Sequence[Tensor]) -> Sequence[Part]:
         """Keys (0) or values (1) of the tokens in the slots of each part, in the format of its block."""
         if not parts:
             return []
+        x, basis = self._source(which)
+        widest, group_size = int(self.formats.important[which]), self.formats.group_size
+        positions = self.positions
+        if self._blocks:
+            held = [part.coordinates() for block in self._blocks if isinstance(part := block[which], PackedTensor)]
+            new = Coordinates.of(x, basis, positions[..., self.blocked :], widest, group_size)
+            source = Coordinates.joined([*held, new])
+            moved = [source.gather(part) for part in parts]
+        else:  # a whole prompt, most of which goes: only what stays is quantized
+            moved = [
+                Coordinates.of(take(x, part), basis, positions.gather(2, part), widest, group_size) for part in parts
+            ]
+        widths = (int(bits[which]) for bits in self.formats.blocks)
+        return [PackedTensor.of(tokens, bits) for tokens, bits in zip(moved, widths, strict=True)]
+
+    def _source(self, which: int) -> tuple[Tensor, Basis]:
         assert self.bases is not None, "fit() comes first"
         x = (self.dense.keys, self.dense.values)[which]
         assert x is not None
-        basis, widest, group_size = self.bases[which], self.formats.important[which], self.formats.group_size
-        if self._blocks:
-            held = [block[which].coordinates() for block in self._blocks]
-            source = Coordinates.joined([*held, Coordinates.of(x, basis, widest, group_size)])
-            moved = [source.gather(part) for part in parts]
-        else:  # a whole prompt, most of which goes: only what stays is quantized
-            moved = [Coordinates.of(take(x, part), basis, widest, group_size) for part in parts]
-        widths = (bits[which] for bits in self.formats.blocks)
-        return [PackedTensor.of(tokens, bits) for tokens, bits in zip(moved, widths, strict=True)]
+        return x, self.bases[which]
+
+    def _recoded(self, parts: Sequence[Tensor]) -> list[Part]:
+        """Keys of the tokens in the slots of each part, in the format of its block.
+
+        A token that stays in its block keeps its codes. One that moves to another is coded from what its codes stand
+        for: codes of fewer levels that nest in those of more would make a larger error (docs/research.md).
+        """
+        if not parts:
+            return []
+        x, basis = self._source(0)
+        assert basis.spread is not None and self.forms is not None
+        positions = self.positions
+        # Numbers of the tokens that are in no block yet, behind those of the blocks.
+        held, start, result = self._block_numbers(), 0, list[Part]()
+        before = [keys for keys, _ in self._blocks] or [None] * len(parts)
+        for part, old, bits, form in zip(parts, before, self.formats.blocks, self.forms, strict=True):
+            numbers = self._numbers(part, x, basis, held, positions)
+            end = start + (0 if old is None else old.tokens)
+            stays = (part >= start) & (part < end) if end > start else None
+            at = (part - start).clamp(0, max(0, end - start - 1))
+            if form is None:
+                made = Coordinates.of_numbers(numbers, x.dtype, int(bits[0]), self.formats.group_size)
+                if stays is not None and isinstance(old, PackedTensor):
+                    made = made.replaced(old.coordinates().gather(at), stays)
+                result.append(PackedTensor.of(made, int(bits[0])))
+            else:
+                codes = channels.quantize(numbers, basis.spread, form)
+                if stays is not None and isinstance(old, ChannelTensor):
+                    codes = codes.replaced(old.codes().gather(at), stays)
+                result.append(ChannelTensor.of(codes, form))
+            start = end
+        return result
+
+    def _block_numbers(self) -> Tensor | None:
+        """What the keys in blocks stand for, less the centre: float32 `[B, Hkv, P, D]`; None: there are none."""
+        if not self._blocks:
+            return None
+        shape = (self.rows, self.kv_heads, self.blocked, self._dense_keys.shape[-1])
+        out, start = torch.empty(shape, device=self.device), 0
+        for keys, _ in self._blocks:
+            self._write_numbers(keys, out[:, :, start : start + keys.tokens])
+            start += keys.tokens
+        return out
+
+    def _numbers(self, part: Tensor, x: Tensor, basis: Basis, held: Tensor | None, positions: Tensor) -> Tensor:
+        """Keys less their centre of the tokens in the slots `part`, float32 `[B, Hkv, P, D]`."""
+        blocked = self.blocked
+        new = basis.coordinates(take(x, (part - blocked).clamp(min=0)), positions.gather(2, part))
+        if held is None:
+            return new
+        return torch.where((part < blocked)[..., None], take(held, part.clamp(max=blocked - 1)), new)
 
     # What comes out
 
@@ -189,24 +325,32 @@ class TieredStorage:
         start = 0
         for block in self._blocks:
             end = start + block[which].tokens
-            self._unpack(block[which], basis, out[:, :, start:end])
+            self._unpack(block[which], basis, start, out[:, :, start:end])
             start = end
         out[:, :, start:] = dense if basis.rotation is None else turn(dense, basis.rotation)
         return out
 
-    def _unpack(self, part: PackedTensor, basis: Basis, out: Tensor) -> None:
+    def _unpack(self, part: Part, basis: Basis, start: int, out: Tensor) -> None:
         numbers = out
         if basis.projection is not None or out.dtype != torch.float32:
             shape = (*out.shape[:3], basis.rank(out.shape[-1]))
             numbers = self._workspace.take("numbers", shape, torch.float32, out.device)
-        part.write(numbers)
+        self._write_numbers(part, numbers)
         if basis.projection is not None:
             numbers = numbers @ basis.projection.float().transpose(-1, -2)
-        if basis.centre is not None:
-            centre = basis.centre.float()
+        assert self._positions is not None
+        centre = basis.centre_at(self._positions[..., start : start + part.tokens])
+        if centre is not None:
             numbers += centre if basis.rotation is None else turn(centre, basis.rotation)
         if numbers is not out:
             out.copy_(numbers)
+
+    def _write_numbers(self, part: Part, out: Tensor) -> None:
+        if isinstance(part, ChannelTensor):
+            assert self.bases is not None and self.bases[0].spread is not None
+            part.write(self.bases[0].spread, out)
+        else:
+            part.write(out)
 
     # The rest
 
@@ -217,36 +361,69 @@ class TieredStorage:
             part.select_rows(rows)
         for basis in self.bases or ():
             basis.select_rows(rows)
+        if self._positions is not None:
+            self._positions = self._positions.index_select(0, rows.to(self._positions.device))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that is held, by name."""
-        named = {"keys": self.dense.keys, "values": self.dense.values}
+        named = {"keys": self.dense.keys, "values": self.dense.values, "positions": self._positions}
         for which, name in enumerate(("keys", "values")):
             for number, block in enumerate(self._blocks):
                 named |= {f"block{number}.{name}.{key}": t for key, t in block[which].tensors.items()}
             if self.bases is not None:
                 basis = self.bases[which]
-                named |= {f"centre.{name}": basis.centre, f"projection.{name}": basis.projection}
+                named |= {f"{part}.{name}": getattr(basis, part) for part in ("centre", "projection", "spread")}
+        if self.rope is not None and self.bases is not None:
+            named |= {"rope.partner": self.rope.partner, "rope.frequencies": self.rope.frequencies}
+        if self._blocks:
+            for number, form in enumerate(self.forms or ()):
+                if form is not None:
+                    named |= {f"block{number}.widths": form.widths, f"block{number}.weight": form.weight}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces everything by what `state` of a storage of the same formats gave."""
+    def load_state(self, tensors: Mapping[str, Tensor], seen: int) -> None:
+        """Replaces everything by what `state` of a storage of the same formats gave, which had seen so many tokens."""
         self.clear()
         self.dense.append(tensors["keys"], tensors["values"])
+        self.seen = seen
+        self._positions = tensors.get("positions")
         if self.formats.raw or "centre.keys" not in tensors:
             return
+        if "rope.partner" in tensors:  # what the codes were made with, whatever the model says now
+            self.rope = Rope(tensors["rope.partner"], tensors["rope.frequencies"])
+        else:
+            self.rope = None
         sides = ("keys", "values")
         keys, values = (self._loaded_basis(tensors, name) for name in sides)
+        keys.rope = self.rope
         self.bases = keys, values
+        forms: list[ChannelFormat | None] = []
         for number, bits in enumerate(self.formats.blocks):
             of_keys, of_values = (_of_prefix(tensors, f"block{number}.{name}.") for name in sides)
+            form = None
+            if (widths := tensors.get(f"block{number}.widths")) is not None:
+                form = ChannelFormat(widths, tensors[f"block{number}.weight"])
+            forms.append(form)
             if of_keys:
-                self._blocks.append((PackedTensor(bits[0], of_keys), PackedTensor(bits[1], of_values)))
+                held = PackedTensor(int(bits[0]), of_keys) if form is None else ChannelTensor(form, of_keys)
+                self._blocks.append((held, PackedTensor(bits[1], of_values)))
+        if self.formats.by_channel:
+            self.forms = forms
 
     def _loaded_basis(self, tensors: Mapping[str, Tensor], name: str) -> Basis:
-        projection, x = tensors.get(f"projection.{name}"), tensors[name]
-        turned = self.formats.rotation and projection is None
-        return Basis(rotation(x.shape[-1], x.device) if turned else None, projection, tensors.get(f"centre.{name}"))
+        projection, spread, x = tensors.get(f"projection.{name}"), tensors.get(f"spread.{name}"), tensors[name]
+        turned = self.formats.rotation and projection is None and spread is None
+        matrix = rotation(x.shape[-1], x.device) if turned else None
+        return Basis(matrix, projection, tensors.get(f"centre.{name}"), spread=spread)
+
+
+def channel_formats(formats: Formats, energy: KeyEnergy) -> list[ChannelFormat | None]:
+    """The format of the keys of each block, with widths for that energy; None where all channels have the same."""
+    product = energy.keys * energy.queries
+    return [
+        ChannelFormat(allocate(product, keys), energy.queries) if formats.key_channels(keys) else None
+        for keys, _ in formats.blocks
+    ]
 
 
 def _of_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

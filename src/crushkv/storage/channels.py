@@ -1,0 +1,182 @@
+"""Keys whose channels have widths of their own, with one scale a token.
+
+A key less the centre is divided by the root mean square of each channel and by the token's scale, and rounded to the levels
+of a uniform quantizer for normal numbers, each channel at its own width. The scale is the one of a few that makes the
+error of the logits least: a fixed one would clip outliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .buffers import take
+from .widths import STEPS
+
+# Scales that are tried, as parts of the token's root mean square.
+_FACTORS = (0.8, 1.0, 1.25, 1.6, 2.2)
+# A scale is a power of 2 ** (1 / 16) in eight bits: finer than what the search is about.
+_OCTAVE, _UNIT = 16, 128
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelFormat:
+    """Widths of one layer's keys, shared by the rows of a batch and by all caches with the same profile.
+
+    Attributes:
+        widths: int64 `[Hkv, D]`, bits of each channel, 0 to 6.
+        weight: float32 `[Hkv, D]`, what an error in a channel costs: the energy of the queries there.
+    """
+
+    widths: Tensor
+    weight: Tensor
+
+    @cached_property
+    def planes(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
+        """Where the bits of the codes lie: for planes of 4, 2 and 1 bits, the channels `[n]` of all heads that have
+        bits in it, and how far up in the code they stand, uint8 `[n, 1]`."""
+        flat = self.widths.flatten()
+        found = []
+        for width in (4, 2, 1):
+            channels = (flat & width).nonzero()[:, 0]
+            found.append((width, channels, (flat[channels] % width).to(torch.uint8)[:, None]))
+        return tuple(found)
+
+    @cached_property
+    def steps(self) -> Tensor:
+        """Distance of the levels, float32 `[Hkv, 1, D]`."""
+        return torch.tensor(STEPS, device=self.widths.device)[self.widths][:, None]
+
+    @cached_property
+    def last(self) -> Tensor:
+        """The greatest code, float32 `[Hkv, 1, D]`."""
+        return ((1 << self.widths) - 1).float()[:, None]
+
+    def to(self, device: torch.device) -> ChannelFormat:
+        if device == self.widths.device:
+            return self
+        return ChannelFormat(self.widths.to(device), self.weight.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.widths.nbytes + self.weight.nbytes
+
+
+@dataclass(frozen=True)
+class ChannelCodes:
+    """codes: uint8 `[B, Hkv, P, D]`. scale: uint8 `[B, Hkv, P, 1]`, a power of two in sixteenths."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def gather(self, indices: Tensor) -> ChannelCodes:
+        """The tokens at `indices [B, Hkv, K]`."""
+        return ChannelCodes(take(self.codes, indices), take(self.scale, indices))
+
+    def replaced(self, by: ChannelCodes, where: Tensor) -> ChannelCodes:
+        """These codes, but for the tokens of `where [B, Hkv, P]`, which have those of `by`."""
+        at = where[..., None]
+        return ChannelCodes(torch.where(at, by.codes, self.codes), torch.where(at, by.scale, self.scale))
+
+
+def scales(codes: Tensor) -> Tensor:
+    """Float32 scales of uint8 codes."""
+    return ((codes.float() - _UNIT) / _OCTAVE).exp2_()
+
+
+def quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
+    """Codes of keys `x [B, Hkv, P, D]` less their centre.
+
+    Args:
+        spread: float `[B, Hkv, 1, D]`, the root mean square of each channel.
+    """
+    z = x.float() / spread.float()
+    # Channels without a width bring the same error whatever the scale.
+    weight = form.weight[:, None] * spread.float().square()
+    used = (form.widths > 0)[:, None]
+    size = (z.square() * used).sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
+    base = size.sqrt().clamp(min=_LEAST).log2()
+    best: tuple[ChannelCodes, Tensor] | None = None
+    for factor in _FACTORS:
+        logarithm = (base + torch.tensor(factor).log2()) * _OCTAVE
+        scale = (logarithm.round() + _UNIT).clamp(0, 255).to(torch.uint8)
+        y = z / scales(scale)
+        codes = (y / form.steps + (form.last + 1) / 2).floor_().clamp_(min=0).minimum(form.last)
+        error = ((codes - form.last / 2) * form.steps - y).square_().mul_(weight).sum(-1, keepdim=True)
+        error = error * scales(scale).square()
+        found = ChannelCodes(codes.to(torch.uint8), scale)
+        if best is None:
+            best = found, error
+        else:
+            better = error < best[1]
+            best = best[0].replaced(found, better[..., 0]), torch.where(better, error, best[1])
+    assert best is not None
+    return best[0]
+
+
+class ChannelTensor:
+    """Keys of a tier in packed codes.
+
+    tensors: uint8 `plane4`, `plane2` and `plane1`, `[B, n, bytes]` with the n channels of `ChannelFormat.planes`, and
+    `scale [B, Hkv, P, 1]`. A plane packs along the tokens as `packing` does, which are filled up to a multiple of 8.
+    """
+
+    bits = 0  # not the model's dtype
+
+    def __init__(self, form: ChannelFormat, tensors: Mapping[str, Tensor]) -> None:
+        self.form = form
+        self.tensors = dict(tensors)
+
+    @classmethod
+    def of(cls, codes: ChannelCodes, form: ChannelFormat) -> ChannelTensor:
+        rows, _, tokens, _ = codes.codes.shape
+        by_channel = F.pad(codes.codes.transpose(-1, -2).flatten(1, 2), (0, -tokens % 8))  # [B, Hkv * D, P]
+        tensors = {"scale": codes.scale}
+        for width, channels, shift in form.planes:
+            part = (by_channel[:, channels] >> shift) & ((1 << width) - 1)
+            stretches = part.unflatten(-1, (8 // width, -1)).unbind(-2)
+            plane = stretches[0].clone()
+            for k, stretch in enumerate(stretches[1:], start=1):
+                plane |= stretch << (k * width)
+            tensors[f"plane{width}"] = plane
+        return cls(form, tensors)
+
+    @property
+    def tokens(self) -> int:
+        return self.tensors["scale"].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+    def by_channel(self) -> Tensor:
+        """Codes, uint8 `[B, Hkv, D, P]`, P filled up to a multiple of 8."""
+        heads, size = self.form.widths.shape
+        rows = self.tensors["scale"].shape[0]
+        filled = -(-self.tokens // 8) * 8
+        out = self.tensors["scale"].new_zeros((rows, heads * size, filled))
+        for width, channels, shift in self.form.planes:
+            plane = self.tensors[f"plane{width}"]
+            part = torch.cat([(plane >> (k * width)) & ((1 << width) - 1) for k in range(8 // width)], dim=-1)
+            # A channel is in a plane once at most, and its bits elsewhere are zero still.
+            out.index_add_(1, channels, part << shift)
+        return out.unflatten(1, (heads, size))
+
+    def codes(self) -> ChannelCodes:
+        by_channel = self.by_channel()[..., : self.tokens]
+        return ChannelCodes(by_channel.transpose(-1, -2).contiguous(), self.tensors["scale"])
+
+    def write(self, spread: Tensor, out: Tensor) -> None:
+        """Writes the numbers that are held to float32 `out [B, Hkv, P, D]`; `spread` as in `quantize`."""
+        out.copy_(self.by_channel()[..., : self.tokens].transpose(-1, -2))
+        out.sub_(self.form.last / 2).mul_(self.form.steps * spread.float()).mul_(scales(self.tensors["scale"]))
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replaces the batch by the given rows of it."""
+        self.tensors = {name: t.index_select(0, rows.to(t.device)) for name, t in self.tensors.items()}
