@@ -14,8 +14,8 @@ from transformers.masking_utils import eager_mask
 from crushkv import CrushConfig, KVCrush
 from crushkv.core import Tier
 from crushkv.hf import CrushLayer
-from crushkv.storage import RAW, Formats
-from reference import rotation_matrix, rounded_token
+from crushkv.storage import RAW, TieredStorage
+from reference import rotation_matrix, rounded_channels, rounded_token, turned
 
 # The tier of tokens that came since the last eviction, whose format is never another than the model's own.
 SINCE = 5
@@ -95,7 +95,9 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
     ) -> tuple[Tensor, None]:
         group = query.shape[1] // key.shape[1]
         if module.layer_idx in tiers and not formats.raw:
-            rounded = rounding.setdefault(module.layer_idx, Rounding(formats, real))
+            if module.layer_idx not in rounding:
+                rounding[module.layer_idx] = Rounding(recording.cache.layers[module.layer_idx].storage, real)
+            rounded = rounding[module.layer_idx]
             key, value = rounded(key, value, tiers[module.layer_idx])
         logits = query.float() @ key.float().repeat_interleave(group, 1).transpose(-1, -2) * scaling + mask
         if module.layer_idx in tiers:
@@ -122,46 +124,91 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
 class Rounding:
     """What quantization makes of a layer's keys and values, token by token, from the numbers that the model made.
 
-    A token's codes are those of the narrowest format it has been in. `real [B, S]`: False for padding.
+    With a rotation, a token's codes are those of the narrowest format it has been in. Where channels of the keys have
+    widths of their own, a token that moves to another format is coded once more from what its codes stood for.
+
+    Args:
+        storage: the layer's at the end: how its keys turn, and the widths of its channels.
+        real: `[B, S]`, False for padding.
     """
 
-    def __init__(self, formats: Formats, real: Tensor | None) -> None:
-        self.formats, self.real = formats, real
-        self.means: list[Tensor] = []
+    def __init__(self, storage: TieredStorage, real: Tensor | None) -> None:
+        self.formats, self.real = storage.formats, real
+        self.rope = storage.bases[0].rope if storage.bases else None
+        self.forms = list(storage.forms)
+        self.centres: list[Tensor] = []  # a row: [Hkv, S, D]
+        self.spreads: list[Tensor] = []  # a row: [Hkv, D]
         self.narrowest: dict[tuple[int, int, int, int], int] = {}
         self.known: dict[tuple[int, ...], Tensor] = {}
+        self.coded: dict[tuple[int, int, int], tuple[int, Tensor]] = {}  # block and numbers of a key
 
     def __call__(self, key: Tensor, value: Tensor, tiers: Tensor) -> tuple[Tensor, Tensor]:
-        bits_of = {Tier.IMPORTANT: self.formats.important, Tier.REPRESENTATIVE: self.formats.representative}
+        contested = self.formats.contested
+        block_of = {Tier.IMPORTANT: 0, Tier.REPRESENTATIVE: len(contested) - 1}
         if self.formats.recent_block:
-            bits_of |= {Tier.SINK: self.formats.recent, Tier.RECENT: self.formats.recent}
-        quantized = torch.isin(tiers, torch.tensor(list(bits_of), dtype=tiers.dtype))
+            block_of |= {Tier.SINK: len(contested), Tier.RECENT: len(contested)}
+        quantized = torch.isin(tiers, torch.tensor(list(block_of), dtype=tiers.dtype))
         if not quantized.any():
             return key, value
-        if not self.means:
-            self._centre(key, tiers.shape[-1])
-        result = []
-        for which, x in enumerate((key, value)):
-            out = x.clone()
-            matrix = rotation_matrix(x.shape[-1]) if self.formats.rotation else torch.eye(x.shape[-1])
-            for row, head, token in quantized.nonzero().tolist():
-                bits = bits_of[Tier(int(tiers[row, head, token]))][which]
-                if bits == RAW:
-                    continue
-                place = (which, row, head, token)
-                self.narrowest[place] = min(bits, self.narrowest.get(place, bits))
-                key_of = (*place, self.narrowest[place], bits)
-                if key_of not in self.known:
-                    mean = self.means[row][head] if which == 0 else torch.zeros(x.shape[-1])
-                    numbers = (x[row, head, token].float() - mean) @ matrix
-                    found = rounded_token(numbers, self.narrowest[place], bits, self.formats.group_size)
-                    self.known[key_of] = (found @ matrix.T + mean).to(x.dtype)
-                out[row, head, token] = self.known[key_of]
-            result.append(out)
-        return result[0], result[1]
+        self._centre(key, tiers.shape[-1])
+        keys, values = key.clone(), value.clone()
+        for row, head, token in quantized.nonzero().tolist():
+            block = block_of[Tier(int(tiers[row, head, token]))]
+            bits = self.formats.blocks[block]
+            if self.formats.by_channel:
+                keys[row, head, token] = self._channels(key, row, head, token, block)
+            else:
+                centre = self.centres[row][head, token]
+                keys[row, head, token] = self._rotated(key, centre, (0, row, head, token), int(bits[0]))
+            values[row, head, token] = self._rotated(value, torch.tensor(0.0), (1, row, head, token), bits[1])
+        return keys, values
+
+    def _rotated(self, x: Tensor, centre: Tensor, place: tuple[int, int, int, int], bits: int) -> Tensor:
+        number = x[place[1:]]
+        if bits == RAW:
+            return number
+        self.narrowest[place] = min(bits, self.narrowest.get(place, bits))
+        key_of = (*place, self.narrowest[place], bits)
+        if key_of not in self.known:
+            matrix = rotation_matrix(len(number)) if self.formats.rotation else torch.eye(len(number))
+            numbers = (number.float() - centre) @ matrix
+            found = rounded_token(numbers, self.narrowest[place], bits, self.formats.group_size)
+            self.known[key_of] = (found @ matrix.T + centre).to(x.dtype)
+        return self.known[key_of]
+
+    def _channels(self, key: Tensor, row: int, head: int, token: int, block: int) -> Tensor:
+        place, centre = (row, head, token), self.centres[row][head, token]
+        before = self.coded.get(place)
+        if before is None or before[0] != block:
+            numbers = key[place].float() - centre if before is None else before[1]
+            form, bits = self.forms[block], self.formats.blocks[block][0]
+            if form is not None:
+                spread = self.spreads[row][head]
+                numbers = rounded_channels(numbers, spread, form.widths[head].tolist(), form.weight[head])
+            elif bits != RAW:
+                numbers = rounded_token(numbers, int(bits), int(bits), self.formats.group_size)
+            self.coded[place] = block, numbers
+        return (self.coded[place][1] + centre).to(key.dtype)
 
     def _centre(self, key: Tensor, seen: int) -> None:
-        """The mean of the first prompt's keys, `[Hkv, D]` a row."""
-        for row in range(key.shape[0]):
-            tokens = key[row, :, :seen] if self.real is None else key[row, :, :seen][:, self.real[row, :seen]]
-            self.means.append(tokens.float().mean(1))
+        """The mean of the first prompt's keys before RoPE, turned to every position."""
+        if not self.centres:
+            self.means, self.spreads = [], []
+            for row in range(key.shape[0]):
+                real = torch.ones(seen, dtype=torch.bool) if self.real is None else self.real[row, :seen]
+                positions = real.nonzero()[:, 0].tolist()
+                keys = key[row, :, :seen].float()[:, real]
+                means = torch.stack([turned(k, positions, self.rope, -1).mean(0) for k in keys])
+                rest = torch.stack(
+                    [k - turned(m.expand_as(k), positions, self.rope) for k, m in zip(keys, means, strict=True)]
+                )
+                energy = rest.square().mean(1)
+                if self.rope is not None:
+                    energy = (energy + energy[:, self.rope.partner]) / 2
+                self.means.append(means)
+                self.spreads.append(energy.sqrt().half().float())
+            self.centres = [mean.new_zeros(len(mean), 0, mean.shape[-1]) for mean in self.means]
+        for row, (means, known) in enumerate(zip(self.means, self.centres, strict=True)):
+            new = range(known.shape[1], key.shape[2])
+            more = [turned(mean.expand(len(new), -1), new, self.rope) for mean in means]
+            self.centres[row] = torch.cat([known, torch.stack(more)], dim=1)

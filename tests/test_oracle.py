@@ -103,13 +103,29 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     },
     "pyramid": {"policy": "pyramidkv", "budget": 0.2, "bits": 4},
 }
+QUANTIZED |= {
+    f"{name}, equal widths": {**QUANTIZED[name], "key_widths": "equal"}
+    for name in ("4", "2, not rotated", "8 and 2", "4/3 and 2, groups of 8", "recent tokens as important ones")
+}
+QUANTIZED |= {
+    "2.25/2": {"budget": 0.2, "bits": "2.25/2"},
+    "4 and 1.5/2, recent in 8": {
+        "budget": 0.3,
+        "bits": 4,
+        "representative_bits": "1.5/2",
+        "representative_share": 0.5,
+        "grouping": "score",
+        "recent_bits": 8,
+        "interval": 3,
+    },
+}
 # Two runs make a number that lies on the border of two cells fall into one or the other: one channel of one token is
 # then off by a cell.
 BORDERLINE = 0.02
 
 
 @pytest.mark.parametrize("fields", QUANTIZED.values(), ids=QUANTIZED)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3", "gemma3"])
 def test_quantized_tiers(architecture: str, fields: dict[str, Any]) -> None:
     """Against rounding token by token, from the numbers that the model made: nothing is ever rounded twice."""
     config = CrushConfig(**{"page_size": 4, **CHURN, **fields})

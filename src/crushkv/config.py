@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,15 @@ from .core import ANCHORS, Budget, SelectionOptions
 from .errors import ConfigError, nearest
 from .importance import Policy, make_policy
 from .presets import PRESETS
-from .storage import RAW, WIDTHS, Formats
+from .storage import RAW, WIDEST, WIDTHS, Formats
 
 Threshold = Literal["budget", "median"]
 Signature = Literal["per_head", "collapsed"]
 Grouping = Literal["signature", "random", "position", "score"]
 Representative = Literal["middle", "best"]
 Aggregate = Literal["mean", "max"]
-Bits = int | tuple[int, int]
+KeyWidths = Literal["by_channel", "equal"]
+Bits = float | tuple[float, int]
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,18 @@ class CrushConfig:
         representative: a bucket's middle element, or its `"best"` scored.
         shared_representatives: one set of representatives for all KV heads of a layer.
         bits: of the important tokens' numbers: 16 (the model's dtype), 8, 4, 3 or 2; or two such, of keys and of values
-            (`"3/2"`). Fewer bits leave room for more tokens in the same budget.
+            (`"3/2"`). Where channels of the keys have widths of their own, those of keys are their mean, any number
+            from 1 to 6 (`"2.25/2"`). Fewer bits leave room for more tokens in the same budget.
         representative_bits: the same for representatives; None: as `bits`, and never more.
         recent_bits: of sink and window after an eviction: 16 (the model's dtype), or a width of at least `bits`. What
             is decoded since is in the model's dtype.
+        key_widths: `"by_channel"`: up to 6 bits, each channel of the keys has a width of its own, 0 to 6 bits, so that the
+            attention logits suffer least. A profile of the model says how much each channel matters
+            (`crushkv profile`). `"equal"`: all channels have the same width, and keys are rotated first, as values are
+            in any case. Keys of 8 bits, and projected ones (`rank`), have equal widths.
+        profile: the file with the model's profile; None: looked for, and made where there is none.
         group_size: numbers of one token that share a scale, at most.
-        rotation: rotate keys and values before they are quantized.
+        rotation: rotate values, and keys of equal widths, before they are quantized.
         rank: project keys and values onto so many (int) leading singular directions of each head, or onto those that
             cover a share of the energy (float below 1); None: onto none. Found once, at the end of the first prompt.
         aggregate: how the scores of the query heads that share a KV head are joined.
@@ -93,6 +101,8 @@ class CrushConfig:
     bits: Bits = RAW
     representative_bits: Bits | None = None
     recent_bits: int = RAW
+    key_widths: KeyWidths = "by_channel"
+    profile: str | None = None
     group_size: int = 64
     rotation: bool = True
     rank: int | float | None = None
@@ -111,6 +121,8 @@ class CrushConfig:
         object.__setattr__(self, "policy_options", dict(self.policy_options))
         for name in ("bits", "representative_bits"):
             object.__setattr__(self, name, _as_bits(name, getattr(self, name)))
+        if isinstance(self.profile, Path):
+            object.__setattr__(self, "profile", str(self.profile))
         self._check_numbers()
         self._check_choices()
         self._check_formats()
@@ -157,6 +169,7 @@ class CrushConfig:
             ("grouping", Grouping),
             ("representative", Representative),
             ("aggregate", Aggregate),
+            ("key_widths", KeyWidths),
         ):
             value = getattr(self, name)
             if value not in get_args(kind):
@@ -168,7 +181,17 @@ class CrushConfig:
                 raise ConfigError(f"anchors: unknown anchor {anchor!r}.{nearest(str(anchor), ANCHORS)}")
 
     def _check_formats(self) -> None:
+        if self.profile is not None and (not isinstance(self.profile, str) or not self.profile):
+            raise ConfigError(f"profile={self.profile!r}: accepted is the path of a file")
         formats = self.formats
+        for name in ("bits", "representative_bits"):
+            bits = getattr(self, name)
+            keys = bits[0] if isinstance(bits, tuple) else bits
+            if keys is not None and keys not in WIDTHS and not formats.by_channel:
+                raise ConfigError(
+                    f"{name}={bits!r}: {keys} bits are a mean of channels with widths of their own, which needs "
+                    "key_widths='by_channel' and no rank"
+                )
         for of, important, representative in zip(
             ("keys", "values"), formats.important, formats.representative, strict=True
         ):
@@ -244,7 +267,9 @@ class CrushConfig:
         important = _pair(self.bits)
         representative = important if self.representative_bits is None else _pair(self.representative_bits)
         recent = _pair(self.recent_bits)
-        return Formats(important, representative, recent, self.group_size, self.rotation, self.rank)
+        narrow = any(keys <= WIDEST for keys, _ in (important, representative, recent))
+        by_channel = narrow and self.key_widths == "by_channel" and self.rank is None
+        return Formats(important, representative, recent, by_channel, self.group_size, self.rotation, self.rank)
 
     def replace(self, **changes: Any) -> CrushConfig:
         """A copy with some fields changed, checked again. With another policy, the options are those given here."""
@@ -315,23 +340,38 @@ class CrushConfig:
         return cls.from_json(text)
 
 
-def _pair(bits: Bits) -> tuple[int, int]:
+def _pair(bits: Bits) -> tuple[float, int]:
     """Bits of keys and of values."""
-    return (bits, bits) if isinstance(bits, int) else bits
+    return bits if isinstance(bits, tuple) else (bits, int(bits))
 
 
 def _as_bits(name: str, value: object) -> object:
-    """A width, or two, checked: from 4, (3, 2), [3, 2] or "3/2"."""
+    """A width, or two, checked: from 4, (3, 2), [2.25, 2] or "2.25/2"."""
     if value is None and name == "representative_bits":
         return None
-    if isinstance(value, str):
-        parts: tuple[object, ...] = tuple(int(p) if p.strip().isdecimal() else p for p in value.split("/"))
-    else:
-        parts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not 1 <= len(parts) <= 2 or any(isinstance(p, bool) or p not in WIDTHS for p in parts):
-        widths = ", ".join(map(str, WIDTHS))
-        raise ConfigError(f"{name}={value!r}: accepted are {widths}, or two of them for keys and values ('3/2')")
-    return parts[0] if len(set(parts)) == 1 else parts
+    parts = value.split("/") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    numbers = tuple(_as_number(part) for part in parts)
+    if 1 <= len(numbers) <= 2 and numbers[-1] in WIDTHS:
+        keys = numbers[0]
+        if keys in WIDTHS or (keys is not None and len(numbers) == 2 and 1 <= keys <= WIDEST):
+            return keys if len(set(numbers)) == 1 else numbers
+    widths = ", ".join(map(str, WIDTHS))
+    raise ConfigError(
+        f"{name}={value!r}: accepted are {widths}, or two of them for keys and values ('3/2'); those of keys may be any "
+        f"number from 1 to {WIDEST} then ('2.25/2')"
+    )
+
+
+def _as_number(part: object) -> float | None:
+    """A number, whole where it is; None: it is none."""
+    if isinstance(part, str):
+        if not re.fullmatch(r"\s*\d{1,2}(\.\d{1,6})?\s*", part):
+            return None
+        part = float(part)
+    if not _is_number(part):
+        return None
+    number = float(part)  # type: ignore[arg-type]
+    return int(number) if number.is_integer() else number
 
 
 def _is_number(value: object) -> bool:

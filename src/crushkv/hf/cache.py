@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -17,6 +18,7 @@ from ..errors import UnsupportedModelError
 from .attention import hand_over, install
 from .layer import CrushLayer
 from .plan import Plan
+from .rope import find_ropes
 from .support import cache_layers, check_prompt, check_sizes
 
 
@@ -70,7 +72,11 @@ class CrushCache(Cache):
         text_config = model.config.get_text_config(decoder=True)
         install(text_config._attn_implementation)
         compressible = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        # A plan keeps no model alive; a model whose RoPE depends on the length of a prompt is asked again (`begin`).
+        self._model = weakref.ref(model)
         self.plan = Plan(self.config, layers=len(compressible))
+        if not self.plan.formats.raw:
+            self.plan.ropes = find_ropes(model)
         check_sizes(self.plan.budget, self.config.page_size, model.config)
         for index, i in enumerate(compressible):
             layers[i] = self.layer_class(self.plan, index)
@@ -95,8 +101,11 @@ class CrushCache(Cache):
             raise UnsupportedModelError(
                 "an earlier pass over this cache was interrupted, and its layers differ: reset() it, or use a new one"
             )
+        end = first.seen + tokens
         if tokens > 1:
-            check_prompt(first.seen + tokens, self.model_config)
+            check_prompt(end, self.model_config)
+        if not first.seen and not self.plan.formats.raw and (model := self._model()) is not None:
+            self.plan.ropes = find_ropes(model, max(end, self.prefill_end or 0))
 
     @property
     def prefill_end(self) -> int | None:

@@ -56,16 +56,19 @@ class CrushLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.storage.clear()
-        self.seen = 0  # logical length, padding included
         self.since_eviction = 0  # tokens decoded
         self.real: Tensor | None = None  # bool [B, P], False for padding; None: none is
         self.evicted: Tensor | None = None  # [B], real tokens that are gone
-        self._positions: Tensor | None = None  # int32 [B, Hkv, compressed part]
         self._tiers: Tensor | None = None  # uint8 [B, Hkv, compressed part]
         self.mass: Tensor | None = None  # float32 [B, Hq, P]
         self.queries = QueryTail()
 
     # What Transformers reads
+
+    @property
+    def seen(self) -> int:
+        """Logical length, padding included."""
+        return self.storage.seen
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -103,9 +106,8 @@ class CrushLayer(CacheLayerMixin):
                 f"the cache holds {self.batch_size} rows, but the input has {key_states.shape[0]}: use one cache a "
                 "batch"
             )
-        self.seen += key_states.shape[2]
         end = self.plan.prefill_end
-        reserve = 0 if end is None else max(0, end - self.seen)
+        reserve = 0 if end is None else max(0, end - self.seen - key_states.shape[2])
         return self.storage.append(key_states, value_states, reserve)
 
     # Around attention
@@ -113,7 +115,7 @@ class CrushLayer(CacheLayerMixin):
     @property
     def compressed(self) -> int:
         """Slots of the compressed part."""
-        return 0 if self._positions is None else self._positions.shape[2]
+        return self.storage.kept
 
     def mask(self, mask: Tensor | None, queries: int, aligned: bool) -> Tensor | None:
         """The mask over physical slots for a mask over logical positions; see `masks.physical_mask`."""
@@ -210,7 +212,7 @@ class CrushLayer(CacheLayerMixin):
         count, seen = self.real_tokens()
         if bool(plan.untouched(seen).all()):
             return
-        budget = self._budget(seen, count)
+        budget = self._budget(seen, count, call.queries)
         if held <= int(budget.minimum(count).max()) and (plan.formats.raw or not self._contested):
             return
         if plan.policy.streams:
@@ -224,7 +226,6 @@ class CrushLayer(CacheLayerMixin):
         with stage("gather"):
             kept = arrange(selection, plan.formats)
             slots = kept.indices if order is None else order.gather(2, kept.indices)
-            self._positions = self.positions.gather(2, slots).to(torch.int32)
             self._tiers = kept.tiers
             storage.keep(slots, kept.lengths)
             if self.mass is not None:
@@ -246,10 +247,11 @@ class CrushLayer(CacheLayerMixin):
         """Whether there is more than sink and window."""
         return self.storage.length > self.plan.config.sink + self.plan.config.window
 
-    def _budget(self, seen: Tensor, held: Tensor) -> Tensor:
+    def _budget(self, seen: Tensor, held: Tensor, queries: Tensor) -> Tensor:
         """Tokens that are kept of rows that have seen and hold so many real ones, `[B]`."""
         if self._contested:
-            self.storage.fit(self.real)
+            rope, forms = self.plan.key_formats(self.index, self.storage.device)
+            self.storage.fit(self.real, rope, forms, queries[:, :, -self.plan.config.window :])
         return self.plan.layer_budget(self.index, seen, held, self.storage.sizes())
 
     def _text_order(self) -> Tensor:
@@ -262,7 +264,6 @@ class CrushLayer(CacheLayerMixin):
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the layer holds: tensors, and numbers."""
         tensors = {
-            "positions": self._positions,
             "tiers": self._tiers,
             "real": self.real,
             "evicted": self.evicted,
@@ -276,21 +277,19 @@ class CrushLayer(CacheLayerMixin):
     def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Replaces everything by what `state` gave, of this or another layer of the same formats."""
         self.reset()
-        self.storage.load_state(tensors)
-        self._positions, self._tiers = tensors.get("positions"), tensors.get("tiers")
+        self.storage.load_state(tensors, counts["seen"])
+        self._tiers = tensors.get("tiers")
         self.real, self.evicted, self.mass = tensors.get("real"), tensors.get("evicted"), tensors.get("mass")
         if (queries := tensors.get("queries")) is not None:
             self.queries.append(queries, tensors.get("queries_real"))
-        self.seen, self.since_eviction = counts["seen"], counts["since_eviction"]
+        self.since_eviction = counts["since_eviction"]
 
     # What is held
 
     @property
     def positions(self) -> Tensor:
         """Logical position of every slot, int64 `[B, Hkv, P]`, padding counted; meaningless where `real` is False."""
-        recent = torch.arange(self.seen - self._since, self.seen, device=self.storage.device)
-        recent = recent.expand(self.storage.rows, self.storage.kv_heads, -1)
-        return recent if self._positions is None else torch.cat([self._positions.long(), recent], dim=2)
+        return self.storage.positions
 
     @property
     def tiers(self) -> Tensor:
@@ -308,8 +307,8 @@ class CrushLayer(CacheLayerMixin):
     @property
     def state_nbytes(self) -> int:
         """Bytes held besides keys and values: positions, tiers, attention mass, last queries."""
-        tensors = (self.real, self.evicted, self._positions, self._tiers, self.mass)
-        return sum(t.nbytes for t in tensors if t is not None) + self.queries.nbytes
+        tensors = (self.real, self.evicted, self._tiers, self.mass)
+        return sum(t.nbytes for t in tensors if t is not None) + self.queries.nbytes + self.storage.state_nbytes
 
     # What generation does with a cache
 
@@ -317,7 +316,7 @@ class CrushLayer(CacheLayerMixin):
         """Replaces the batch by the given rows of it, which may repeat."""
         self.storage.select_rows(rows)
         self.queries.select_rows(rows)
-        for name in ("real", "evicted", "_positions", "_tiers", "mass"):
+        for name in ("real", "evicted", "_tiers", "mass"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from ..config import CrushConfig
 from ..core import Budget, SelectionOptions, pyramid
 from ..importance import Policy
+from ..profile import Profile
 from ..split import split_bytes
-from ..storage import Formats, LayerSizes, Workspace
+from ..storage import ChannelFormat, Formats, KeyEnergy, LayerSizes, Rope, Workspace, channel_formats
 
 
 @dataclass
@@ -21,12 +23,16 @@ class Plan:
 
     Attributes:
         layers: number of compressed layers.
+        ropes: how the keys of each compressed layer turn; none where nothing is quantized.
+        profile: of the model; None: widths of channels are chosen from each prompt.
         prefill_end: logical length at which the prompt being read ends; None while that is not known, and then
             each forward pass over several tokens is a whole prompt.
     """
 
     config: CrushConfig
     layers: int
+    ropes: Sequence[Rope | None] = ()
+    profile: Profile | None = None
     prefill_end: int | None = None
     warned: bool = False
     policy: Policy = field(init=False)
@@ -34,12 +40,25 @@ class Plan:
     budget: Budget = field(init=False)
     formats: Formats = field(init=False)
     workspace: Workspace = field(default_factory=Workspace)
+    _forms: dict[tuple[int, torch.device], Sequence[ChannelFormat | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.policy = self.config.make_policy()
         self.options = self.config.selection
         self.budget = self.config.parsed_budget
         self.formats = self.config.formats
+
+    def key_formats(self, layer: int, device: torch.device) -> tuple[Rope | None, Sequence[ChannelFormat | None]]:
+        """How the keys of compressed layer number `layer` turn, and their formats where the profile says them."""
+        rope = self.ropes[layer] if self.ropes else None
+        rope = None if rope is None else rope.to(device)
+        if self.profile is None or not self.formats.by_channel:
+            return rope, ()
+        key = layer, device
+        if key not in self._forms:
+            energy = KeyEnergy(self.profile.keys[layer].to(device), self.profile.queries[layer].to(device))
+            self._forms[key] = channel_formats(self.formats, energy)
+        return rope, self._forms[key]
 
     def layer_budget(self, layer: int, seen: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
         """Tokens that compressed layer number `layer` keeps of rows that have seen `seen [B]` real tokens.

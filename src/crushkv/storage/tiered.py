@@ -46,31 +46,20 @@ class TieredStorage:
         formats: of the tiers.
         growth: see `DenseStorage`.
         workspace: shared by the layers of a cache: only one of them is unpacked at a time.
-        rope: how the keys turn with their position; None: they do not, or it is not known.
-        forms: the format of the keys of each block that has channels of its own widths, None for each other block;
-            None: found from the prompt, by `fit`.
     """
 
-    def __init__(
-        self,
-        formats: Formats,
-        growth: int = 64,
-        workspace: Workspace | None = None,
-        rope: Rope | None = None,
-        forms: Sequence[ChannelFormat | None] | None = None,
-    ) -> None:
+    def __init__(self, formats: Formats, growth: int = 64, workspace: Workspace | None = None) -> None:
         self.formats = formats
         self.dense = DenseStorage(growth)
-        self.rope = rope
         self._workspace = workspace or Workspace()
-        self._given_forms = forms
         self.clear()
 
     def clear(self) -> None:
         self.dense.clear()
         self.seen = 0
         self.bases: tuple[Basis, Basis] | None = None
-        self.forms = self._given_forms
+        self.forms: Sequence[ChannelFormat | None] = ()  # of the keys of each block, where channels have own widths
+        self._own_forms = False  # not shared with other caches
         self._blocks: list[tuple[Part, Part]] = []
         self._positions: Tensor | None = None  # int32 [B, Hkv, slots of the last `keep`]
 
@@ -130,9 +119,8 @@ class TieredStorage:
     @property
     def state_nbytes(self) -> int:
         """Bytes held besides keys and values: positions, and widths that no profile gave."""
-        own = () if self.forms is None or self.forms is self._given_forms else self.forms
         positions = 0 if self._positions is None else self._positions.nbytes
-        return positions + sum(form.nbytes for form in own if form is not None)
+        return positions + sum(form.nbytes for form in self.forms if form is not None and self._own_forms)
 
     def sizes(self) -> LayerSizes:
         """The arithmetic of bytes for one row of what is held."""
@@ -160,12 +148,19 @@ class TieredStorage:
         return self.attended()
 
     @torch.no_grad()
-    def fit(self, real: Tensor | None, energy: KeyEnergy | None = None) -> None:
+    def fit(
+        self,
+        real: Tensor | None,
+        rope: Rope | None = None,
+        forms: Sequence[ChannelFormat | None] = (),
+        queries: Tensor | None = None,
+    ) -> None:
         """Finds the coordinates for the blocks, once, from all tokens of which `real [B, P]` is not False.
 
         Args:
-            energy: what widths of channels are chosen by, where no formats were given; None: the prompt's keys, and
-                queries that are alike in all channels.
+            rope: how the keys turn with their position; None: they do not, or it is not known.
+            forms: formats of the keys where channels have widths of their own, one a block (None where they have not).
+            queries: `[B, Hq, T, D]`: where no forms are given, they are found from these and the prompt's keys.
         """
         if self.bases is not None or self.formats.raw:
             return
@@ -173,20 +168,13 @@ class TieredStorage:
         assert values is not None
         positions = torch.arange(self.seen - keys.shape[2], self.seen, device=keys.device)[None, None]
         if f.by_channel:
-            of_keys = fit_channels(keys, positions, real, self.rope)
-            if self.forms is None:
-                self.forms = self._own_forms(of_keys, energy)
+            of_keys = fit_channels(keys, positions, real, rope)
+            self._own_forms = not forms
+            self.forms = forms or channel_formats(f, _energy(of_keys, queries))
         else:
-            of_keys = fit(keys, positions, real, centred=True, rotate=f.rotation, rank=f.rank, rope=self.rope)
+            of_keys = fit(keys, positions, real, centred=True, rotate=f.rotation, rank=f.rank, rope=rope)
         of_values = fit(values, positions, real, centred=False, rotate=f.rotation, rank=f.rank)
         self.bases = of_keys, of_values
-
-    def _own_forms(self, basis: Basis, energy: KeyEnergy | None) -> list[ChannelFormat | None]:
-        if energy is None:
-            assert basis.spread is not None
-            keys = basis.spread.float().square().mean((0, 2))
-            energy = KeyEnergy(keys, torch.ones_like(keys))
-        return channel_formats(self.formats, energy)
 
     @torch.no_grad()
     def keep(self, indices: Tensor, lengths: Sequence[int]) -> None:
@@ -200,11 +188,12 @@ class TieredStorage:
         *blocks, stays = indices.split(list(lengths), dim=2)
         # What only fills rows up may point into a block.
         dense = (stays - self.blocked).clamp(min=0)
+        positions = self.positions.gather(2, indices).to(torch.int32)
         self._blocks = list(zip(self._moved_keys(blocks), self._moved(1, blocks), strict=True))
-        self._positions = self.positions.gather(2, indices).to(torch.int32)
+        self._positions = positions
         self.dense.keep(dense)
         if not self.blocked:
-            self._blocks, self.bases, self.forms = [], None, self._given_forms
+            self._blocks, self.bases, self.forms = [], None, ()
 
     def _moved_keys(self, parts: Sequence[Tensor]) -> Sequence[Part]:
         return self._recoded(parts) if self.formats.by_channel else self._moved(0, parts)
@@ -243,7 +232,7 @@ class TieredStorage:
         if not parts:
             return []
         x, basis = self._source(0)
-        assert basis.spread is not None and self.forms is not None
+        assert basis.spread is not None
         positions = self.positions
         # Numbers of the tokens that are in no block yet, behind those of the blocks.
         held, start, result = self._block_numbers(), 0, list[Part]()
@@ -373,12 +362,11 @@ class TieredStorage:
             if self.bases is not None:
                 basis = self.bases[which]
                 named |= {f"{part}.{name}": getattr(basis, part) for part in ("centre", "projection", "spread")}
-        if self.rope is not None and self.bases is not None:
-            named |= {"rope.partner": self.rope.partner, "rope.frequencies": self.rope.frequencies}
-        if self._blocks:
-            for number, form in enumerate(self.forms or ()):
-                if form is not None:
-                    named |= {f"block{number}.widths": form.widths, f"block{number}.weight": form.weight}
+        if self.bases is not None and (rope := self.bases[0].rope) is not None:
+            named |= {"rope.partner": rope.partner, "rope.frequencies": rope.frequencies}
+        for number, form in enumerate(self.forms):
+            if form is not None:
+                named |= {f"block{number}.widths": form.widths, f"block{number}.weight": form.weight}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def load_state(self, tensors: Mapping[str, Tensor], seen: int) -> None:
@@ -389,13 +377,10 @@ class TieredStorage:
         self._positions = tensors.get("positions")
         if self.formats.raw or "centre.keys" not in tensors:
             return
-        if "rope.partner" in tensors:  # what the codes were made with, whatever the model says now
-            self.rope = Rope(tensors["rope.partner"], tensors["rope.frequencies"])
-        else:
-            self.rope = None
         sides = ("keys", "values")
         keys, values = (self._loaded_basis(tensors, name) for name in sides)
-        keys.rope = self.rope
+        if "rope.partner" in tensors:
+            keys.rope = Rope(tensors["rope.partner"], tensors["rope.frequencies"])
         self.bases = keys, values
         forms: list[ChannelFormat | None] = []
         for number, bits in enumerate(self.formats.blocks):
@@ -408,7 +393,7 @@ class TieredStorage:
                 held = PackedTensor(int(bits[0]), of_keys) if form is None else ChannelTensor(form, of_keys)
                 self._blocks.append((held, PackedTensor(bits[1], of_values)))
         if self.formats.by_channel:
-            self.forms = forms
+            self.forms, self._own_forms = forms, True
 
     def _loaded_basis(self, tensors: Mapping[str, Tensor], name: str) -> Basis:
         projection, spread, x = tensors.get(f"projection.{name}"), tensors.get(f"spread.{name}"), tensors[name]
@@ -424,6 +409,16 @@ def channel_formats(formats: Formats, energy: KeyEnergy) -> list[ChannelFormat |
         ChannelFormat(allocate(product, keys), energy.queries) if formats.key_channels(keys) else None
         for keys, _ in formats.blocks
     ]
+
+
+def _energy(basis: Basis, queries: Tensor | None) -> KeyEnergy:
+    """Of a prompt: of all its keys, and of the queries at hand `[B, Hq, T, D]`."""
+    assert basis.spread is not None
+    keys = basis.spread.float().square().mean((0, 2))
+    if queries is None:
+        return KeyEnergy(keys, torch.ones_like(keys))
+    heads = queries.float().square().mean((0, 2)).unflatten(0, (len(keys), -1)).mean(1)
+    return KeyEnergy(keys, heads if basis.rope is None else basis.rope.averaged(heads))
 
 
 def _of_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,7 @@
+from dataclasses import dataclass
+from torch import Tensor
+@dataclass(frozen=True)
+class Profile:
+    keys: Tensor
+    queries: Tensor
+    model: str
