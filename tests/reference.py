@@ -160,17 +160,16 @@ def attention_mass(
 
 
 def quantized(numbers: list[float], bits: int) -> tuple[list[int], float, float]:
-    """Codes of one group, and the low end and the width of the span that its cells divide, both as float16."""
+    """Codes of one group, and the low end and the width of the span that its cells divide.
 
-    def half(value: float) -> float:
-        return float(torch.tensor(value).half())
-
-    low = half(min(numbers))
-    span = half(max(max(numbers) - low, 2.0**-14))
-    codes = []
-    for number in numbers:
-        cell = math.floor(float(torch.tensor(number) - low) * (2**8 / span))
-        codes.append(min(max(cell, 0), 2**8 - 1) >> (8 - bits))
+    The width is a power of two in eighths, a little more than the numbers take; zero lies at a whole number of 255ths.
+    """
+    least, most = min(0.0, *numbers), max(0.0, *numbers)
+    needed = max(most - least, 2.0**-16) * 255 / 254
+    span = 2.0 ** (min(127, max(-128, math.ceil(math.log2(needed) * 8))) / 8)
+    spare = span - (most - least)
+    low = -min(255, max(0, round((spare / 2 - least) / span * 255))) / 255 * span
+    codes = [min(max(math.floor((number - low) * 2**8 / span), 0), 2**8 - 1) >> (8 - bits) for number in numbers]
     return codes, low, span
 
 

@@ -11,13 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reference
 from crushkv.core import SelectionOptions, Tier, select
 from crushkv.split import split_bytes, split_tokens
-from crushkv.storage import RAW, Formats, LayerSizes, TieredStorage
+from crushkv.storage import RAW, Formats, LayerSizes, Rope, TieredStorage
 from crushkv.storage.basis import fit
 from crushkv.storage.packing import PLANES, pack, packed_bytes, unpack
 from crushkv.storage.quantization import dequantize, group_length, groups, narrowed, quantize, widened
 from crushkv.storage.rotation import rotation
+from crushkv.storage.widths import allocate, channel_bits
 from crushkv.storage.workspace import Workspace
 from reference import dequantized, quantized
 
@@ -44,17 +46,16 @@ def test_quantization_equals_plain_code(bits: int, tokens: int, size: int, group
     x = torch.randn(1, 2, tokens, size, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed % 5 - 2)
     found = quantize(x, group_size)
     out = torch.empty_like(x)
-    dequantize(narrowed(found.codes, bits), found.low, found.span, bits, out)
+    dequantize(narrowed(found.codes, bits), found.zero, found.span, bits, out)
     length = group_length(size, group_size)
-    assert size % length == 0 and found.low.shape[-1] == size // length == groups(size, group_size)
+    assert size % length == 0 and found.zero.shape[-1] == size // length == groups(size, group_size)
     for head, token in itertools.product(range(2), range(tokens)):
         for start in range(0, size, length):
             numbers = x[0, head, token, start : start + length].tolist()
             codes, low, span = quantized(numbers, bits)
             expected = dequantized(codes, low, span, bits)
             assert out[0, head, token, start : start + length].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-            # Half a cell, and what float16 cannot say of the limits.
-            bound = span / 2 ** (bits + 1) + (abs(low) + span) * 2**-10 + 2**-14
+            bound = span / 2 ** (bits + 1) * 1.001  # half a cell
             assert max(abs(a - b) for a, b in zip(numbers, expected, strict=True)) <= bound
 
 
@@ -86,8 +87,9 @@ def test_a_projection_equals_a_singular_value_decomposition() -> None:
     x = torch.randn(2, 3, 50, 16) @ torch.diag(0.7 ** torch.arange(16.0)) + 3
     real = torch.ones(2, 50, dtype=torch.bool)
     real[1, :20] = False
-    basis = fit(x, real, centred=True, rotate=True, rank=5)
-    back = basis.coordinates(x) @ basis.projection.transpose(-1, -2) + basis.centre  # type: ignore[union-attr]
+    positions = torch.arange(50)[None, None]
+    basis = fit(x, positions, real, centred=True, rotate=True, rank=5)
+    back = basis.coordinates(x, positions) @ basis.projection.transpose(-1, -2) + basis.centre  # type: ignore[union-attr]
     for row, head in itertools.product(range(2), range(3)):
         tokens = x[row, head][real[row]]
         mean = tokens.mean(0)
@@ -102,7 +104,7 @@ def test_a_share_of_the_energy_decides_the_rank() -> None:
     energy = (scale**2).cumsum(0) / (scale**2).sum()
     for rank in (1, 2, 3):
         for share in (float(energy[rank - 1]) - 1e-3, float(energy[rank - 1]) + 1e-4):
-            basis = fit(x[None, None], None, centred=False, rotate=False, rank=share)
+            basis = fit(x[None, None], torch.arange(40)[None, None], None, centred=False, rotate=False, rank=share)
             assert basis.projection is not None
             assert basis.projection.shape[-1] == rank + (share > float(energy[rank - 1]))
 
@@ -117,6 +119,9 @@ FORMATS = [
     Formats((8, 4), (4, 2), rank=5),
     Formats((4, 4), (2, 2), (8, 8)),
     Formats((4, 3), (4, 3), (4, 4), rank=5),
+    Formats((2.25, 2), (2.25, 2), by_channel=True),
+    Formats((4, 4), (1.5, 2), (8, 8), by_channel=True),
+    Formats((8, 4), (3, 4), (8, 8), by_channel=True),
 ]
 
 
@@ -177,9 +182,11 @@ def test_a_token_is_quantized_once(formats: Formats) -> None:
         storage.append(*added)
     assert storage.bases is not None
     for which, (x, read) in enumerate(zip((keys, values), storage.read(), strict=True)):
+        if formats.by_channel and not which:
+            continue  # see below
         basis = storage.bases[which]
-        coordinates = basis.coordinates(x)
-        found = basis.coordinates(read)
+        coordinates = basis.coordinates(x, torch.arange(x.shape[2])[None, None])
+        found = basis.coordinates(read, storage.positions)
         error = (found - coordinates.gather(2, origin[..., None].expand_as(found))).abs()
         level = narrowest.gather(-1, origin)
         for tier, of in ((2, formats.recent), (1, formats.important), (0, formats.representative)):
@@ -191,10 +198,73 @@ def test_a_token_is_quantized_once(formats: Formats) -> None:
             span = (span.amax(-1) - span.amin(-1)).repeat_interleave(length, -1)
             span = span.gather(2, origin[..., None].expand_as(found))
             at = (level == tier) & (torch.arange(level.shape[-1]) < storage.blocked)
-            # Half a cell, and half a finer one for what came back to the wider tier; float16.
+            # Half a cell, and half a finer one for what came back to the wider tier.
             bound = span / 2 ** (bits + 1) + span / 2 ** (formats.important[which] + 1) + 0.02
             assert (error <= bound)[at].all()
             assert at.any() or (tier == 0 and len(formats.contested) == 1)
+
+
+ROPE = Rope(torch.tensor([*range(8, 16), *range(8)]), torch.cat([-(0.5 ** torch.arange(8.0)), 0.5 ** torch.arange(8.0)]))
+
+
+@pytest.mark.parametrize("rope", [None, ROPE], ids=["no RoPE", "RoPE"])
+def test_keys_with_widths_by_channel_equal_the_plain_rounding(rope: Rope | None) -> None:
+    torch.manual_seed(1)
+    keys = torch.randn(2, 3, 40, 16) * torch.linspace(0.2, 4, 16)
+    if rope is not None:
+        keys = rope.turned(keys + 30 * torch.randn(3, 1, 16), torch.arange(40))
+    queries = torch.randn(2, 6, 5, 16) * torch.linspace(3, 0.1, 16)
+    formats = Formats((3, RAW), (1.5, RAW), by_channel=True)
+    storage = TieredStorage(formats)
+    storage.append(keys, keys)
+    storage.fit(None, rope, queries=queries)
+    storage.keep(torch.arange(40).expand(2, 3, -1), (20, 16, 4))
+    (basis, _), (found, _) = storage.bases or (), storage.read()
+    assert basis.centre is not None and basis.spread is not None
+    for row, head in itertools.product(range(2), range(3)):
+        centre = basis.centre[row, head].expand(40, -1)
+        centre = centre if rope is None else reference.turned(centre, range(40), rope)
+        spread = basis.spread[row, head, 0].float()
+        rest = keys[row, head] - centre
+        energy = rest.square().mean(0)
+        energy = energy if rope is None else (energy + energy[rope.partner]) / 2
+        assert torch.allclose(spread, energy.sqrt(), rtol=2e-3)
+        for form, tokens in zip(storage.forms, (range(20), range(20, 36)), strict=True):
+            assert form is not None
+            for token in tokens:
+                numbers = reference.rounded_channels(rest[token], spread, form.widths[head].tolist(), form.weight[head])
+                assert torch.allclose(found[row, head, token], numbers + centre[token], atol=1e-4)
+    assert torch.allclose(found[:, :, 36:], keys[:, :, 36:])
+    # A constant before RoPE, thirty times the spread, is no part of the error.
+    assert (found - keys)[:, :, :20].square().mean() < 0.25 * torch.linspace(0.2, 4, 16).square().mean()
+
+
+def test_codes_of_a_block_move_and_are_not_made_anew() -> None:
+    formats = Formats((3, 4), (1.5, 2), (8, 8), by_channel=True)
+    storage, *_ = filled(formats)
+    storage.keep(torch.arange(60).expand(2, 3, -1), (30, 20, 10, 0))
+    before = storage.read()[0].clone()
+    # Within each block another order, and a token of each block less.
+    order = torch.cat([torch.randperm(30)[:29], 30 + torch.randperm(20)[:19], 50 + torch.randperm(10)[:9]])
+    storage.keep(order.expand(2, 3, -1), (29, 19, 9, 0))
+    assert torch.allclose(storage.read()[0], before[:, :, order], atol=1e-5)
+    assert torch.equal(storage.positions, order.expand(2, 3, -1))
+    # A token of the first block in the second one is coded from what it stood for.
+    storage.keep(torch.arange(57).expand(2, 3, -1), (10, 38, 9, 0))
+    after = storage.read()[0]
+    assert torch.allclose(after[:, :, :10], before[:, :, order[:10]], atol=1e-5)
+    assert torch.allclose(after[:, :, 29:], before[:, :, order[29:]], atol=1e-5)
+    assert (after[:, :, 10:29] - before[:, :, order[10:29]]).abs().max() > 0.1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1000), min_size=4, max_size=24), st.floats(1, 6))
+def test_widths_are_those_that_bits_one_by_one_lead_to(energy: list[float], mean: float) -> None:
+    bits = channel_bits(mean, len(energy))
+    distinct = torch.tensor(energy).double() + 1e-3 * torch.rand(len(energy), dtype=torch.float64) + 1e-6
+    found = allocate(distinct[None], mean)[0]
+    assert found.tolist() == reference.widths(distinct.tolist(), bits)
+    assert int(found.sum()) == bits and int(found.max()) <= 6
 
 
 def test_attention_over_rotated_keys_is_attention() -> None:

@@ -36,7 +36,7 @@ class Coordinates:
         """One after the other."""
         codes = [part.values for part in parts if isinstance(part.values, Codes)]
         if codes:
-            names = ("codes", "low", "span")
+            names = ("codes", "zero", "span")
             return Coordinates(Codes(*(torch.cat([getattr(c, name) for c in codes], dim=2) for name in names)))
         return Coordinates(torch.cat([part.values for part in parts if isinstance(part.values, Tensor)], dim=2))
 
@@ -49,7 +49,7 @@ class Coordinates:
         """These, but for the tokens of `where [B, Hkv, P]`, which are those of `by`."""
         at = where[..., None]
         if isinstance(self.values, Codes) and isinstance(by.values, Codes):
-            names = ("codes", "low", "span")
+            names = ("codes", "zero", "span")
             pairs = ((getattr(by.values, name), getattr(self.values, name)) for name in names)
             return Coordinates(Codes(*(torch.where(at, new, old) for new, old in pairs)))
         assert isinstance(self.values, Tensor) and isinstance(by.values, Tensor)
@@ -59,7 +59,7 @@ class Coordinates:
 class PackedTensor:
     """Keys or values of a tier, `[B, Hkv, P, R]`, in so many bits.
 
-    tensors: uint8 `planes`, float16 `low` and `span`; or, with 16 bits, `raw` in the model's dtype.
+    tensors: uint8 `planes`, `zero` and `span`; or, with 16 bits, `raw` in the model's dtype.
     """
 
     def __init__(self, bits: int, tensors: Mapping[str, Tensor]) -> None:
@@ -73,12 +73,12 @@ class PackedTensor:
             return cls(bits, {"raw": values})
         planes = pack(narrowed(values.codes, bits), bits)
         return cls(
-            bits, {**{f"plane{i}": plane for i, plane in enumerate(planes)}, "low": values.low, "span": values.span}
+            bits, {**{f"plane{i}": plane for i, plane in enumerate(planes)}, "zero": values.zero, "span": values.span}
         )
 
     @property
     def tokens(self) -> int:
-        return self.tensors["raw" if self.bits == RAW else "low"].shape[2]
+        return self.tensors["raw" if self.bits == RAW else "zero"].shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -92,14 +92,14 @@ class PackedTensor:
         """What is held, ready to move to another tier."""
         if self.bits == RAW:
             return Coordinates(self.tensors["raw"])
-        return Coordinates(Codes(widened(self._codes(), self.bits), self.tensors["low"], self.tensors["span"]))
+        return Coordinates(Codes(widened(self._codes(), self.bits), self.tensors["zero"], self.tensors["span"]))
 
     def write(self, out: Tensor) -> None:
         """Writes the numbers that are held to float32 `out [B, Hkv, P, R]`."""
         if self.bits == RAW:
             out.copy_(self.tensors["raw"])
         else:
-            dequantize(self._codes(), self.tensors["low"], self.tensors["span"], self.bits, out)
+            dequantize(self._codes(), self.tensors["zero"], self.tensors["span"], self.bits, out)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,5 @@ def writable(buffer: Tensor) -> bool:
 def take(x: Tensor, indices: Tensor) -> Tensor:
     """Tokens `[..., K, R]` at `indices [..., K]` of `x [..., P, R]`: rows copied whole, faster than a gather."""
     *batch, tokens, size = x.shape
-    flat = x.reshape(-1, tokens, size)
-    offsets = torch.arange(flat.shape[0], device=x.device).view(*batch, 1) * tokens
-    return flat.view(-1, size).index_select(0, (indices + offsets).flatten()).view(*indices.shape, size)
+    offsets = torch.arange(math.prod(batch), device=x.device).view(*batch, 1) * tokens
+    return x.reshape(-1, size).index_select(0, (indices + offsets).flatten()).view(*indices.shape, size)

@@ -98,8 +98,8 @@ class LayerSizes:
     def _tensor(self, bits: int, tokens: int, rank: int) -> int:
         if bits == RAW:
             return tokens * rank * self.raw_bytes
-        # A float16 for the lowest value of a group and one for its span.
-        return packed_bytes(tokens, rank, bits) + tokens * groups(rank, self.formats.group_size) * 4
+        # A byte for the span of a group, and one for where zero lies in it.
+        return packed_bytes(tokens, rank, bits) + tokens * groups(rank, self.formats.group_size) * 2
 
     @property
     def bases(self) -> int:

@@ -231,19 +231,17 @@ class TieredStorage:
         """
         if not parts:
             return []
-        x, basis = self._source(0)
+        _, basis = self._source(0)
         assert basis.spread is not None
-        positions = self.positions
-        # Numbers of the tokens that are in no block yet, behind those of the blocks.
-        held, start, result = self._block_numbers(), 0, list[Part]()
+        start, result = 0, list[Part]()
         before = [keys for keys, _ in self._blocks] or [None] * len(parts)
-        for part, old, bits, form in zip(parts, before, self.formats.blocks, self.forms, strict=True):
-            numbers = self._numbers(part, x, basis, held, positions)
+        of_parts = zip(parts, self._numbers(parts), before, self.formats.blocks, self.forms, strict=True)
+        for part, numbers, old, bits, form in of_parts:
             end = start + (0 if old is None else old.tokens)
             stays = (part >= start) & (part < end) if end > start else None
             at = (part - start).clamp(0, max(0, end - start - 1))
             if form is None:
-                made = Coordinates.of_numbers(numbers, x.dtype, int(bits[0]), self.formats.group_size)
+                made = Coordinates.of_numbers(numbers, self._dense_keys.dtype, int(bits[0]), self.formats.group_size)
                 if stays is not None and isinstance(old, PackedTensor):
                     made = made.replaced(old.coordinates().gather(at), stays)
                 result.append(PackedTensor.of(made, int(bits[0])))
@@ -255,24 +253,19 @@ class TieredStorage:
             start = end
         return result
 
-    def _block_numbers(self) -> Tensor | None:
-        """What the keys in blocks stand for, less the centre: float32 `[B, Hkv, P, D]`; None: there are none."""
-        if not self._blocks:
-            return None
-        shape = (self.rows, self.kv_heads, self.blocked, self._dense_keys.shape[-1])
-        out, start = torch.empty(shape, device=self.device), 0
-        for keys, _ in self._blocks:
-            self._write_numbers(keys, out[:, :, start : start + keys.tokens])
-            start += keys.tokens
-        return out
-
-    def _numbers(self, part: Tensor, x: Tensor, basis: Basis, held: Tensor | None, positions: Tensor) -> Tensor:
-        """Keys less their centre of the tokens in the slots `part`, float32 `[B, Hkv, P, D]`."""
+    def _numbers(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Keys less their centre of the tokens in the slots of each part, float32 `[B, Hkv, P, D]`."""
+        x, basis = self._source(0)
+        positions = self.positions
+        if not self._blocks:  # a whole prompt, most of which goes: only what stays is looked at
+            return [basis.coordinates(take(x, part), positions.gather(2, part)) for part in parts]
         blocked = self.blocked
-        new = basis.coordinates(take(x, (part - blocked).clamp(min=0)), positions.gather(2, part))
-        if held is None:
-            return new
-        return torch.where((part < blocked)[..., None], take(held, part.clamp(max=blocked - 1)), new)
+        numbers, start = torch.empty((self.rows, self.kv_heads, self.length, x.shape[-1]), device=x.device), 0
+        for keys, _ in self._blocks:
+            self._write_numbers(keys, numbers[:, :, start : start + keys.tokens])
+            start += keys.tokens
+        numbers[:, :, blocked:] = basis.coordinates(x, positions[..., blocked:])
+        return [take(numbers, part) for part in parts]
 
     # What comes out
 
