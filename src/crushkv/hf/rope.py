@@ -266,7 +266,7 @@ def _layouts(channels: int, turned: int) -> Iterator[_Layout]:
 
 
 def _fit_layer(layer: Tensor, keys: _Keys, tolerance: float, before: _Layout | None) -> tuple[Finding, _Layout | None]:
-    """Of `layer [T, P, Hkv, D]`; `before`: the layout of the layer before, which is tried first. Returns its own, too."""
+    """Of `layer [T, P, Hkv, D]`. `before`: the layout found before, which is tried first. Returns its own, too."""
     channels = layer.shape[-1]
     if not bool(layer.isfinite().all()):
         return Finding(None, "the keys are not finite"), before
