@@ -21,7 +21,7 @@ from ..profile import Profile, ProfileError
 from .cache import CrushCache
 from .layer import AttentionCall, CrushLayer
 from .rope import Rope, find_ropes
-from .support import position_limit
+from .support import input_device, position_limit
 
 TEXTS = ("essay", "code", "news", "dialogue")
 TOKENS = 1200  # of each text
@@ -173,7 +173,7 @@ def _energies(model: Any, ids: Tensor, ropes: list[Rope | None]) -> tuple[Tensor
     for layer, rope in zip(layers, ropes, strict=True):
         layer.rope = rope
     # Logits are of no use here. `forward`: the hook of a block of KVCrush would put its own cache there.
-    model.base_model.forward(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True)
+    model.base_model.forward(input_ids=ids[None].to(input_device(model)), past_key_values=cache, use_cache=True)
     energies = [layer.energies for layer in layers]
     shapes = {tuple(of_keys.shape) for of_keys, _ in energies}
     if len(shapes) > 1:

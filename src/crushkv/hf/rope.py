@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .support import cache_layers, position_limit
+from .support import cache_layers, input_device, position_limit
 
 # A pass reaches at least so many positions: in fewer, no pair of channels turns visibly.
 _LEAST = 32
@@ -176,7 +176,7 @@ def _probes(reach: int) -> list[int]:
 def _keys(model: Any, positions: list[int], tokens: tuple[float, ...] = _TOKENS) -> _Keys:
     """Reads some tokens (parts of the vocabulary) at the given positions."""
     asked = [p for p in positions if p < _MOST]
-    device = model.device if model.device.type != "meta" else torch.device("cpu")  # offloaded
+    device = input_device(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([int(part * vocabulary) for part in tokens], device=device)
     at = torch.tensor(positions, device=device)
