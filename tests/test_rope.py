@@ -28,7 +28,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from architectures import SMALL, VOCAB
 from crushkv import KVCrush
-from crushkv.hf.rope import Rope, examine_ropes, find_ropes
+from crushkv.hf.rope import examine_ropes, find_ropes
+from crushkv.rope import Rope
 
 HEADS = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 

@@ -18,9 +18,10 @@ from ..errors import UnsupportedModelError
 from ..files import OutputError, cache_folder
 from ..fingerprint import fingerprint
 from ..profile import Profile, ProfileError
+from ..rope import Rope
 from .cache import CrushCache
 from .layer import AttentionCall, CrushLayer
-from .rope import Rope, find_ropes
+from .rope import find_ropes
 from .support import input_device, position_limit
 
 TEXTS = ("essay", "code", "news", "dialogue")

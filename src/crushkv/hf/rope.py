@@ -1,4 +1,4 @@
-"""How a model turns its keys with the position (RoPE): measured from the keys that its attention receives.
+"""How a model turns its keys with the position: measured from the keys that its attention receives.
 
 Nothing is taken from names or configurations. The model reads many sequences of one token, the same token at many
 positions. A sequence of one token attends to itself alone, so the hidden states of all of them are equal, and their
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..rope import Finding, PlacedKeys, Rope, fit_ropes, misfit_of
 from .support import cache_layers, input_device, position_limit
 
 # A pass reaches at least so many positions: in fewer, no pair of channels turns visibly.
@@ -30,50 +31,6 @@ _TOKENS = (0.31, 0.53)
 _TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 # Buffers above this size are no frequencies, and are not copied before a pass that may change them.
 _SMALL = 65536
-
-
-@dataclass(frozen=True, eq=False)
-class Rope:
-    """How the keys of one layer turn: `R_p x = x cos(p frequencies) + x[partner] sin(p frequencies)`.
-
-    Attributes:
-        partner: int64 `[D]`, the channel that each channel is turned with; its own index where it is not turned.
-        frequencies: float32 `[D]`, radians a position, signed: opposite for the two channels of a pair; 0 where a
-            channel is not turned.
-    """
-
-    partner: Tensor
-    frequencies: Tensor
-
-    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """`R_p x` in float32. `x [..., D]`; `positions`: broadcast against `x`'s axes without the last."""
-        return self._turn(x, positions, 1)
-
-    def unturned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """`R_-p x` in float32: what `turned` was given."""
-        return self._turn(x, positions, -1)
-
-    def _turn(self, x: Tensor, positions: Tensor, sign: int) -> Tensor:
-        # The product in float32, as models have it: at far positions its rounding is a part of the angle.
-        angles = positions[..., None].to(x.device, torch.float32) * self.frequencies.to(x.device)
-        x = x.float()
-        return x * angles.cos() + x[..., self.partner.to(x.device)] * (sign * angles.sin())
-
-    def to(self, device: torch.device) -> Rope:
-        """The same on another device, which the keys' own saves a copy at each call."""
-        return Rope(self.partner.to(device), self.frequencies.to(device))
-
-    def averaged(self, energy: Tensor) -> Tensor:
-        """`energy [..., D]` with the mean of the two channels that are turned together in place of each."""
-        return (energy + energy[..., self.partner.to(energy.device)]) / 2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found in one layer: `rope`, or None; and in words, how its keys turn or why that is not known."""
-
-    rope: Rope | None
-    text: str
 
 
 def find_ropes(model: Any, positions: int = 1) -> list[Rope | None]:
@@ -128,20 +85,21 @@ def _survey(model: Any, key: tuple[torch.dtype, str]) -> _Known:
         keys, near = _keys(model, _probes(reach)), _keys(model, [0, min(reach, _LEAST) - 1], _TOKENS[:1])
     except Exception as error:  # models fail in as many ways as there are models
         return _Known(key, reach, _failure(model, error))
-    findings, tolerance = _fit(model, keys), _TOLERANCE[model.dtype]
+    tolerance = _TOLERANCE[model.dtype]
+    findings = fit_ropes(keys, tolerance)
     for finding, of_far, of_near in zip(findings, keys.layers, near.layers, strict=True):
         rope = finding.rope
         if rope is None:
             continue
-        noise = 2 * _misfit(rope, keys, of_far, tolerance) + tolerance / 20
-        if _misfit(rope, near, of_near, tolerance) > noise:
+        noise = 2 * misfit_of(rope, keys.positions, of_far, tolerance) + tolerance / 20
+        if misfit_of(rope, near.positions, of_near, tolerance) > noise:
             return _Known(key, reach, None)
     return _Known(key, reach, findings)
 
 
 def _ask(model: Any, positions: int) -> list[Finding]:
     try:
-        return _fit(model, _keys(model, _probes(positions)))
+        return fit_ropes(_keys(model, _probes(positions)), _TOLERANCE[model.dtype])
     except Exception as error:
         return _failure(model, error)
 
@@ -149,18 +107,6 @@ def _ask(model: Any, positions: int) -> list[Finding]:
 def _failure(model: Any, error: Exception) -> list[Finding]:
     reason = " ".join(f"the model cannot be asked for its keys ({type(error).__name__}: {error})".split())
     return [Finding(None, reason) for layer in cache_layers(model.config) if type(layer) is DynamicLayer]
-
-
-# Asking the model
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """Keys of the same few tokens at some positions, ascending from 0: a layer `[T, P, Hkv, D]`, float32."""
-
-    positions: Tensor  # [P]
-    layers: list[Tensor]
-    frequencies: list[Tensor]  # buffers of the model that may be the frequencies of this pass
 
 
 def _probes(reach: int) -> list[int]:
@@ -173,7 +119,7 @@ def _probes(reach: int) -> list[int]:
     return sorted(p for p in positions if p <= last) + [reach - 1] * (reach - 1 > last)
 
 
-def _keys(model: Any, positions: list[int], tokens: tuple[float, ...] = _TOKENS) -> _Keys:
+def _keys(model: Any, positions: list[int], tokens: tuple[float, ...] = _TOKENS) -> PlacedKeys:
     """Reads some tokens (parts of the vocabulary) at the given positions."""
     asked = [p for p in positions if p < _MOST]
     device = input_device(model)
@@ -200,7 +146,7 @@ def _keys(model: Any, positions: list[int], tokens: tuple[float, ...] = _TOKENS)
             raise ValueError("its cache does not hold one key a sequence")
         keys = keys.detach()[:, :, 0].float().cpu()
         layers.append(keys.unflatten(0, (len(ids), len(at)))[:, : len(asked)])
-    return _Keys(torch.tensor(asked), layers, frequencies)
+    return PlacedKeys(torch.tensor(asked), layers, frequencies)
 
 
 @contextlib.contextmanager
@@ -232,122 +178,3 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 # In place, as a captured graph may read it there; untouched ones are not written to.
                 if not buffer.is_meta and not torch.equal(buffer, content):
                     buffer.copy_(content)
-
-
-# Reading the keys
-
-
-def _fit(model: Any, keys: _Keys) -> list[Finding]:
-    tolerance = _TOLERANCE[model.dtype]
-    found: list[Finding] = []
-    layout: _Layout | None = None
-    for layer in keys.layers:
-        finding, layout = _fit_layer(layer, keys, tolerance, layout)
-        found.append(finding)
-    return found
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which channels are turned together: `first [J]` with `second [J]`."""
-
-    name: str  # of the way to pair them
-    first: Tensor
-    second: Tensor
-
-
-def _layouts(channels: int, turned: int) -> Iterator[_Layout]:
-    """The ways to pair the first or the last `turned` of so many channels."""
-    for start in sorted({0, channels - turned}):
-        half = torch.arange(start, start + turned // 2)
-        yield _Layout("half-split pairs", half, half + turned // 2)
-        even = torch.arange(start, start + turned, 2)
-        yield _Layout("interleaved pairs", even, even + 1)
-
-
-def _fit_layer(layer: Tensor, keys: _Keys, tolerance: float, before: _Layout | None) -> tuple[Finding, _Layout | None]:
-    """Of `layer [T, P, Hkv, D]`. `before`: the layout found before, which is tried first. Returns its own, too."""
-    channels = layer.shape[-1]
-    if not bool(layer.isfinite().all()):
-        return Finding(None, "the keys are not finite"), before
-    still = Rope(torch.arange(channels), torch.zeros(channels))
-    if _misfit(still, keys, layer, tolerance) <= tolerance:
-        return Finding(None, "no RoPE: the keys are the same at every position"), before
-    size = layer.pow(2).sum(-1)
-    if bool(((size - size[:, :1]).abs() > 4 * tolerance * (size[:, :1] + tolerance**2 * size.mean())).any()):
-        # The attention factor of YaRN is the same at every position, 0 included.
-        return Finding(None, "no RoPE: the keys' size depends on the position"), before
-    best: tuple[float, Rope, _Layout] | None = None
-    for turned in range(channels - channels % 2, 0, -2):
-        for layout in _layouts(channels, turned):
-            rope = _measure(layer, keys, layout)
-            misfit = _misfit(rope, keys, layer, tolerance)
-            if best is None or misfit < best[0]:
-                best = misfit, rope, layout
-        if best is not None and best[0] <= tolerance:
-            break
-        if turned == channels - channels % 2 and before is not None:
-            rope = _measure(layer, keys, before)
-            if (misfit := _misfit(rope, keys, layer, tolerance)) <= tolerance:
-                best = misfit, rope, before
-                break
-    if best is None or best[0] > tolerance:
-        return Finding(None, "the keys depend on the position otherwise than by RoPE"), before
-    misfit, rope, layout = best
-    rope, exact = _exact(layer, keys, layout, rope, misfit, tolerance)
-    turned = int((rope.frequencies != 0).sum())
-    text = f"RoPE turns {turned} of {channels} channels, in {layout.name}"
-    return Finding(rope, text if exact else f"{text}; its frequencies are measured from the keys"), layout
-
-
-def _rope(layout: _Layout, frequencies: Tensor, channels: int) -> Rope:
-    """`frequencies [J]` of the pairs; a pair of frequency 0 is not turned."""
-    partner, signed = torch.arange(channels), torch.zeros(channels)
-    frequencies = frequencies.float()
-    turns = frequencies != 0
-    first, second = layout.first[turns], layout.second[turns]
-    partner[first], partner[second] = second, first
-    signed[first], signed[second] = -frequencies[turns], frequencies[turns]
-    return Rope(partner, signed)
-
-
-def _measure(layer: Tensor, keys: _Keys, layout: _Layout) -> Rope:
-    """The frequencies from the phases of the pairs, refined from near to far positions."""
-    pairs = torch.complex(layer[..., layout.first].double(), layer[..., layout.second].double())
-    quotient = (pairs * pairs[:, :1].conj()).sum((0, 2))  # [P, J]
-    phase = quotient.angle()
-    positions = keys.positions.double()
-    frequency = phase[1] / positions[1]
-    for p in range(2, len(positions)):
-        rest = phase[p] - positions[p] * frequency
-        frequency = frequency + torch.remainder(rest + torch.pi, 2 * torch.pi).sub(torch.pi) / positions[p]
-    moved = (pairs - pairs[:, :1]).abs().amax((0, 1, 2))
-    return _rope(layout, torch.where(moved == 0, 0.0, frequency), layer.shape[-1])
-
-
-def _exact(
-    layer: Tensor, keys: _Keys, layout: _Layout, rope: Rope, misfit: float, tolerance: float
-) -> tuple[Rope, bool]:
-    """The model's own frequencies in place of the measured ones, where a buffer of it predicts the keys as well."""
-    best, count = None, len(layout.first)
-    for buffer in keys.frequencies:
-        if len(buffer) > count:
-            continue
-        # Fewer: the others are not turned.
-        candidate = _rope(layout, torch.cat([buffer, buffer.new_zeros(count - len(buffer))]), layer.shape[-1])
-        own = _misfit(candidate, keys, layer, tolerance)
-        if own <= misfit + tolerance / 20 and (best is None or own < best[0]):
-            best = own, candidate
-    return (rope, False) if best is None else (best[1], True)
-
-
-def _misfit(rope: Rope, keys: _Keys, layer: Tensor, tolerance: float) -> float:
-    """By which part of itself a key differs from what is predicted: root mean square over pairs of channels.
-
-    Pairs count alike, whatever their energy: where nearly all of it is in a pair that hardly turns, any layout would
-    do else. Of a pair with next to nothing in it, rounding may be the larger part, which counts little.
-    """
-    predicted = rope.turned(layer[:, :1], keys.positions[:, None])
-    error = rope.averaged((predicted - layer).pow(2).mean((0, 1, 2)))
-    energy = rope.averaged(layer.pow(2).mean((0, 1, 2)))
-    return float((error / (energy + tolerance**2 * energy.mean()).clamp(min=1e-30)).mean().sqrt())
