@@ -51,6 +51,7 @@ class Finding:
 
     rope: Rope | None
     text: str
+    unclear: bool = False  # the keys change with the position, but not as RoPE would have it
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _fit_layer(
     # Turning changes no energy. (The attention factor of YaRN is the same at every position, 0 included.)
     energy = layer.pow(2)
     if not _kept(energy.sum(-1), tolerance):
-        return Finding(None, "no RoPE: the keys' size depends on the position"), before
+        return Finding(None, "no RoPE: the keys' size depends on the position", unclear=True), before
     for layouts in _layouts(channels, before):
         layouts = [one for one in layouts if _kept(energy[..., one.first] + energy[..., one.second], tolerance)]
         if not layouts:
@@ -128,7 +129,7 @@ def _fit_layer(
             text = f"RoPE turns {turned} of {channels} channels, in {layouts[best].name}"
             measured = "" if exact else "; its frequencies are measured from the keys"
             return Finding(rope, text + measured), layouts[best]
-    return Finding(None, "the keys depend on the position otherwise than by RoPE"), before
+    return Finding(None, "the keys depend on the position otherwise than by RoPE", unclear=True), before
 
 
 def _kept(energy: Tensor, tolerance: float) -> bool:

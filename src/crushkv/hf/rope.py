@@ -37,7 +37,7 @@ def find_ropes(model: Any, positions: int = 1) -> list[Rope | None]:
     """How each compressed layer turns its keys: one entry a layer that `cache_layers` gives as `DynamicLayer`.
 
     None where keys are not turned, or not in a way that is understood. The model is asked once: two forward passes
-    over a few dozen tokens.
+    over a dozen tokens, and a third one where these leave a doubt.
 
     Args:
         model: a Transformers model; nothing on it is changed.
@@ -60,7 +60,10 @@ def examine_ropes(model: Any, positions: int = 1) -> list[Finding]:
             return known.always
         if positions not in known.at:
             known.at.clear()  # lengths are rarely met again
-            known.at[positions] = _ask(model, max(positions, _LEAST))
+            try:
+                known.at[positions], _, _ = _ask(model, max(positions, _LEAST))
+            except Exception as error:
+                known.at[positions] = _failure(model, error)
         return known.at[positions]
 
 
@@ -82,11 +85,11 @@ def _survey(model: Any, key: tuple[torch.dtype, str]) -> _Known:
     """Fits the longest pass, and sees whether a short one turns keys as it does."""
     reach = position_limit(model.config) or _MOST
     try:
-        keys, near = _keys(model, _probes(reach)), _keys(model, [0, min(reach, _LEAST) - 1], _TOKENS[:1])
+        findings, keys, level = _ask(model, reach)
+        near = _keys(model, [0, min(reach, _LEAST) - 1], _TOKENS[:1], level)
     except Exception as error:  # models fail in as many ways as there are models
         return _Known(key, reach, _failure(model, error))
     tolerance = _TOLERANCE[model.dtype]
-    findings = fit_ropes(keys, tolerance)
     for finding, of_far, of_near in zip(findings, keys.layers, near.layers, strict=True):
         rope = finding.rope
         if rope is None:
@@ -97,11 +100,17 @@ def _survey(model: Any, key: tuple[torch.dtype, str]) -> _Known:
     return _Known(key, reach, findings)
 
 
-def _ask(model: Any, positions: int) -> list[Finding]:
-    try:
-        return fit_ropes(_keys(model, _probes(positions)), _TOLERANCE[model.dtype])
-    except Exception as error:
-        return _failure(model, error)
+def _ask(model: Any, reach: int) -> tuple[list[Finding], PlacedKeys, bool]:
+    """What is found in a pass over so many positions, its keys, and whether its rows were levelled."""
+    keys = _keys(model, _probes(reach), _TOKENS)
+    findings = fit_ropes(keys, _TOLERANCE[model.dtype])
+    if not any(finding.unclear for finding in findings):
+        return findings, keys, False
+    # Attention sinks weigh a token against a constant, and its weight is rounded otherwise at each position: in 16
+    # bits, hidden states of deep models drift apart by that.
+    keys = _keys(model, _probes(reach), _TOKENS, level=True)
+    levelled = fit_ropes(keys, _TOLERANCE[model.dtype])
+    return [b if a.unclear and b.rope is not None else a for a, b in zip(findings, levelled, strict=True)], keys, True
 
 
 def _failure(model: Any, error: Exception) -> list[Finding]:
@@ -119,21 +128,24 @@ def _probes(reach: int) -> list[int]:
     return sorted(p for p in positions if p <= last) + [reach - 1] * (reach - 1 > last)
 
 
-def _keys(model: Any, positions: list[int], tokens: tuple[float, ...] = _TOKENS) -> PlacedKeys:
-    """Reads some tokens (parts of the vocabulary) at the given positions."""
+def _keys(model: Any, positions: list[int], tokens: tuple[float, ...], level: bool = False) -> PlacedKeys:
+    """Reads some tokens (parts of the vocabulary) at the given positions, ascending from 0.
+
+    Args:
+        level: give every layer the same hidden states for all positions of a token, those at position 0.
+    """
     asked = [p for p in positions if p < _MOST]
-    device = input_device(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([int(part * vocabulary) for part in tokens], device=device)
-    at = torch.tensor(positions, device=device)
+    ids = [int(part * vocabulary) for part in tokens]
+    # The last row only makes the pass as long as it is to be.
+    rows = [(token, p) for token in ids for p in asked] + [(ids[0], positions[-1])]
+    inputs = torch.tensor(rows, device=input_device(model))
+    same = [row - row % len(asked) for row in range(len(rows) - 1)] + [0]
     cache = DynamicCache(config=model.config)
-    with _unchanged(model):
+    with _unchanged(model), _levelled(model, same) if level else contextlib.nullcontext():
         # Logits are of no use here. `forward`: the hook of a block of KVCrush would put its own cache there.
         model.base_model.forward(
-            input_ids=ids.repeat_interleave(len(at))[:, None],
-            position_ids=at.repeat(len(ids))[:, None],
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=inputs[:, :1], position_ids=inputs[:, 1:], past_key_values=cache, use_cache=True
         )
         buffers = [b for b in model.buffers() if b.is_floating_point() and 0 < b.numel() <= _SMALL and not b.is_meta]
         frequencies = [b.detach().flatten().float().cpu() for b in buffers]
@@ -142,11 +154,32 @@ def _keys(model: Any, positions: list[int], tokens: tuple[float, ...] = _TOKENS)
         if type(kind) is not DynamicLayer:
             continue
         keys = getattr(layer, "keys", None)
-        if keys is None or keys.ndim != 4 or keys.shape[0] != len(ids) * len(at) or keys.shape[2] != 1:
+        if keys is None or keys.ndim != 4 or keys.shape[0] != len(rows) or keys.shape[2] != 1:
             raise ValueError("its cache does not hold one key a sequence")
-        keys = keys.detach()[:, :, 0].float().cpu()
-        layers.append(keys.unflatten(0, (len(ids), len(at)))[:, : len(asked)])
+        layers.append(keys.detach()[:-1, :, 0].float().cpu().unflatten(0, (len(ids), len(asked))))
     return PlacedKeys(torch.tensor(asked), layers, frequencies)
+
+
+@contextlib.contextmanager
+def _levelled(model: Any, same: list[int]) -> Iterator[None]:
+    """Inside, hidden states `[rows, 1, hidden]` that modules are given are those of the row `same[row]` instead."""
+    size, thread = model.config.get_text_config(decoder=True).hidden_size, threading.get_ident()
+
+    def level(value: Any) -> Any:
+        hidden = isinstance(value, Tensor) and value.is_floating_point() and value.shape == (len(same), 1, size)
+        return value[same] if hidden else value
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        return tuple(map(level, args)), {name: level(value) for name, value in kwargs.items()}
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
