@@ -213,9 +213,7 @@ def widths(energy: Sequence[float], bits: int) -> list[int]:
     distortion = (1.0, 0.36338, 0.11885, 0.03744, 0.01154, 0.00350, 0.00104)
     found = [0] * len(energy)
     for _ in range(bits):
-        saved = [
-            e * (distortion[w] - distortion[w + 1]) if w < 6 else -1.0 for e, w in zip(energy, found, strict=True)
-        ]
+        saved = [e * (distortion[w] - distortion[w + 1]) if w < 6 else -1.0 for e, w in zip(energy, found, strict=True)]
         found[saved.index(max(saved))] += 1
     return found
 

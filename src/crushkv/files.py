@@ -48,3 +48,13 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cache_folder() -> Path:
+    """The user's: `$CRUSHKV_CACHE`, else `crushkv` in `$XDG_CACHE_HOME`, else `~/.cache/crushkv`."""
+    own = os.environ.get("CRUSHKV_CACHE")
+    if own:
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative path there is to be ignored, says the XDG specification.
+    return (Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()) / "crushkv"

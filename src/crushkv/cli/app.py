@@ -26,6 +26,7 @@ from .lm_eval import lm_eval
 from .output import one_line
 from .plan import plan
 from .policies import policies
+from .profile import profile
 from .report import report
 from .run import run
 from .sweep import sweep
@@ -60,7 +61,7 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _command in (run, generate, build, ask, plan, inspect, fidelity, sweep, report, bench, policies, doctor):
+for _command in (run, generate, build, ask, plan, profile, inspect, fidelity, sweep, report, bench, policies, doctor):
     app.command()(_command)
 app.command("eval")(evaluate)
 # Its options are the harness's.

@@ -13,8 +13,9 @@ from ..config import CrushConfig
 from ..core import Budget, SelectionOptions, pyramid
 from ..importance import Policy
 from ..profile import Profile
+from ..rope import Rope
 from ..split import split_bytes
-from ..storage import ChannelFormat, Formats, KeyEnergy, LayerSizes, Rope, Workspace, channel_formats
+from ..storage import ChannelFormat, Formats, KeyEnergy, LayerSizes, Workspace, channel_formats
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How a model turns its keys with the position (RoPE): measured from the keys that its attention receives.
+"""How a model turns its keys with the position: measured from the keys that its attention receives.
 
 Nothing is taken from names or configurations. The model reads many sequences of one token, the same token at many
 positions. A sequence of one token attends to itself alone, so the hidden states of all of them are equal, and their
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..storage import Rope
-from .support import cache_layers, position_limit
+from ..rope import Finding, PlacedKeys, Rope, fit_ropes, misfit_of
+from .support import cache_layers, input_device, position_limit
 
 # A pass reaches at least so many positions: in fewer, no pair of channels turns visibly.
 _LEAST = 32
@@ -33,19 +33,11 @@ _TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 1e-2, tor
 _SMALL = 65536
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What was found in one layer: `rope`, or None; and in words, how its keys turn or why that is not known."""
-
-    rope: Rope | None
-    text: str
-
-
 def find_ropes(model: Any, positions: int = 1) -> list[Rope | None]:
     """How each compressed layer turns its keys: one entry a layer that `cache_layers` gives as `DynamicLayer`.
 
     None where keys are not turned, or not in a way that is understood. The model is asked once: two forward passes
-    over a few dozen tokens.
+    over a dozen tokens, and a third one where these leave a doubt.
 
     Args:
         model: a Transformers model; nothing on it is changed.
@@ -68,7 +60,10 @@ def examine_ropes(model: Any, positions: int = 1) -> list[Finding]:
             return known.always
         if positions not in known.at:
             known.at.clear()  # lengths are rarely met again
-            known.at[positions] = _ask(model, max(positions, _LEAST))
+            try:
+                known.at[positions], _, _ = _ask(model, max(positions, _LEAST))
+            except Exception as error:
+                known.at[positions] = _failure(model, error)
         return known.at[positions]
 
 
@@ -90,42 +85,37 @@ def _survey(model: Any, key: tuple[torch.dtype, str]) -> _Known:
     """Fits the longest pass, and sees whether a short one turns keys as it does."""
     reach = position_limit(model.config) or _MOST
     try:
-        keys, near = _keys(model, _probes(reach)), _keys(model, [0, min(reach, _LEAST) - 1], _TOKENS[:1])
+        findings, keys, level = _ask(model, reach)
+        near = _keys(model, [0, min(reach, _LEAST) - 1], _TOKENS[:1], level)
     except Exception as error:  # models fail in as many ways as there are models
         return _Known(key, reach, _failure(model, error))
-    findings, tolerance = _fit(model, keys), _TOLERANCE[model.dtype]
+    tolerance = _TOLERANCE[model.dtype]
     for finding, of_far, of_near in zip(findings, keys.layers, near.layers, strict=True):
         rope = finding.rope
         if rope is None:
             continue
-        noise = 2 * _misfit(rope, keys, of_far, tolerance) + tolerance / 20
-        if _misfit(rope, near, of_near, tolerance) > noise:
+        noise = 2 * misfit_of(rope, keys.positions, of_far, tolerance) + tolerance / 20
+        if misfit_of(rope, near.positions, of_near, tolerance) > noise:
             return _Known(key, reach, None)
     return _Known(key, reach, findings)
 
 
-def _ask(model: Any, positions: int) -> list[Finding]:
-    try:
-        return _fit(model, _keys(model, _probes(positions)))
-    except Exception as error:
-        return _failure(model, error)
+def _ask(model: Any, reach: int) -> tuple[list[Finding], PlacedKeys, bool]:
+    """What is found in a pass over so many positions, its keys, and whether its rows were levelled."""
+    keys = _keys(model, _probes(reach), _TOKENS)
+    findings = fit_ropes(keys, _TOLERANCE[model.dtype])
+    if not any(finding.unclear for finding in findings):
+        return findings, keys, False
+    # Attention sinks weigh a token against a constant, and its weight is rounded otherwise at each position: in 16
+    # bits, hidden states of deep models drift apart by that.
+    keys = _keys(model, _probes(reach), _TOKENS, level=True)
+    levelled = fit_ropes(keys, _TOLERANCE[model.dtype])
+    return [b if a.unclear and b.rope is not None else a for a, b in zip(findings, levelled, strict=True)], keys, True
 
 
 def _failure(model: Any, error: Exception) -> list[Finding]:
     reason = " ".join(f"the model cannot be asked for its keys ({type(error).__name__}: {error})".split())
     return [Finding(None, reason) for layer in cache_layers(model.config) if type(layer) is DynamicLayer]
-
-
-# Asking the model
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """Keys of the same few tokens at some positions, ascending from 0: a layer `[T, P, Hkv, D]`, float32."""
-
-    positions: Tensor  # [P]
-    layers: list[Tensor]
-    frequencies: list[Tensor]  # buffers of the model that may be the frequencies of this pass
 
 
 def _probes(reach: int) -> list[int]:
@@ -138,21 +128,24 @@ def _probes(reach: int) -> list[int]:
     return sorted(p for p in positions if p <= last) + [reach - 1] * (reach - 1 > last)
 
 
-def _keys(model: Any, positions: list[int], tokens: tuple[float, ...] = _TOKENS) -> _Keys:
-    """Reads some tokens (parts of the vocabulary) at the given positions."""
+def _keys(model: Any, positions: list[int], tokens: tuple[float, ...], level: bool = False) -> PlacedKeys:
+    """Reads some tokens (parts of the vocabulary) at the given positions, ascending from 0.
+
+    Args:
+        level: give every layer the same hidden states for all positions of a token, those at position 0.
+    """
     asked = [p for p in positions if p < _MOST]
-    device = model.device if model.device.type != "meta" else torch.device("cpu")  # offloaded
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([int(part * vocabulary) for part in tokens], device=device)
-    at = torch.tensor(positions, device=device)
+    ids = [int(part * vocabulary) for part in tokens]
+    # The last row only makes the pass as long as it is to be.
+    rows = [(token, p) for token in ids for p in asked] + [(ids[0], positions[-1])]
+    inputs = torch.tensor(rows, device=input_device(model))
+    same = [row - row % len(asked) for row in range(len(rows) - 1)] + [0]
     cache = DynamicCache(config=model.config)
-    with _unchanged(model):
+    with _unchanged(model), _levelled(model, same) if level else contextlib.nullcontext():
         # Logits are of no use here. `forward`: the hook of a block of KVCrush would put its own cache there.
         model.base_model.forward(
-            input_ids=ids.repeat_interleave(len(at))[:, None],
-            position_ids=at.repeat(len(ids))[:, None],
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=inputs[:, :1], position_ids=inputs[:, 1:], past_key_values=cache, use_cache=True
         )
         buffers = [b for b in model.buffers() if b.is_floating_point() and 0 < b.numel() <= _SMALL and not b.is_meta]
         frequencies = [b.detach().flatten().float().cpu() for b in buffers]
@@ -161,11 +154,32 @@ def _keys(model: Any, positions: list[int], tokens: tuple[float, ...] = _TOKENS)
         if type(kind) is not DynamicLayer:
             continue
         keys = getattr(layer, "keys", None)
-        if keys is None or keys.ndim != 4 or keys.shape[0] != len(ids) * len(at) or keys.shape[2] != 1:
+        if keys is None or keys.ndim != 4 or keys.shape[0] != len(rows) or keys.shape[2] != 1:
             raise ValueError("its cache does not hold one key a sequence")
-        keys = keys.detach()[:, :, 0].float().cpu()
-        layers.append(keys.unflatten(0, (len(ids), len(at)))[:, : len(asked)])
-    return _Keys(torch.tensor(asked), layers, frequencies)
+        layers.append(keys.detach()[:-1, :, 0].float().cpu().unflatten(0, (len(ids), len(asked))))
+    return PlacedKeys(torch.tensor(asked), layers, frequencies)
+
+
+@contextlib.contextmanager
+def _levelled(model: Any, same: list[int]) -> Iterator[None]:
+    """Inside, hidden states `[rows, 1, hidden]` that modules are given are those of the row `same[row]` instead."""
+    size, thread = model.config.get_text_config(decoder=True).hidden_size, threading.get_ident()
+
+    def level(value: Any) -> Any:
+        hidden = isinstance(value, Tensor) and value.is_floating_point() and value.shape == (len(same), 1, size)
+        return value[same] if hidden else value
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        return tuple(map(level, args)), {name: level(value) for name, value in kwargs.items()}
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -197,122 +211,3 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 # In place, as a captured graph may read it there; untouched ones are not written to.
                 if not buffer.is_meta and not torch.equal(buffer, content):
                     buffer.copy_(content)
-
-
-# Reading the keys
-
-
-def _fit(model: Any, keys: _Keys) -> list[Finding]:
-    tolerance = _TOLERANCE[model.dtype]
-    found: list[Finding] = []
-    layout: _Layout | None = None
-    for layer in keys.layers:
-        finding, layout = _fit_layer(layer, keys, tolerance, layout)
-        found.append(finding)
-    return found
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which channels are turned together: `first [J]` with `second [J]`."""
-
-    name: str  # of the way to pair them
-    first: Tensor
-    second: Tensor
-
-
-def _layouts(channels: int, turned: int) -> Iterator[_Layout]:
-    """The ways to pair the first or the last `turned` of so many channels."""
-    for start in sorted({0, channels - turned}):
-        half = torch.arange(start, start + turned // 2)
-        yield _Layout("half-split pairs", half, half + turned // 2)
-        even = torch.arange(start, start + turned, 2)
-        yield _Layout("interleaved pairs", even, even + 1)
-
-
-def _fit_layer(layer: Tensor, keys: _Keys, tolerance: float, before: _Layout | None) -> tuple[Finding, _Layout | None]:
-    """Of `layer [T, P, Hkv, D]`; `before`: the layout of the layer before, which is tried first. Returns its own, too."""
-    channels = layer.shape[-1]
-    if not bool(layer.isfinite().all()):
-        return Finding(None, "the keys are not finite"), before
-    still = Rope(torch.arange(channels), torch.zeros(channels))
-    if _misfit(still, keys, layer, tolerance) <= tolerance:
-        return Finding(None, "no RoPE: the keys are the same at every position"), before
-    size = layer.pow(2).sum(-1)
-    if bool(((size - size[:, :1]).abs() > 4 * tolerance * (size[:, :1] + tolerance**2 * size.mean())).any()):
-        # The attention factor of YaRN is the same at every position, 0 included.
-        return Finding(None, "no RoPE: the keys' size depends on the position"), before
-    best: tuple[float, Rope, _Layout] | None = None
-    for turned in range(channels - channels % 2, 0, -2):
-        for layout in _layouts(channels, turned):
-            rope = _measure(layer, keys, layout)
-            misfit = _misfit(rope, keys, layer, tolerance)
-            if best is None or misfit < best[0]:
-                best = misfit, rope, layout
-        if best is not None and best[0] <= tolerance:
-            break
-        if turned == channels - channels % 2 and before is not None:
-            rope = _measure(layer, keys, before)
-            if (misfit := _misfit(rope, keys, layer, tolerance)) <= tolerance:
-                best = misfit, rope, before
-                break
-    if best is None or best[0] > tolerance:
-        return Finding(None, "the keys depend on the position otherwise than by RoPE"), before
-    misfit, rope, layout = best
-    rope, exact = _exact(layer, keys, layout, rope, misfit, tolerance)
-    turned = int((rope.frequencies != 0).sum())
-    text = f"RoPE turns {turned} of {channels} channels, in {layout.name}"
-    return Finding(rope, text if exact else f"{text}; its frequencies are measured from the keys"), layout
-
-
-def _rope(layout: _Layout, frequencies: Tensor, channels: int) -> Rope:
-    """`frequencies [J]` of the pairs; a pair of frequency 0 is not turned."""
-    partner, signed = torch.arange(channels), torch.zeros(channels)
-    frequencies = frequencies.float()
-    turns = frequencies != 0
-    first, second = layout.first[turns], layout.second[turns]
-    partner[first], partner[second] = second, first
-    signed[first], signed[second] = -frequencies[turns], frequencies[turns]
-    return Rope(partner, signed)
-
-
-def _measure(layer: Tensor, keys: _Keys, layout: _Layout) -> Rope:
-    """The frequencies from the phases of the pairs, refined from near to far positions."""
-    pairs = torch.complex(layer[..., layout.first].double(), layer[..., layout.second].double())
-    quotient = (pairs * pairs[:, :1].conj()).sum((0, 2))  # [P, J]
-    phase = quotient.angle()
-    positions = keys.positions.double()
-    frequency = phase[1] / positions[1]
-    for p in range(2, len(positions)):
-        rest = phase[p] - positions[p] * frequency
-        frequency = frequency + torch.remainder(rest + torch.pi, 2 * torch.pi).sub(torch.pi) / positions[p]
-    moved = (pairs - pairs[:, :1]).abs().amax((0, 1, 2))
-    return _rope(layout, torch.where(moved == 0, 0.0, frequency), layer.shape[-1])
-
-
-def _exact(
-    layer: Tensor, keys: _Keys, layout: _Layout, rope: Rope, misfit: float, tolerance: float
-) -> tuple[Rope, bool]:
-    """The model's own frequencies in place of the measured ones, where a buffer of it predicts the keys as well."""
-    best, count = None, len(layout.first)
-    for buffer in keys.frequencies:
-        if len(buffer) > count:
-            continue
-        # Fewer: the others are not turned.
-        candidate = _rope(layout, torch.cat([buffer, buffer.new_zeros(count - len(buffer))]), layer.shape[-1])
-        own = _misfit(candidate, keys, layer, tolerance)
-        if own <= misfit + tolerance / 20 and (best is None or own < best[0]):
-            best = own, candidate
-    return (rope, False) if best is None else (best[1], True)
-
-
-def _misfit(rope: Rope, keys: _Keys, layer: Tensor, tolerance: float) -> float:
-    """By which part of itself a key differs from what is predicted: root mean square over pairs of channels.
-
-    Pairs count alike, whatever their energy: where nearly all of it is in a pair that hardly turns, any layout would
-    do else. Of a pair with next to nothing in it, rounding may be the larger part, which counts little.
-    """
-    predicted = rope.turned(layer[:, :1], keys.positions[:, None])
-    error = rope.averaged((predicted - layer).pow(2).mean((0, 1, 2)))
-    energy = rope.averaged(layer.pow(2).mean((0, 1, 2)))
-    return float((error / (energy + tolerance**2 * energy.mean()).clamp(min=1e-30)).mean().sqrt())

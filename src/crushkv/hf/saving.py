@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,13 +18,12 @@ from .._version import __version__
 from ..config import CrushConfig
 from ..errors import ConfigError, CrushError
 from ..files import replacing
+from ..fingerprint import digest_of, fingerprint
 from .cache import CrushCache
 from .layer import CrushLayer
 
 FORMAT = "crushkv cache"
 FORMAT_VERSION = "2"  # changes whenever older code could not read a file, or newer code an older one
-# Enough of each parameter to tell weights apart, little enough to be read in a moment.
-_SAMPLED = 64
 
 
 class SavedCacheError(CrushError):
@@ -97,7 +94,7 @@ def save_cache(
         "config": cache.config.to_json(),
         "layers": json.dumps(counts),
         "notes": json.dumps(dict(notes or {})),
-        "digest": _digest(tensors),
+        "digest": digest_of(tensors),
     }
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata)
@@ -113,7 +110,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
     try:
         counts = json.loads(metadata["layers"])
         config, notes = CrushConfig.from_json(metadata["config"]), json.loads(metadata["notes"])
-        same = metadata["digest"] == _digest(tensors)
+        same = metadata["digest"] == digest_of(tensors)
         belongs = metadata["model"] == fingerprint(model)
     except (KeyError, ValueError) as error:
         raise SavedCacheError(f"{path}: damaged ({error})") from None
@@ -160,27 +157,6 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, Ten
             return metadata, {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise SavedCacheError(f"{path}: {error}") from None
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Differs between models whose caches differ: architecture, weights (a sample of each parameter), dtype."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)].contiguous().cpu()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    # Positions are no parameters, and stand in the keys.
-    config = model.config.get_text_config(decoder=True)
-    digest.update(json.dumps(getattr(config, "rope_parameters", None), sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _window_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:

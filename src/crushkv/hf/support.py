@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
@@ -65,6 +66,12 @@ def check_sizes(budget: Budget, page_size: int, model_config: PreTrainedConfig) 
 def position_limit(model_config: PreTrainedConfig) -> int | None:
     """Positions the model was made for, or None if its configuration does not say."""
     return getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its inputs; accelerate moves them on where the weights are offloaded."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def check_prompt(tokens: int, model_config: PreTrainedConfig) -> None:

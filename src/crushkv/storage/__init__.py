@@ -3,7 +3,6 @@
 from .channels import ChannelFormat
 from .dense import DenseStorage
 from .formats import RAW, WIDTHS, Formats, LayerSizes
-from .rope import Rope
 from .rotation import turn
 from .tiered import KeyEnergy, TieredStorage, channel_formats
 from .widths import WIDEST
@@ -18,7 +17,6 @@ __all__ = [
     "Formats",
     "KeyEnergy",
     "LayerSizes",
-    "Rope",
     "TieredStorage",
     "Workspace",
     "channel_formats",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rope import Rope
+from ..rope import Rope
 from .rotation import rotation
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..rope import Rope
 from . import channels
 from .basis import Basis, fit, fit_channels
 from .block import Coordinates, PackedTensor
@@ -15,7 +16,6 @@ from .buffers import take
 from .channels import ChannelFormat, ChannelTensor
 from .dense import DenseStorage
 from .formats import RAW, Formats, LayerSizes
-from .rope import Rope
 from .rotation import rotation, turn
 from .widths import allocate
 from .workspace import Workspace

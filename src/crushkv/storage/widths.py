@@ -37,4 +37,6 @@ def allocate(energy: Tensor, mean: float) -> Tensor:
     # Where all is zero (a head that is never used), bits are spread evenly.
     saved = (energy.double().clamp(min=1e-30)[..., None] * drops).flatten(1)
     bits = saved.topk(channel_bits(mean, size), dim=-1).indices // WIDEST
-    return torch.zeros(heads, size, dtype=torch.int64, device=energy.device).scatter_add_(1, bits, torch.ones_like(bits))
+    return torch.zeros(heads, size, dtype=torch.int64, device=energy.device).scatter_add_(
+        1, bits, torch.ones_like(bits)
+    )
