@@ -51,6 +51,22 @@ def test_fidelity_prints_one_object_a_configuration(crushkv: Callable[..., Outco
     assert 0.45 < half["bytes_fraction"] <= 0.5 and 0.2 < quarter["bytes_fraction"] <= 0.25
     assert 0 < full["gold_nll"] < 1 and quarter["gold_nll"] > 0
     assert "[2/2] retrieval_single_1k" in done.stderr and "left" in done.stderr
+    # Of two prompts, the mean and the median are the same, and the worst is one of them.
+    assert quarter["kl_median"] == pytest.approx(quarter["kl"])
+    assert quarter["kl"] < quarter["kl_percentile_95"] < quarter["kl_worst"]
+    assert quarter["worst_prompt"]["task"] == "retrieval_single_1k" and quarter["worst_prompt"]["id"] in ("0", "1")
+
+
+@pytest.mark.model
+def test_fidelity_prints_the_worst_prompt_and_takes_the_default_policy(crushkv: Callable[..., Outcome]) -> None:
+    done = crushkv("fidelity", "--tasks", "retrieval_single_1k", "--limit", 2, "--config", "budget={0.5,0.25}")
+    assert "1  budget=0.5 (2 prompts)" in done.stdout and "2  budget=0.25 (2 prompts)" in done.stdout
+    header = next(line.split() for line in done.stdout.splitlines() if "median" in line)
+    row = next(line for line in done.stdout.splitlines() if line.split()[:1] == ["2"] and line.rstrip().endswith("%"))
+    assert header == ["KL", "95", "%", "median", "p95", "worst", "agree", "NLL", "bytes"] and "…" not in done.stdout
+    _, kl, low, _, high, median, p95, worst, *_ = row.split()
+    assert float(low) <= float(kl) <= float(high) and float(median) <= float(p95) <= float(worst)
+    assert "2  worst: retrieval_single_1k " in done.stdout
 
 
 @pytest.mark.model
