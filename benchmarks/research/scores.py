@@ -87,13 +87,12 @@ class Trial(ReadAhead):
         reads: how many of the last queries are read; 0: as many as the window has.
         heads: mean or max over the query heads that share a KV head.
         floor: no token's attention counts less than the mean of its head's (DefensiveKV's prior).
-        weight: what attention is multiplied by: nothing, the norm of the value, the sum of its magnitudes, its range
-            from lowest to highest (VaSE), |W_o v| (CriticalKV), or how far the value is from the head's output.
+        weight: what attention is multiplied by: nothing, the norm of the value, |W_o v| (CriticalKV), or how far the
+            value is from the head's output.
         late: attention is multiplied only after it has been smoothed, as CriticalKV does it.
         kept: the budget, which the next two need.
         first: with `late`, of the kept pages the share that is chosen by attention alone (CriticalKV's first stage).
         large: of the kept pages, the share that is kept for its largest value, by range (VaSE, arXiv 2606.03928).
-        sampled: pages are drawn by their scores, not ranked (VaSE).
     """
 
     name = "trial"
@@ -103,12 +102,11 @@ class Trial(ReadAhead):
     reads: int = 0
     heads: Literal["mean", "max"] = "mean"
     floor: bool = False
-    weight: Literal["none", "norm", "l1", "range", "projected", "offset"] = "norm"
+    weight: Literal["none", "norm", "projected", "offset"] = "norm"
     late: bool = False
     kept: float = 0.0
     first: float = 0.0
     large: float = 0.0
-    sampled: bool = False
 
     def queries(self, window: int) -> int:
         return self.reads or window
@@ -163,12 +161,7 @@ class Trial(ReadAhead):
             share = mass / mass.sum(-1, keepdim=True)
             output = share[:, None] @ values.repeat_interleave(group, 0)  # [Hq, 1, D]
             return (values.repeat_interleave(group, 0) - output).norm(dim=-1)
-        found = {
-            "norm": values.norm(dim=-1),
-            "l1": values.abs().sum(-1),
-            "range": values.amax(-1) - values.amin(-1),
-        }[self.weight]
-        return found.repeat_interleave(group, 0)
+        return values.norm(dim=-1).repeat_interleave(group, 0)
 
     def _smooth(self, mass: Tensor) -> Tensor:
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
@@ -180,18 +173,14 @@ class Trial(ReadAhead):
         return grouped.mean(1) if self.heads == "mean" else grouped.amax(1)
 
     def _pages(self, score: Tensor, plain: Tensor, view: LayerView) -> Tensor:
-        """What is decided page by page: a first stage, pages kept for their values, pages drawn."""
-        if not (self.first or self.large or self.sampled):
+        """What is decided page by page: a first stage, and pages kept for their values."""
+        if not (self.first or self.large):
             return score
         tokens = score.shape[-1]
         pages = (tokens - SINK - WINDOW) // PAGE
         middle = slice(SINK, SINK + pages * PAGE)
         paged = score[:, middle].unflatten(-1, (pages, PAGE)).mean(-1)
         kept = int((self.kept * tokens - SINK - WINDOW) / PAGE)
-        if self.sampled:
-            draw = torch.rand(paged.shape, generator=torch.Generator().manual_seed(view.seed)).clamp(1e-9, 1 - 1e-7)
-            paged = paged.clamp(min=1e-30).log() - (-draw.log()).log()
-            paged = (paged - paged.amax(-1, keepdim=True)).exp()
         highest = 2 * float(paged.amax())
         if count := int(self.first * kept):
             by_attention = plain[:, middle].unflatten(-1, (pages, PAGE)).mean(-1)
