@@ -29,6 +29,13 @@ def test_text_names_fields(text: str, fields: dict[str, object]) -> None:
     assert parse_config(text) == CrushConfig(**{"policy": "snapkv", **fields})  # type: ignore[arg-type]
 
 
+def test_without_a_name_the_policy_is_the_default_one() -> None:
+    assert parse_config("budget=0.25") == CrushConfig(budget=0.25)
+    assert parse_config(" budget=0.25, window=16,ahead=8") == CrushConfig(
+        budget=0.25, window=16, policy_options={"ahead": 8}
+    )
+
+
 def test_a_preset_keeps_what_the_text_does_not_change() -> None:
     small = CrushConfig.preset("small")
     assert parse_config("small:kernel=5") == small.replace(policy_options={"kernel": 5})
@@ -50,7 +57,10 @@ def test_full_is_no_configuration() -> None:
         ("snapkv:budget", "FIELD=VALUE"),
         ("snapkv:budget=", "FIELD=VALUE"),
         ("snapkv:budget=0.5,budget=0.25", "twice"),
-        ("snapkv:policy=h2o", "twice"),
+        ("snapkv:policy=h2o", "stands in front"),
+        ("policy=h2o,budget=0.5", "h2o:FIELD"),
+        ("bugdet=0.5", "budget"),
+        ("budget=0.5:window=16", "budget"),
         ("snapkv:budget=7", "budget"),
         ("snapkv:anchors=mean+mode", "mode"),
         ("snapkv:kernel=4", "odd"),

@@ -22,6 +22,7 @@ from crushkv.evaluation import (
     Subject,
     Sweep,
     TaskSource,
+    by_model,
     load_tasks,
     plan_work,
     prompts,
@@ -357,6 +358,23 @@ def test_other_versions_are_not_mixed(subject: Subject, data: Path, tmp_path: Pa
     with pytest.raises(DataError, match="crushkv 0.*crushkv 1"):
         run(sweep(limit=1), newer, data, path)
     run(sweep(limit=1), newer, data, other)
+    with pytest.raises(DataError, match="do not belong in one report"):
+        read_report_samples([path, other])
+
+
+def test_two_models_stand_in_one_report_under_their_names(subject: Subject, data: Path, tmp_path: Path) -> None:
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    run(sweep(limit=1), subject, data, path)
+    second = replace(subject, description={**subject.description, "name": "others"})
+    with pytest.raises(DataError, match="give another file"):
+        run(sweep(limit=1), second, data, path)
+    run(sweep(limit=1), second, data, other)
+    samples = read_report_samples([path, other, path])
+    apart = by_model(samples)
+    assert list(apart) == ["bytes", "others"] and len(apart["bytes"]) == len(apart["others"]) == len(samples) // 2
+    # One name for two models would mix them.
+    write(other, *(json.dumps({**json.loads(line), "model": {"name": "bytes", "dtype": "bfloat16"}})
+                   for line in other.read_text(encoding="utf-8").splitlines()))  # fmt: skip
     with pytest.raises(DataError, match="do not belong in one report"):
         read_report_samples([path, other])
 

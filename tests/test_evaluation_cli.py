@@ -17,6 +17,7 @@ import pytest
 
 from crushkv.cli import main
 from crushkv.embedded import embedded_model_path
+from evaluation_models import byte_model, byte_tokenizer
 from interrupts import heed_interrupts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -51,6 +52,22 @@ def test_fidelity_prints_one_object_a_configuration(crushkv: Callable[..., Outco
     assert 0.45 < half["bytes_fraction"] <= 0.5 and 0.2 < quarter["bytes_fraction"] <= 0.25
     assert 0 < full["gold_nll"] < 1 and quarter["gold_nll"] > 0
     assert "[2/2] retrieval_single_1k" in done.stderr and "left" in done.stderr
+    # Of two prompts, the mean and the median are the same, and the worst is one of them.
+    assert quarter["kl_median"] == pytest.approx(quarter["kl"])
+    assert quarter["kl"] < quarter["kl_percentile_95"] < quarter["kl_worst"]
+    assert quarter["worst_prompt"]["task"] == "retrieval_single_1k" and quarter["worst_prompt"]["id"] in ("0", "1")
+
+
+@pytest.mark.model
+def test_fidelity_prints_the_worst_prompt_and_takes_the_default_policy(crushkv: Callable[..., Outcome]) -> None:
+    done = crushkv("fidelity", "--tasks", "retrieval_single_1k", "--limit", 2, "--config", "budget={0.5,0.25}")
+    assert "1  budget=0.5 (2 prompts)" in done.stdout and "2  budget=0.25 (2 prompts)" in done.stdout
+    header = next(line.split() for line in done.stdout.splitlines() if "median" in line)
+    row = next(line for line in done.stdout.splitlines() if line.split()[:1] == ["2"] and line.rstrip().endswith("%"))
+    assert header == ["KL", "95", "%", "median", "p95", "worst", "agree", "NLL", "bytes"] and "…" not in done.stdout
+    _, kl, low, _, high, median, p95, worst, *_ = row.split()
+    assert float(low) <= float(kl) <= float(high) and float(median) <= float(p95) <= float(worst)
+    assert "2  worst: retrieval_single_1k " in done.stdout
 
 
 @pytest.mark.model
@@ -95,6 +112,39 @@ def test_a_sweep_survives_ctrl_c_and_becomes_a_page(tmp_path: Path, crushkv: Cal
     crushkv("report", output, "-o", page, "--plots", tmp_path / "plots")
     assert page.stat().st_size > 50_000
     assert (tmp_path / "plots" / "score-to-full.png").is_file() and (tmp_path / "plots" / "kl-by-bytes.svg").is_file()
+
+
+def test_a_model_folder_behind_its_chat_template_beside_another(
+    tmp_path: Path, crushkv: Callable[..., Outcome]
+) -> None:
+    first, second = tmp_path / "one", tmp_path / "two"
+    for folder in (first, second):
+        byte_model().save_pretrained(folder)
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = "{% for message in messages %}<user>{{ message['content'] }}<bot>{% endfor %}"
+        tokenizer.save_pretrained(folder)
+    data = tmp_path / "data"
+    data.mkdir()
+    fields = {"context": "Ice is cold. " * 20, "answers": ["cold"], "length": 9, "language": "en", "all_classes": None}
+    lines = [{"_id": str(i), "input": f"What is ice, {i}?", "dataset": "qasper", **fields} for i in range(2)]
+    (data / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    file = tmp_path / "sweep.yaml"
+    file.write_text("tasks: [qasper]\nanswer_tokens: 4\nconfigurations: [full, budget=0.5]\n", encoding="utf-8")
+    samples = {}
+    for folder, chat in ((first, []), (second, ["--chat"])):
+        output = folder.with_suffix(".jsonl")
+        crushkv("sweep", file, "--model", folder, "--data-dir", data, "-o", output, *chat)
+        samples[folder] = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        assert {s["model"]["name"] for s in samples[folder]} == {str(folder)} and len(samples[folder]) == 4
+        assert {s["settings"]["chat"] for s in samples[folder]} == {bool(chat)}
+    # The template's own tokens are the difference: a byte each.
+    longer = samples[second][0]["prompt_tokens"] - samples[first][0]["prompt_tokens"]
+    assert longer == len("<user><bot>")
+    page = tmp_path / "report.html"
+    crushkv("report", *(folder.with_suffix(".jsonl") for folder in samples), "-o", page)
+    text = page.read_text(encoding="utf-8")
+    for folder in samples:
+        assert f"<td>budget=0.5, {folder}</td>" in text
 
 
 @pytest.mark.model

@@ -16,7 +16,7 @@ from crushkv.config_text import parse_config
 from crushkv.evaluation.plots import as_svg, figures, save
 from crushkv.evaluation.report import render
 from crushkv.evaluation.results import Sample
-from crushkv.evaluation.statistics import importance_only, macro_mean, paired
+from crushkv.evaluation.statistics import Estimate, importance_only, macro_mean, paired, worst_prompt
 from crushkv.evaluation.tables import method_of, rows
 
 HOSTILE = '</td><script>document.title="hacked"</script><img src=x onerror=alert(1)> $x$'
@@ -67,6 +67,25 @@ def test_the_interval_equals_a_plain_bootstrap() -> None:
     assert macro_mean(by_task) == found  # seeded
 
 
+def test_a_lost_prompt_shows_beside_the_mean() -> None:
+    """Median, 95th percentile and worst are of all prompts; the mean is of the tasks."""
+    by_task = {"a": [0.0] * 19 + [3.0], "b": [0.1]}
+    found = macro_mean(by_task)
+    assert found.mean == pytest.approx((3 / 20 + 0.1) / 2)
+    every = sorted(value for values in by_task.values() for value in values)
+    assert (found.median, found.highest) == (0.0, 3.0)
+    # The 95th percentile of 21 values is the last but one.
+    assert found.percentile_95 == pytest.approx(every[19]) == pytest.approx(0.1)
+    assert macro_mean({"a": [2.0]}) == Estimate(2, 2, 2, 2, 2, 2, 1)
+
+
+def test_the_worst_prompt_has_a_name() -> None:
+    measured = [sample("snapkv", "a", i, kl) for i, kl in enumerate((0.1, 0.9, 0.3))]
+    worst = worst_prompt([*measured, replace(measured[0], id="not measured", kl=None)])
+    assert worst is measured[1]
+    assert worst_prompt([replace(measured[0], kl=None)]) is None
+
+
 def test_the_interval_covers_what_it_says() -> None:
     draw = np.random.default_rng(1)
     hits = 0
@@ -104,8 +123,8 @@ def test_importance_alone_is_the_same_without_representatives() -> None:
     assert CrushConfig.from_dict(plain) == CrushConfig(policy="h2o", budget=0.5, page_size=8, representative_share=0)
 
 
-def results() -> list[Sample]:
-    draw = np.random.default_rng(3)
+def results(seed: int = 3) -> list[Sample]:
+    draw = np.random.default_rng(seed)
     names = ["full"] + [
         f"{policy}:budget={budget},page_size=1,representative_share={share}"
         for policy in ("h2o", "snapkv", "random")
@@ -134,6 +153,28 @@ def test_rows_compare_with_the_right_configurations() -> None:
     assert crushed.score_to_full.estimate.mean == pytest.approx(crushed.score.mean - full.score.mean)
     assert method_of("snapkv:budget=0.5", {}) == "snapkv" and method_of("full", None) == "full"
     assert method_of("h2o:page_size=1,budget=0.5,sink=2", {}) == "h2o:page_size=1,sink=2"
+    assert method_of("budget=0.5,sink=2", {}) == f"{CrushConfig().policy}:sink=2"
+
+
+def two_models() -> list[Sample]:
+    """The same prompts and configurations, measured on two models."""
+    other = [replace(s, model={**s.model, "name": "other/model"}) for s in results(seed=4)]
+    return [s for pair in zip(results(), other, strict=True) for s in pair]
+
+
+def test_rows_of_two_models_are_not_mixed() -> None:
+    table = rows(two_models())
+    assert table == rows(results()) + [
+        replace(
+            row,
+            model="other/model",
+            worst=row.worst and replace(row.worst, model={**row.worst.model, "name": "other/model"}),
+        )
+        for row in rows(results(seed=4))
+    ]
+    for row in table:
+        assert row.prompts == 12 and row.kl is not None and row.worst is not None
+        assert row.worst.kl == row.kl.highest and row.worst.model["name"] == row.model
 
 
 def test_plots_are_drawn_and_stay_the_same(tmp_path: Path) -> None:
@@ -151,6 +192,8 @@ def test_plots_are_drawn_and_stay_the_same(tmp_path: Path) -> None:
         assert "<svg" in (tmp_path / "plots" / f"{name}.svg").read_text(encoding="utf-8")
     first, again = (as_svg(figures(rows(results()))["kl-by-bytes"]) for _ in range(2))
     assert first == again, "a report in version control should change only with its figures"
+    # Two models have plots of their own.
+    assert set(figures(rows(two_models()))) == {f"{name}-{number}" for name in drawn for number in (1, 2)}
     # One configuration alone, without scores, is drawn too.
     few = [sample("snapkv:budget=0.25", "one", i, 0.1 + i / 10) for i in range(2)]
     assert list(figures(rows(few))) == ["kl-by-bytes"]
@@ -191,6 +234,22 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
     opened(page, "", f"--screenshot={picture}", "--window-size=1200,2000")
     assert _colours(picture) > 50, "the plots are to be seen"
+
+
+def test_the_page_names_both_models_and_the_worst_prompts() -> None:
+    samples = two_models()
+    table = rows(samples)
+    text = render(samples, table=table)
+    body = text.split('id="configurations"')[1].split("<tbody>")[1].split("</tbody>")[0]
+    lines = [[cell.split("<")[0] for cell in line.split("<td>")[1:]] for line in body.split("<tr>")[1:]]
+    assert [cells[0] for cells in lines] == [f"{row.name}, {row.model}" for row in table]
+    for row, cells in zip(table, lines, strict=True):
+        assert row.kl is not None and row.worst is not None
+        assert cells[5:8] == [f"{value:.4f}" for value in (row.kl.median, row.kl.percentile_95, row.kl.highest)]
+        assert cells[8] == f"{row.worst.task} {row.worst.id}"
+    assert text.count("<dt>model name</dt>") == 2 and text.count("<img id=") == 10
+    one = render(results())
+    assert one.count("<dt>model name</dt>") == 1 and "random:budget=0.25,page_size=1,representative_share=0<" in one
 
 
 def _colours(picture: Path) -> int:

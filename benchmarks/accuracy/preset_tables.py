@@ -1,6 +1,8 @@
 """Prints the tables of docs/accuracy.md on the presets, and draws its first plot, from results/presets.
 
 python benchmarks/accuracy/preset_tables.py [--plot FILE]
+
+A kind of results may be in several files (`fidelity.jsonl.gz`, `fidelity-qwen.jsonl.gz`). Each model has its tables.
 """
 
 from __future__ import annotations
@@ -10,9 +12,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
-from tables import RESULTS, SHORT, Read, Table, kl, longbench, mark_shares, retrieval, score, short_cells, show
+from tables import (
+    RESULTS,
+    SHORT,
+    Read,
+    Table,
+    kl,
+    longbench,
+    mark_shares,
+    retrieval,
+    score,
+    short_cells,
+    show,
+)
 
-from crushkv.evaluation import read_report_samples
+from crushkv.evaluation import by_model, read_report_samples
 
 READAHEAD = "ahead=16,half_life=8,value_norm=true"
 SIZES = {"0.25": "4 times smaller", "0.125": "8 times", "0.0625": "16 times"}
@@ -85,7 +99,7 @@ def lengths(tokens: str) -> Read:
 
 def in_short(distances: Table, scores: Table) -> None:
     show(
-        "Presets, in short",
+        f"Presets, in short{distances.label}",
         ["", *SHORT, "needles, 2k", "4k"],
         [
             [
@@ -125,7 +139,7 @@ def goals(distances: Table, scores: Table) -> None:
             ]
         )
     show(
-        "Presets: what was aimed at",
+        f"Presets: what was aimed at{distances.label}",
         [
             "",
             "score against the full cache's",
@@ -142,7 +156,7 @@ def goals(distances: Table, scores: Table) -> None:
 def by_task_table(scores: Table) -> None:
     tasks = list(dict.fromkeys(s.task for s in scores.groups["full"]))
     show(
-        "Presets, task by task",
+        f"Presets, task by task{scores.label}",
         ["", *tasks],
         [[label, *(scores.task(name, task, score) for task in tasks)] for label, name in ROWS.items()],
     )
@@ -159,29 +173,29 @@ def steps(distances: Table) -> None:
         "... a third in 2 bits instead of half: `balanced`": lambda b: preset(b) if b == "0.25" else "",
     }
     show(
-        "From SnapKV to the presets: KL",
+        f"From SnapKV to the presets: KL{distances.label}",
         ["", *SIZES.values()],
-        [[label, *(distances.mean(of(b)) for b in SIZES)] for label, of in found.items()],
+        [[label, *(distances.spread(of(b)) for b in SIZES)] for label, of in found.items()],
     )
     pairs = [(label, of, before) for (label, of), before in zip(list(found.items())[1:], found.values(), strict=False)]
     pairs.append(("the presets, minus the first row", preset, next(iter(found.values()))))
     show(
-        "From SnapKV to the presets: what each step changes",
+        f"From SnapKV to the presets: what each step changes{distances.label}",
         ["minus the row before", *SIZES.values()],
         [[label, *(distances.difference(of(b), before(b)) for b in SIZES)] for label, of, before in pairs],
     )
     show(
-        "16 bits: KL",
+        f"16 bits: KL{distances.label}",
         ["pages of 16", *SIZES.values()],
         [
-            ["SnapKV", *(distances.mean(pages(b)) for b in SIZES)],
-            ["readahead", *(distances.mean(readahead(b)) for b in SIZES)],
+            ["SnapKV", *(distances.spread(pages(b)) for b in SIZES)],
+            ["readahead", *(distances.spread(readahead(b)) for b in SIZES)],
             ["difference", *(distances.difference(readahead(b), pages(b)) for b in SIZES)],
         ],
     )
     window = "ahead=16,value_norm=true,window=16"
     show(
-        "A window of 16 tokens, all queries alike, minus the presets: KL",
+        f"A window of 16 tokens, all queries alike, minus the presets: KL{distances.label}",
         ["", *(SIZES[b] for b in SMALLER)],
         [["difference", *(distances.difference(halves(b, window), halves(b)) for b in SMALLER)]],
     )
@@ -194,12 +208,12 @@ def behind_the_chat_template(table: Table) -> None:
         "a window of 16 tokens, all queries alike": lambda b: f"small:budget={b},window=16,half_life=0",
     }
     show(
-        "Behind the chat template: KL, and minus SnapKV's",
+        f"Behind the chat template: KL, and minus SnapKV's{table.label}",
         ["half 4, half 2 bits", *(SIZES[b] for b in SMALLER), *("minus SnapKV, " + SIZES[b] for b in SMALLER)],
         [
             [
                 label,
-                *(table.mean(of(b)) for b in SMALLER),
+                *(table.spread(of(b)) for b in SMALLER),
                 *("" if label == "SnapKV" else table.difference(of(b), halves(b, "")) for b in SMALLER),
             ]
             for label, of in rows.items()
@@ -221,10 +235,10 @@ def held_out(table: Table) -> None:
         ("the presets minus SnapKV in half 4, half 2 bits", "the presets", "SnapKV, half 4, half 2 bits"),
     ]
     show(
-        "Tasks that had no part in the choice: KL",
+        f"Tasks that had no part in the choice: KL{table.label}",
         ["", *SIZES.values()],
         [
-            *([label, *(table.mean(of(b)) for b in SIZES)] for label, of in rows.items()),
+            *([label, *(table.spread(of(b)) for b in SIZES)] for label, of in rows.items()),
             *([label, *(table.difference(rows[new](b), rows[old](b)) for b in SIZES)] for label, new, old in pairs),
         ],
     )
@@ -238,7 +252,7 @@ def own_part(distances: Table) -> None:
         "none: more tokens in 4 bits": lambda b: f"snapkv:budget={b},bits=4,recent_bits=8,{READAHEAD}",
     }
     show(
-        "The second half chosen by KVCrush: KL minus KL of other choices, at equal bytes",
+        f"The second half chosen by KVCrush: KL minus KL of other choices, at equal bytes{distances.label}",
         ["minus", *(SIZES[b] for b in SMALLER)],
         [[label, *(distances.difference(kvcrush(b), other(b)) for b in SMALLER)] for label, other in others.items()],
     )
@@ -280,19 +294,27 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG or SVG")
     parser.add_argument("--results", type=Path, default=RESULTS / "presets", help="folder of the results")
     arguments = parser.parse_args()
-    found = {
-        name: next(arguments.results.glob(f"{name}.jsonl*")) for name in ("fidelity", "scores", "chat", "held-out")
-    }
-    distances, scores, chat, others = (Table(read_report_samples([path])) for path in found.values())
-    in_short(distances, scores)
-    goals(distances, scores)
-    steps(distances)
-    behind_the_chat_template(chat)
-    held_out(others)
-    own_part(distances)
-    by_task_table(scores)
-    if arguments.plot is not None:
-        plot(distances, scores, arguments.plot)
+    kinds = ("fidelity", "scores", "chat", "held-out")
+    found = [by_model(read_report_samples(sorted(arguments.results.glob(f"{kind}*.jsonl*")))) for kind in kinds]
+    models = list(dict.fromkeys(model for samples in found for model in samples))
+    for model in models:
+        label = f": {model}" if len(models) > 1 else ""
+        distances, scores, chat, others = (Table(samples.get(model, []), label) for samples in found)
+        if distances.groups:
+            in_short(distances, scores)
+            if scores.groups:
+                goals(distances, scores)
+            steps(distances)
+        if chat.groups:
+            behind_the_chat_template(chat)
+        if others.groups:
+            held_out(others)
+        if distances.groups:
+            own_part(distances)
+        if scores.groups:
+            by_task_table(scores)
+            if arguments.plot is not None:
+                plot(distances, scores, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from crushkv.evaluation import Sample, read_report_samples
+from crushkv.evaluation import Sample, by_model, read_report_samples
 from crushkv.evaluation.statistics import Estimate, by_task, macro_mean, paired
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,9 +36,15 @@ def retrieval(sample: Sample) -> float | None:
 
 
 class Table:
-    """Samples by configuration, and cells of Markdown."""
+    """One model's samples by configuration, and cells of Markdown.
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    label: what titles of its tables end with, where there are tables of several models.
+    """
+
+    def __init__(self, samples: Sequence[Sample], label: str = "") -> None:
+        if len(by_model(samples)) > 1:
+            raise ValueError(f"samples of several models in one table: {', '.join(by_model(samples))}")
+        self.label = label
         self.groups: dict[str, list[Sample]] = defaultdict(list)
         for sample in samples:
             self.groups[sample.name].append(sample)
@@ -54,6 +60,19 @@ class Table:
             return ""
         text = f"{found.mean:.{digits}f}"
         return f"{text} ({found.low:.{digits}f} to {found.high:.{digits}f})" if interval else text
+
+    def spread(self, name: str) -> str:
+        """KL: the mean with its interval, and over all prompts the median, the 95th percentile and the worst."""
+        mean, *others = self.spread_cells(name, interval=True)
+        return f"{mean}; {', '.join(others)}" if mean else ""
+
+    def spread_cells(self, name: str, interval: bool = False) -> list[str]:
+        """The same as four cells."""
+        found = self.estimate(name)
+        if found is None:
+            return [""] * 4
+        others = (f"{value:.3f}" for value in (found.median, found.percentile_95, found.highest))
+        return [self.mean(name, interval=interval), *others]
 
     def difference(self, name: str, base: str, read: Read = kl, digits: int = 3) -> str:
         """Bold where the interval excludes 0."""
@@ -88,14 +107,15 @@ def show(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> Non
         print("| " + " | ".join(line) + " |")
 
 
-SHORT = ("bytes", "KL", "same token", "LongBench score", "minus the full cache")
+SPREAD = ("KL", "median", "95th percentile", "worst prompt")
+SHORT = ("bytes", *SPREAD, "same token", "LongBench score", "minus the full cache")
 
 
 def short_cells(distances: Table, followed: str, scores: Table, answered: str) -> list[str]:
     """Cells under `SHORT`: of a configuration's name in the sweep of fidelity and in that of scores."""
     return [
         scores.bytes(answered),
-        distances.mean(followed, kl, interval=False),
+        *distances.spread_cells(followed),
         distances.mean(followed, lambda s: s.agreement, interval=False),
         scores.mean(answered, longbench, interval=False),
         "" if answered == "full" else scores.difference(answered, "full", longbench),
@@ -130,11 +150,11 @@ def short(table: Table) -> None:
     }
     show(
         "A quarter of the cache, in short",
-        ["", "KL", "same token", "LongBench score", "one needle", "one of four needles"],
+        ["", *SPREAD, "same token", "LongBench score", "one needle", "one of four needles"],
         [
             [
                 label,
-                table.mean(n, kl, interval=False),
+                *table.spread_cells(n),
                 table.mean(n, lambda s: s.agreement, interval=False),
                 table.mean(n, longbench, interval=False),
                 *(table.task(n, task, score, 2) for task in needles),

@@ -19,7 +19,8 @@ _FIELDS = frozenset(f.name for f in dataclasses.fields(CrushConfig))
 
 
 def parse_config(text: str) -> CrushConfig | None:
-    """A configuration from `POLICY[:FIELD=VALUE,...]` or `PRESET[:FIELD=VALUE,...]`; None for `full`, the full cache.
+    """A configuration from `POLICY[:FIELD=VALUE,...]`, `PRESET[:FIELD=VALUE,...]` or, with the default policy,
+    `FIELD=VALUE,...`; None for `full`, the full cache.
 
     Fields are those of `CrushConfig`, and the policy's own options (`snapkv:kernel=5`). Several anchors are joined
     with `+` (`anchors=mean+zeros`), bounds with `-` (`share_bounds=0.1-0.4`).
@@ -27,7 +28,7 @@ def parse_config(text: str) -> CrushConfig | None:
     Raises:
         ConfigError: a name is unknown, or a value is not accepted; the message quotes the text.
     """
-    name, _, rest = text.strip().partition(":")
+    name, rest = split_name(text)
     if name == FULL and not rest:
         return None
     try:
@@ -41,7 +42,9 @@ def parse_config(text: str) -> CrushConfig | None:
             field, equals, value = (piece.strip() for piece in part.partition("="))
             if not equals or not value:
                 raise ConfigError(f"{part!r}: accepted is FIELD=VALUE")
-            if field == "policy" or field in values or field in own:
+            if field == "policy":
+                raise ConfigError(f"{part!r}: the policy stands in front, once: {value}:FIELD=VALUE,...")
+            if field in values or field in own:
                 raise ConfigError(f"{field!r} is given twice")
             if field in _FIELDS:
                 values[field] = read_field(field, value)
@@ -54,6 +57,12 @@ def parse_config(text: str) -> CrushConfig | None:
         return CrushConfig.from_dict({**base, **values})
     except ConfigError as error:
         raise ConfigError(f"configuration {text!r}: {error}") from None
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """The policy or preset, and the fields behind its colon. Fields without a name are those of the default policy."""
+    name, _, rest = text.strip().partition(":")
+    return (CrushConfig().policy, text.strip()) if "=" in name else (name, rest)
 
 
 def expand(text: str) -> list[str]:

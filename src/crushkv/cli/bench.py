@@ -71,7 +71,7 @@ def bench(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="full, a preset, or POLICY:FIELD=VALUE,... Repeatable; {a,b} stands for both.",
+            help="full, a preset, POLICY:FIELD=VALUE,... or FIELD=VALUE,... Repeatable; {a,b} stands for both.",
             metavar="TEXT",
             show_default="full, and SnapKV and H2O with representatives",
         ),

@@ -34,7 +34,7 @@ def fidelity(
     config: Annotated[
         list[str] | None,
         typer.Option(
-            help="full, a preset, or POLICY:FIELD=VALUE,... Repeatable; {a,b} stands for both.",
+            help="full, a preset, POLICY:FIELD=VALUE,... or FIELD=VALUE,... Repeatable; {a,b} stands for both.",
             metavar="TEXT",
             show_default="full, 16 bits at a quarter, and the presets",
         ),
@@ -93,15 +93,23 @@ def fidelity(
 
 
 def summary(name: str, samples: list[Sample]) -> dict[str, Any]:
-    """Means over the tasks, each counting alike, with 95 % intervals; gold_nll is None without gold answers."""
-    from ..evaluation.statistics import by_task, macro_mean
+    """Means over the tasks, each counting alike, with 95 % intervals, and KL's median, 95th percentile and worst of all
+    prompts; gold_nll is None without gold answers.
+    """
+    from ..evaluation.statistics import by_task, macro_mean, worst_prompt
 
+    worst = worst_prompt(samples)
+    assert worst is not None
     kl = macro_mean(by_task(samples, lambda sample: sample.kl))
     nll = by_task(samples, lambda sample: sample.gold_nll)
     return {
         "name": name,
         "kl": kl.mean,
         "kl_interval": [kl.low, kl.high],
+        "kl_median": kl.median,
+        "kl_percentile_95": kl.percentile_95,
+        "kl_worst": kl.highest,
+        "worst_prompt": {"task": worst.task, "id": worst.id},
         "agreement": macro_mean(by_task(samples, lambda sample: sample.agreement)).mean,
         "gold_nll": macro_mean(nll).mean if nll else None,
         "bytes_fraction": sum(sample.bytes_fraction for sample in samples) / len(samples),
@@ -110,22 +118,25 @@ def summary(name: str, samples: list[Sample]) -> dict[str, Any]:
 
 
 def _print(figures: list[dict[str, Any]]) -> None:
-    """A table, and above it the names of its rows: they are long, and their ends tell them apart."""
+    """A table. Above it stand the names of its rows, below it the names of their worst prompts, as both are long."""
     console = result_console()
-    table = Table("", "KL", "95 %", "agreement", "gold NLL", "bytes", "prompts", box=box.SIMPLE_HEAD)
-    for column in table.columns:
-        column.justify = "right"
-        column.no_wrap = True
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("", "KL", "95 %", "median", "p95", "worst", "agree", "NLL", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
     for number, line in enumerate(figures, start=1):
-        console.print(f"{number:3}  {line['name']}", markup=False, soft_wrap=True)
+        console.print(f"{number:3}  {line['name']} ({line['prompts']} prompts)", markup=False, soft_wrap=True)
         low, high = line["kl_interval"]
         table.add_row(
             str(number),
             f"{line['kl']:.4f}",
             f"{low:.4f} to {high:.4f}",
+            *(f"{line[name]:.4f}" for name in ("kl_median", "kl_percentile_95", "kl_worst")),
             f"{line['agreement']:.1%}",
             "-" if line["gold_nll"] is None else f"{line['gold_nll']:.3f}",
             f"{line['bytes_fraction']:.1%}",
-            str(line["prompts"]),
         )
     console.print(table)
+    for number, line in enumerate(figures, start=1):
+        if line["kl_worst"]:
+            worst = line["worst_prompt"]
+            console.print(f"{number:3}  worst: {worst['task']} {worst['id']}", markup=False, soft_wrap=True)

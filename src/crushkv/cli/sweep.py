@@ -28,6 +28,9 @@ def sweep(
         int | None,
         typer.Option(help="Prompts a task, instead of the file's.", metavar="NUMBER", min=1, rich_help_panel=PANEL),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Use the chat template, whatever the file says.", rich_help_panel=PANEL)
+    ] = False,
     source: Any,  # crushkv.evaluation.TaskSource
     model: ModelOptions,
 ) -> None:
@@ -39,6 +42,7 @@ def sweep(
         from ..evaluation import Sweep
 
     overrides: dict[str, Any] = {"tasks": None if tasks is None else split_names(tasks), "limit": limit}
+    overrides["chat"] = chat or None
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if source.seed:
         overrides["seed"] = source.seed

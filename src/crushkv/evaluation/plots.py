@@ -26,7 +26,24 @@ _REFERENCES = ("random", "streaming_llm")
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:
-    """Every plot for which there are figures, by a name fit for a file."""
+    """Every plot for which there are figures, by a name fit for a file. Several models have their own plots."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    if len(models) == 1:
+        return _figures(rows)
+    return {
+        f"{name}-{number}": _named(figure, model)
+        for number, model in enumerate(models, start=1)
+        for name, figure in _figures([row for row in rows if row.model == model]).items()
+    }
+
+
+def _named(figure: Figure, model: str) -> Figure:
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure.suptitle(_short(model))
+    return figure
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, Figure]:
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         found = {
             "kl-by-bytes": _curves(rows, lambda row: row.kl, "KL to the full cache [nats]", log=True),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from .pages import environment
 from .plots import as_svg, figures
-from .results import Sample
+from .results import Sample, by_model
 from .statistics import Comparison, Estimate
 from .tables import Row, rows
 
@@ -31,33 +32,64 @@ def render(
     table: `rows(samples)`, where the caller has them; their intervals take a while.
     """
     table = rows(samples) if table is None else table
-    first = samples[0]
+    models = by_model(samples)
+
+    def label(name: str, model: str) -> str:
+        return f"{name}, {model}" if len(models) > 1 else name
+
     templates = environment()
-    templates.filters.update(estimate=_estimate, interval=_interval, change=_change)
+    templates.filters.update(
+        estimate=_estimate,
+        interval=_interval,
+        change=_change,
+        prompt=_prompt,
+        label=lambda row: label(row.name, row.model),
+    )
     plots = [
-        {"name": name, "title": TITLES[name], "data": base64.b64encode(as_svg(figure).encode()).decode()}
+        {"name": name, "title": _title(name, list(models)), "data": base64.b64encode(as_svg(figure).encode()).decode()}
         for name, figure in figures(table).items()
     ]
-    tasks = list(dict.fromkeys(sample.task for sample in samples))
     return templates.get_template("report.html.j2").render(
         title=title,
         rows=table,
         plots=plots,
-        tasks=[_task(task, samples) for task in tasks],
+        task_names=list(dict.fromkeys(sample.task for sample in samples)),
+        tasks=[_task(label(task, model), own) for model, of in models.items() for task, own in _by_task(of).items()],
+        model_names=list(models),
+        models=[of[0].model for of in models.values()],
         has_scores=any(row.score is not None for row in table),
         has_fidelity=any(row.kl is not None for row in table),
         samples=len(samples),
-        model=first.model,
-        versions=first.versions,
+        versions=samples[0].versions,
         settings=_settings(samples),
     )
 
 
-def _task(task: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    mine = [sample for sample in samples if sample.task == task]
-    lengths = sorted({sample.id: sample.prompt_tokens for sample in mine}.values())
-    metric = next((sample.metric for sample in mine if sample.metric), None)
-    return {"name": task, "prompts": len(lengths), "shortest": lengths[0], "longest": lengths[-1], "metric": metric}
+def _title(name: str, models: list[str]) -> str:
+    """Of a plot that `figures` has named."""
+    if name in TITLES:
+        return TITLES[name]
+    kind, _, number = name.rpartition("-")
+    return f"{TITLES[kind]}: {models[int(number) - 1]}"
+
+
+def _by_task(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        found[sample.task].append(sample)
+    return found
+
+
+def _task(label: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a model was given of a task."""
+    lengths = sorted({sample.id: sample.prompt_tokens for sample in samples}.values())
+    return {
+        "name": label,
+        "prompts": len(lengths),
+        "shortest": lengths[0],
+        "longest": lengths[-1],
+        "metric": next((sample.metric for sample in samples if sample.metric), None),
+    }
 
 
 def _settings(samples: Sequence[Sample]) -> dict[str, str]:
@@ -70,8 +102,12 @@ def _settings(samples: Sequence[Sample]) -> dict[str, str]:
     return {name: "; ".join(values) for name, values in found.items()}
 
 
-def _estimate(value: Estimate | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value.mean:.{digits}f}"
+def _estimate(value: Estimate | None, digits: int = 4, what: str = "mean") -> str:
+    return "" if value is None else f"{getattr(value, what):.{digits}f}"
+
+
+def _prompt(sample: Sample | None) -> str:
+    return "" if sample is None else f"{sample.task} {sample.id}"
 
 
 def _interval(value: Estimate | None, digits: int = 4) -> str:

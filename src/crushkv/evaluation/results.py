@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ class Sample:
     score: float | None = None
     metric: str | None = None
     answer: str | None = None
+
+    @property
+    def model_name(self) -> str:
+        return str(self.model.get("name"))
 
     @property
     def bytes_fraction(self) -> float:
@@ -157,30 +162,44 @@ def read_samples(paths: Iterable[Path]) -> list[Sample]:
 
 
 def read_report_samples(paths: Iterable[Path]) -> list[Sample]:
-    """Samples that may stand in one table, each measured once.
+    """Samples that may stand in one report, each measured once. They may be of several models, told apart by name.
 
     Raises:
-        DataError: also where models, versions, or configurations of one name differ, or there are no samples.
+        DataError: also where models of one name differ, or versions, or configurations of one name, or there are no
+            samples.
     """
-    merged: dict[tuple[str, str, str, str], Sample] = {}
-    first: tuple[Path, Sample] | None = None
+    merged: dict[tuple[str, str, str, str, str], Sample] = {}
+    models: dict[str, tuple[Path, Sample]] = {}
     configs: dict[str, dict[str, Any] | None] = {}
     for path in paths:
         for sample in read_samples([path]):
-            if first is None:
-                first = path, sample
-            elif (sample.model, sample.versions) != (first[1].model, first[1].versions):
-                raise DataError(
-                    f"{path} was measured with {_describe(sample.model, sample.versions)}, but {first[0]} with "
-                    f"{_describe(first[1].model, first[1].versions)}: they do not belong in one report"
-                )
+            known = models.setdefault(sample.model_name, (path, sample))
+            _check_alike(path, sample, *known)
+            _check_alike(path, sample, *next(iter(models.values())), other_model=True)
             if configs.setdefault(sample.name, sample.config) != sample.config:
                 raise DataError(f"{path}: configuration {sample.name!r} stands for two different configurations")
-            key = (sample.task, sample.id, sample.prompt_hash, sample.name)
+            key = (sample.model_name, sample.task, sample.id, sample.prompt_hash, sample.name)
             merged[key] = _merge(merged[key], sample) if key in merged else sample
     if not merged:
         raise DataError("there are no samples in these results")
     return list(merged.values())
+
+
+def _check_alike(path: Path, sample: Sample, known_path: Path, known: Sample, other_model: bool = False) -> None:
+    """Raises `DataError` unless both were measured with the same versions, and the same model where that is asked."""
+    if sample.versions != known.versions or (sample.model != known.model and not other_model):
+        raise DataError(
+            f"{path} was measured with {_describe(sample.model, sample.versions)}, but {known_path} with "
+            f"{_describe(known.model, known.versions)}: they do not belong in one report"
+        )
+
+
+def by_model(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """The samples of each model, by its name, in the order of their first samples."""
+    found: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        found[sample.model_name].append(sample)
+    return dict(found)
 
 
 def _merge(first: Sample, second: Sample) -> Sample:

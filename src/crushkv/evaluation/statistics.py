@@ -1,4 +1,4 @@
-"""Means over tasks with bootstrap intervals, and paired differences between configurations."""
+"""Means over tasks with bootstrap intervals, medians and worst prompts, and paired differences of configurations."""
 
 from __future__ import annotations
 
@@ -31,11 +31,22 @@ KVCRUSH_FIELDS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval. Where no task has two prompts, the bounds are the mean, and say nothing."""
+    """What some prompts come to.
+
+    Attributes:
+        mean: of the tasks' means, so that each task counts alike.
+        low, high: the mean's 95 % interval. Where no task has two prompts, both are the mean, and say nothing.
+        median, percentile_95, highest: of all prompts, each counting alike, whatever its task. A mean hides a prompt
+            that is lost; these show it.
+        prompts: how many there are.
+    """
 
     mean: float
     low: float
     high: float
+    median: float
+    percentile_95: float
+    highest: float
     prompts: int
 
     @property
@@ -52,7 +63,7 @@ class Comparison:
 
 
 def macro_mean(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> Estimate:
-    """The mean of the tasks' means, each task counting alike.
+    """The mean of the tasks' means, each task counting alike, and where the single prompts lie.
 
     The interval is a percentile bootstrap, prompts drawn within their task (Efron and Tibshirani 1993, chapter 13). A
     task with a single prompt adds nothing to its width.
@@ -64,10 +75,15 @@ def macro_mean(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> Estimat
     if not groups:
         raise ValueError("no values to average")
     mean = float(np.mean([group.mean() for group in groups]))
-    count = sum(len(group) for group in groups)
     drawn = [group for group in groups if len(group) > 1]
-    if not drawn:
-        return Estimate(mean, mean, mean, count)
+    low, high = _interval(groups, drawn, seed) if drawn else (mean, mean)
+    every = np.concatenate(groups)
+    median, percentile_95, highest = (float(value) for value in np.percentile(every, [50, 95, 100]))
+    return Estimate(mean, low, high, median, percentile_95, highest, len(every))
+
+
+def _interval(groups: Sequence[Any], drawn: Sequence[Any], seed: int) -> tuple[float, float]:
+    """Of the mean of all groups' means, by drawing prompts within those groups that have several."""
     fixed = sum(float(group[0]) for group in groups if len(group) == 1)
 
     def of_means(*samples: Any, axis: int = -1) -> Any:
@@ -76,7 +92,7 @@ def macro_mean(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> Estimat
     interval = bootstrap(
         drawn, of_means, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed), vectorized=True
     ).confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high), count)
+    return float(interval.low), float(interval.high)
 
 
 Read = Callable[[Sample], float | None]
@@ -89,6 +105,12 @@ def by_task(samples: Iterable[Sample], read: Read) -> dict[str, list[float]]:
         if (value := read(sample)) is not None:
             values[sample.task].append(value)
     return dict(values)
+
+
+def worst_prompt(samples: Iterable[Sample]) -> Sample | None:
+    """The sample that is furthest from the full cache, by its KL; None where that was not measured."""
+    measured = [sample for sample in samples if sample.kl is not None]
+    return max(measured, key=lambda sample: sample.kl or 0, default=None)
 
 
 def paired(samples: Iterable[Sample], baseline: Iterable[Sample], read: Read) -> Comparison | None:

@@ -1,4 +1,4 @@
-"""The figures of a report: one row a configuration."""
+"""The figures of a report: one row for each model and configuration."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .results import Sample
-from .statistics import Comparison, Estimate, by_task, importance_only, macro_mean, paired
+from ..config_text import split_name
+from .results import Sample, by_model
+from .statistics import Comparison, Estimate, by_task, importance_only, macro_mean, paired, worst_prompt
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration over all its prompts.
+    """One configuration of one model over all its prompts.
 
     Attributes:
+        model: its name.
         method: the configuration without its budget; a curve of the plots.
         bytes_fraction: mean over the prompts.
         kl, agreement, gold_nll, score: over all tasks, each counting alike; None where not measured.
-        task_kl, task_score: the same by task.
+        worst: the prompt with the highest KL; None where KL was not measured.
+        task_kl, task_score: means by task.
         score_to_full, nll_to_full: paired differences to the full cache.
         kl_to_base, score_to_base: paired differences to importance alone at the same budget; None where this is
             importance alone, or that was not measured.
         base: name of that configuration.
     """
 
+    model: str
     name: str
     method: str
     config: dict[str, Any] | None
@@ -36,6 +40,7 @@ class Row:
     agreement: Estimate | None
     gold_nll: Estimate | None
     score: Estimate | None
+    worst: Sample | None
     task_kl: dict[str, Estimate]
     task_score: dict[str, Estimate]
     score_to_full: Comparison | None
@@ -58,28 +63,34 @@ def _nll(sample: Sample) -> float | None:
 
 
 def rows(samples: Sequence[Sample]) -> list[Row]:
-    """One row a configuration, in the order of their first samples."""
+    """One row for each model and configuration, in the order of their first samples; models are never mixed."""
+    return [row for model, own in by_model(samples).items() for row in _rows(model, own)]
+
+
+def _rows(model: str, samples: Sequence[Sample]) -> list[Row]:
     groups: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.name].append(sample)
     by_config = {_key(group[0].config): name for name, group in groups.items()}
     full = next((group for group in groups.values() if group[0].config is None), None)
-    return [_row(name, group, groups, by_config, full) for name, group in groups.items()]
+    return [_row(model, name, groups, by_config, full) for name in groups]
 
 
 def _row(
+    model: str,
     name: str,
-    group: list[Sample],
     groups: dict[str, list[Sample]],
     by_config: dict[str, str],
     full: list[Sample] | None,
 ) -> Row:
+    group = groups[name]
     config = group[0].config
     base = None
     if config is not None and config["representative_share"] != 0:
         base = by_config.get(_key(importance_only(config)))
     other = full if full is not None and config is not None else None
     return Row(
+        model=model,
         name=name,
         method=method_of(name, config),
         config=config,
@@ -89,6 +100,7 @@ def _row(
         agreement=_mean(group, lambda sample: sample.agreement),
         gold_nll=_mean(group, _nll),
         score=_mean(group, _score),
+        worst=worst_prompt(group),
         task_kl=_task_means(group, _kl),
         task_score=_task_means(group, _score),
         score_to_full=paired(group, other, _score) if other else None,
@@ -103,7 +115,7 @@ def method_of(name: str, config: dict[str, Any] | None) -> str:
     """The configuration's name without its budget."""
     if config is None:
         return name
-    policy, _, fields = name.partition(":")
+    policy, fields = split_name(name)
     rest = [field for field in fields.split(",") if field and not field.strip().startswith("budget=")]
     return f"{policy}:{','.join(rest)}" if rest else policy
 
