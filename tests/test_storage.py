@@ -55,7 +55,7 @@ def test_quantization_equals_plain_code(bits: int, tokens: int, size: int, group
             numbers = x[0, head, token, start : start + length].tolist()
             codes, low, span = quantized(numbers, bits)
             expected = dequantized(codes, low, span, bits)
-            assert out[0, head, token, start : start + length].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert out[0, head, token, start : start + length].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
             bound = span / 2 ** (bits + 1) * 1.001  # half a cell
             assert max(abs(a - b) for a, b in zip(numbers, expected, strict=True)) <= bound
 
@@ -196,7 +196,8 @@ def test_a_token_is_quantized_once(formats: Formats) -> None:
                 continue
             length = group_length(coordinates.shape[-1], formats.group_size)
             span = coordinates.unflatten(-1, (-1, length))
-            span = (span.amax(-1) - span.amin(-1)).repeat_interleave(length, -1)
+            # A span holds zero, and is a power of two in eighths.
+            span = 1.1 * (span.amax(-1).clamp(min=0) - span.amin(-1).clamp(max=0)).repeat_interleave(length, -1)
             span = span.gather(2, origin[..., None].expand_as(found))
             at = (level == tier) & (torch.arange(level.shape[-1]) < storage.blocked)
             # Half a cell, and half a finer one for what came back to the wider tier.

@@ -64,11 +64,11 @@ class CrushConfig:
         representative_bits: the same for representatives; None: as `bits`, and never more.
         recent_bits: of sink and window after an eviction: 16 (the model's dtype), or a width of at least `bits`. What
             is decoded since is in the model's dtype.
-        key_widths: `"by_channel"`: up to 6 bits, each channel of the keys has a width of its own, 0 to 6 bits, so that the
-            attention logits suffer least. A profile of the model says how much each channel matters
-            (`crushkv profile`). `"equal"`: all channels have the same width, and keys are rotated first, as values are
-            in any case. Keys of 8 bits, and projected ones (`rank`), have equal widths.
-        profile: the file with the model's profile; None: looked for, and made where there is none.
+        key_widths: how the bits of a key are divided. `"by_channel"`: each channel has a width of its own, 0 to 6 bits,
+            chosen so that the attention logits suffer least; a profile of the model says how much each channel matters
+            (`crushkv profile`). `"equal"`: all channels have the same width, and keys are rotated first, as values
+            always are. Keys in 8 bits and projected keys (`rank`) have equal widths in any case.
+        profile: file with the model's profile. None: it is looked for, and made once where there is none.
         group_size: numbers of one token that share a scale, at most.
         rotation: rotate values, and keys of equal widths, before they are quantized.
         rank: project keys and values onto so many (int) leading singular directions of each head, or onto those that
@@ -357,8 +357,8 @@ def _as_bits(name: str, value: object) -> object:
             return keys if len(set(numbers)) == 1 else numbers
     widths = ", ".join(map(str, WIDTHS))
     raise ConfigError(
-        f"{name}={value!r}: accepted are {widths}, or two of them for keys and values ('3/2'); those of keys may be any "
-        f"number from 1 to {WIDEST} then ('2.25/2')"
+        f"{name}={value!r}: accepted are {widths}, or two of them for keys and values ('3/2'). Then the bits of keys "
+        f"may be any number from 1 to {WIDEST} ('2.25/2')"
     )
 
 

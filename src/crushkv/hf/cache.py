@@ -18,6 +18,7 @@ from ..errors import UnsupportedModelError
 from .attention import hand_over, install
 from .layer import CrushLayer
 from .plan import Plan
+from .profiling import profile_of
 from .rope import find_ropes
 from .support import cache_layers, check_prompt, check_sizes
 
@@ -77,6 +78,8 @@ class CrushCache(Cache):
         self.plan = Plan(self.config, layers=len(compressible))
         if not self.plan.formats.raw:
             self.plan.ropes = find_ropes(model)
+        if self.plan.formats.by_channel:
+            self.plan.profile = profile_of(model, self.config.profile)
         check_sizes(self.plan.budget, self.config.page_size, model.config)
         for index, i in enumerate(compressible):
             layers[i] = self.layer_class(self.plan, index)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -13,22 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import CrushConfig
 from ..errors import UnsupportedModelError
 from ..files import OutputError, cache_folder
 from ..fingerprint import fingerprint
 from ..profile import Profile, ProfileError
-from ..rope import Rope
-from .cache import CrushCache
-from .layer import AttentionCall, CrushLayer
 from .rope import find_ropes
-from .support import input_device, position_limit
+from .support import position_limit
 
 TEXTS = ("essay", "code", "news", "dialogue")
 TOKENS = 1200  # of each text
 LEAST_TOKENS = 128  # fewer tell nothing
-SINK = 4  # the first tokens, whose keys are unlike all others
-UNSETTLED = 64  # queries that see few tokens
 FILE = "crushkv-profile.safetensors"  # beside a model's own files
 
 Progress = Callable[[str], None]
@@ -49,6 +45,8 @@ def profile_model(model: Any, tokenizer: Any, progress: Progress | None = None) 
     limit = position_limit(model.config) or TOKENS
     if limit < LEAST_TOKENS:
         raise UnsupportedModelError(f"a profile needs {LEAST_TOKENS} tokens of text, the model has {limit} positions")
+    from .energies import energies_of  # its caches look for profiles
+
     ropes = find_ropes(model, min(limit, TOKENS))
     keys: list[Tensor] = []
     queries: list[Tensor] = []
@@ -58,7 +56,7 @@ def profile_model(model: Any, tokenizer: Any, progress: Progress | None = None) 
         say(f"[{done + 1}/{len(TEXTS)}] reading the {name}" + (f", about {left:.0f} s left" if done else ""))
         text = files("crushkv").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
         ids = torch.as_tensor(tokenizer(text)["input_ids"])[: min(limit, TOKENS)]
-        of_keys, of_queries = _energies(model, ids, ropes)
+        of_keys, of_queries = energies_of(model, ids, ropes)
         keys.append(of_keys)
         queries.append(of_queries)
     return Profile(
@@ -135,6 +133,28 @@ def keep_profile(model: Any, profile: Profile, progress: Progress) -> tuple[Prof
     return profile, str(path)
 
 
+_found: weakref.WeakKeyDictionary[Any, dict[str | None, Profile | None]] = weakref.WeakKeyDictionary()
+_obtaining = threading.RLock()
+
+
+def profile_of(model: Any, given: str | None = None) -> Profile | None:
+    """`obtain_profile`, asked once for each model of a process; where there is none, one warning says why.
+
+    Raises: as `obtain_profile`.
+    """
+    with _obtaining:
+        known = _found.setdefault(model, {})
+        if given not in known:
+            known[given], reason = obtain_profile(model, given)
+            if known[given] is None:
+                warnings.warn(
+                    f"crushkv: the widths of key channels are chosen from each prompt: {reason}. "
+                    "profile_model(model, tokenizer) makes a profile, which CrushConfig(profile=...) takes",
+                    stacklevel=2,
+                )
+        return known[given]
+
+
 def kept_profile(model: Any) -> Path:
     """Where the profile of a model stands in the user's cache folder, whether there is one or not."""
     return cache_folder() / "profiles" / f"{fingerprint(model, any_dtype=True)}.safetensors"
@@ -161,52 +181,3 @@ def _short(error: Exception) -> str:
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-# Reading
-
-
-@torch.no_grad()
-def _energies(model: Any, ids: Tensor, ropes: list[Rope | None]) -> tuple[Tensor, Tensor]:
-    """Of keys and queries, `[L, Hkv, D]` each, while the model reads `ids [S]`."""
-    cache = _MeasuringCache(model, CrushConfig(budget=1.0, policy="streaming_llm", interval=0))
-    layers = [layer for layer in cache.layers if isinstance(layer, _MeasuringLayer)]
-    for layer, rope in zip(layers, ropes, strict=True):
-        layer.rope = rope
-    # Logits are of no use here. `forward`: the hook of a block of KVCrush would put its own cache there.
-    model.base_model.forward(input_ids=ids[None].to(input_device(model)), past_key_values=cache, use_cache=True)
-    energies = [layer.energies for layer in layers]
-    shapes = {tuple(of_keys.shape) for of_keys, _ in energies}
-    if len(shapes) > 1:
-        raise UnsupportedModelError(f"{model.config.model_type}: heads differ between layers ({sorted(shapes)})")
-    return torch.stack([of_keys for of_keys, _ in energies]), torch.stack([of_queries for _, of_queries in energies])
-
-
-class _MeasuringLayer(CrushLayer):
-    """Never evicts, and keeps the energies of one pass."""
-
-    rope: Rope | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        self._received = key_states
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def after_attention(self, call: AttentionCall) -> None:
-        keys, queries = self._received[0].float(), call.queries[0].float()
-        del self._received
-        positions = torch.arange(keys.shape[1], device=keys.device)
-        if self.rope is not None:
-            keys = self.rope.unturned(keys, positions)
-        keys = keys[:, SINK:]
-        of_keys = (keys - keys.mean(1, keepdim=True)).pow(2).mean(1)
-        # The heads of a group follow each other.
-        of_queries = queries[:, UNSETTLED:].unflatten(0, (keys.shape[0], -1)).pow(2).mean((1, 2))
-        if self.rope is not None:
-            of_keys, of_queries = self.rope.averaged(of_keys), self.rope.averaged(of_queries)
-        self.energies = of_keys.cpu(), of_queries.cpu()
-
-
-class _MeasuringCache(CrushCache):
-    layer_class = _MeasuringLayer

@@ -15,8 +15,8 @@ from .rotation import rotation
 class Basis:
     """`coordinates = (x - R_p centre) @ rotation`, or `@ projection`, for each row and head.
 
-    R_p turns the centre to the token's position p, as RoPE has turned the key. A constant that all keys have before RoPE
-    (the bias of a projection) goes away entirely; taken off after RoPE, it would only where RoPE hardly turns.
+    R_p turns the centre to the token's position p, as RoPE has turned the key. So a constant that all keys have before
+    RoPE (the bias of a projection) goes away entirely. A mean taken after RoPE removes it only where RoPE hardly turns.
 
     A rotation is one matrix for all heads. It stays on while the model attends: queries are rotated instead of keys,
     outputs instead of values, which is cheaper by the number of tokens. A projection is undone token by token.

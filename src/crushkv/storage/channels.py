@@ -1,8 +1,8 @@
 """Keys whose channels have widths of their own, with one scale a token.
 
-A key less the centre is divided by the root mean square of each channel and by the token's scale, and rounded to the levels
-of a uniform quantizer for normal numbers, each channel at its own width. The scale is the one of a few that makes the
-error of the logits least: a fixed one would clip outliers.
+The centre is subtracted from a key. What is left is divided by each channel's root mean square and by the token's
+scale, and rounded to the levels of a uniform quantizer for normal numbers, each channel at its own width. A few scales
+are tried, and the one that makes the error of the logits least is taken: a fixed scale would clip outliers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Uniform quantization whose codes nest: the high bits of a code are the code of fewer bits.
 
-A group of numbers of one token spans [low, low + span], which holds zero. A code of b bits names one of 2 ** b equal cells
-of the span and stands for the middle of its cell. Both ends fit into a byte each: the span is a power of two in eighths, a
-little more than what the numbers take, and zero lies at so many 255ths of it. So the 8-bit code is the whole story: dropping low bits gives exactly what
+A group of numbers of one token spans [low, low + span], which holds zero. A code of b bits names one of 2 ** b equal
+cells of the span and stands for the middle of its cell. Two bytes hold the span: its width is 2 ** (n / 8), the least
+such that the numbers fit, and zero lies at a whole number of 255ths of it.
+
+So the 8-bit code is the whole story: dropping low bits gives exactly what
 quantizing the numbers themselves to fewer bits would have given, and a token that moves from a tier of 8 bits to one
 of 2 is quantized once in its life.
 
