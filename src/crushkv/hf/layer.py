@@ -32,6 +32,7 @@ class AttentionCall:
     scaling: float
     softcap: float | None
     mass: Tensor | None = None  # [B, Hq, S]: what each token has received from these queries, where that is known
+    sinks: Tensor | None = None  # [Hq]: logits that take part in the softmax and belong to no token (gpt-oss)
 
 
 class CrushLayer(CacheLayerMixin):
@@ -103,6 +104,8 @@ class CrushLayer(CacheLayerMixin):
                 f"the cache holds {self.batch_size} rows, but the input has {key_states.shape[0]}: use one cache a "
                 "batch"
             )
+        if not self.storage.empty and self.storage.device != key_states.device:
+            self._move(key_states.device)
         self.seen += key_states.shape[2]
         end = self.plan.prefill_end
         reserve = 0 if end is None else max(0, end - self.seen)
@@ -192,6 +195,7 @@ class CrushLayer(CacheLayerMixin):
             queries_real=self.queries.real,
             mass=mass,
             softcap=call.softcap,
+            sinks=call.sinks,
             seed=self._seed,
         )
 
@@ -282,6 +286,11 @@ class CrushLayer(CacheLayerMixin):
         if (queries := tensors.get("queries")) is not None:
             self.queries.append(queries, tensors.get("queries_real"))
         self.seen, self.since_eviction = counts["seen"], counts["since_eviction"]
+
+    def _move(self, device: torch.device) -> None:
+        """To where the layer's model computes: a cache that was read from a file lies in main memory."""
+        tensors, counts = self.state()
+        self.load_state({name: tensor.to(device) for name, tensor in tensors.items()}, counts)
 
     # What is held
 
