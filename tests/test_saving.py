@@ -250,7 +250,8 @@ def test_weights_that_are_elsewhere(tmp_path: Path) -> None:
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     loaded = load_cache(tmp_path / "a.safetensors", model)
     save_cache(tmp_path / "b.safetensors", loaded.cache(), model, ids)
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(go_on(model, loaded.cache()), expected)
     with pytest.raises(ConfigError, match="meta device"):
         load_cache(tmp_path / "a.safetensors", small_model("gemma3").to("meta"))
