@@ -86,9 +86,18 @@ def share_of(scores: list[list[float]], keep: int, options: SelectionOptions) ->
 
 
 def select_row(
-    head_score: torch.Tensor, kv_heads: int, budget: int, options: SelectionOptions, real: list[bool], seed: int
+    head_score: torch.Tensor,
+    kv_heads: int,
+    budget: int,
+    options: SelectionOptions,
+    real: list[bool],
+    seed: int,
+    most_units: int | None = None,
 ) -> list[dict[int, Tier]]:
-    """For one row (`head_score [H, S]`): token -> tier, for each KV head."""
+    """For one row (`head_score [H, S]`): token -> tier, for each KV head.
+
+    `most_units`: of a row of the batch, where groups are drawn at random; None: as this row has.
+    """
     tokens = [t for t in range(head_score.shape[1]) if real[t]]
     heads = head_score.shape[0]
     group = heads // kv_heads
@@ -122,9 +131,16 @@ def select_row(
                 retained = [bits if options.threshold == "budget" else units * page // 2]
                 signed = [scores.mean(0).tolist()]
             order = unit_order(signed, retained, units, options, seed)
+        elif options.grouping == "random":
+            drawn = torch.randperm(most_units or units, generator=torch.Generator().manual_seed(seed)).tolist()
+            order = [u for u in drawn if u < units]
         else:
             order = list(range(units))
         for h in range(kv_heads):
+            if options.grouping == "score":
+                rest = [-math.inf if u in important[h] else unit_scores[h][u] for u in range(units)]
+                chosen[h] = best(rest, count[h])
+                continue
             ranking = unit_scores[h] if options.representative == "best" else None
             if ranking and options.shared_representatives:
                 ranking = torch.tensor(unit_scores).mean(0).tolist()

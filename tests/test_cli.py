@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
 from crushkv import CrushConfig
 from crushkv.cli import main
@@ -209,6 +209,24 @@ def test_without_a_prompt_on_a_terminal(crushkv: Any, tiny: Path, monkeypatch: p
         monkeypatch.setattr(sys, "stdin", stdin)
         assert_refused(crushkv("generate", "--model", tiny), 2, "--prompt", "--file")
     os.close(controller)
+
+
+@pytest.mark.parametrize(
+    ("data", "looks"),
+    [
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "a PDF file"),
+        ("Der Größte".encode("latin-1") * 30, "Latin-1"),
+        ("Der Größte".encode("utf-16"), "UTF-16"),
+        ("Der Größte".encode("utf-16-le") * 30, "UTF-16"),
+        (bytes(range(256)), "binary data"),
+        (b"PK\x03\x04 and so on", "ZIP archive"),
+    ],
+)
+def test_files_that_are_no_text(crushkv: Any, tiny: Path, tmp_path: Path, data: bytes, looks: str) -> None:
+    path = tmp_path / "document"
+    path.write_bytes(data)
+    outcome = crushkv("generate", "--model", tiny, "--file", path)
+    assert_refused(outcome, 2, "--file", "expected text in UTF-8", looks)
 
 
 @pytest.mark.parametrize("args", [["--prompt", ""], ["--prompt", " \n"], ["--file", "-"], ["--prompt", "-"]])
@@ -585,6 +603,31 @@ def test_doctor(crushkv: Any) -> None:
     assert [device["device"] for device in found["devices"]].count("cpu") == 1
     assert isinstance(found["embedded_model"]["ready"], bool)
     assert "crushkv is usable here." in crushkv("doctor").out
+
+
+def test_doctor_of_a_model(crushkv: Any, tiny: Path, tmp_path: Path) -> None:
+    found = crushkv("doctor", "--model", tiny, "--tokens", 500, "--json").json["model"]
+    assert found["supported"] and found["compressed_share"] == 1
+    assert all(layer["compressed"] for layer in found["layers"])
+    mixed = Gemma3TextConfig(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=64,
+        head_dim=16,
+        sliding_window=100,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    mixed.save_pretrained(tmp_path)
+    found = crushkv("doctor", "--model", tmp_path, "--tokens", 500, "--json").json["model"]
+    assert [layer["compressed"] for layer in found["layers"]] == [False, True] * 2
+    assert found["compressed_share"] == 500 / 600
+    shown = " ".join(crushkv("doctor", "--model", tmp_path).out.split())
+    assert "layer 0: left alone, has a window of 100 tokens" in shown and "layer 1: compressed" in shown
+    T5Config().save_pretrained(tmp_path)
+    outcome = crushkv("doctor", "--model", tmp_path, "--json")
+    assert outcome.code == 1
+    assert "encoder-decoder" in json.loads(outcome.out)["model"]["reason"]
 
 
 def test_doctor_tells_an_unsupported_transformers(crushkv: Any, monkeypatch: pytest.MonkeyPatch) -> None:

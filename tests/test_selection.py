@@ -26,9 +26,9 @@ def cases(draw: st.DrawFn) -> dict:
         threshold=draw(st.sampled_from(["budget", "median"])),
         signature=draw(st.sampled_from(["per_head", "per_head", "collapsed"])),
         anchors=tuple(draw(st.lists(st.sampled_from(ANCHORS), min_size=1, max_size=2, unique=True))),
-        grouping=draw(st.sampled_from(["signature", "signature", "signature", "position"])),
+        grouping=(grouping := draw(st.sampled_from(["signature", "signature", "position", "random", "score"]))),
         representative=draw(st.sampled_from(["middle", "best"])),
-        shared_representatives=draw(st.booleans()),
+        shared_representatives=grouping != "score" and draw(st.booleans()),
         aggregate=draw(st.sampled_from(["mean", "max"])),
     )
     rows, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -60,6 +60,8 @@ def test_equals_the_plain_reference(case: dict) -> None:
     selection = select(**case)
     rows, _, tokens = case["head_score"].shape
     real = torch.ones(rows, tokens, dtype=torch.bool) if case["real"] is None else case["real"]
+    counts = zip(real.sum(-1).tolist(), case["budget"].tolist(), strict=True)
+    most_units = max(reference.zones(count, budget, case["options"])[2] for count, budget in counts)
     for row in range(rows):
         expected = reference.select_row(
             case["head_score"][row],
@@ -68,6 +70,7 @@ def test_equals_the_plain_reference(case: dict) -> None:
             case["options"],
             real[row].tolist(),
             case["seed"],
+            most_units,
         )
         for head in range(case["kv_heads"]):
             tiers = selection.tiers[row, head]

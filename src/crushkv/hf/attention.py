@@ -1,8 +1,9 @@
 """The attention function: attends as the user chose, and shows the queries to the cache.
 
-A `CrushLayer` that has been updated is handed to the attention call that follows in the same thread. Nothing on
-a model changes for that: the functions in Transformers' `AttentionInterface` are wrapped once per process, and a
-wrapped function that is handed no layer calls the original with the arguments it got.
+`CrushCache.update` marks the keys that it returns, and an attention call that receives the very same keys belongs to
+the layer that they came from. Nothing on a model changes for that: the functions in Transformers' `AttentionInterface`
+are wrapped once per process, and a wrapped function whose keys have no mark calls the original with the arguments it
+got.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,36 +21,46 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import UnsupportedModelError, nearest
 from ..storage import turn
 from . import cpu_attention
+from .autograd import full_precision
 from .layer import AttentionCall, CrushLayer
+
+if TYPE_CHECKING:
+    from .cache import CrushCache
 
 SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 _installing = threading.Lock()
 
 
-class _Handover(threading.local):
-    """The layer that waits for its attention call, and the cache it belongs to."""
+@dataclass(frozen=True)
+class _Mark:
+    """Where the keys of an attention call came from, and the values that belong to them."""
 
-    layer: CrushLayer | None = None
-    owner: int = 0
+    cache: CrushCache
+    layer: CrushLayer
+    values: Tensor
 
 
-_handover = _Handover()
+def mark(keys: Tensor, values: Tensor, layer: CrushLayer, cache: CrushCache) -> None:
+    """Marks keys that a cache returns, so that the attention call that receives them is known."""
+    keys._crushkv = _Mark(cache, layer, values)  # type: ignore[attr-defined]
 
 
-def hand_over(layer: CrushLayer, owner: int) -> None:
-    """Announces the layer to the attention call that follows.
-
-    Raises:
-        UnsupportedModelError: the previous layer of the same cache is still waiting, so that its attention was
-            computed past the wrapped function.
-    """
-    if _handover.layer is not None and _handover.owner == owner and _handover.layer is not layer:
-        _handover.layer = None
+def _layer_of(module: torch.nn.Module, key: Tensor, value: Tensor) -> CrushLayer | None:
+    """The layer that waits for this attention call, or None: the keys are not from a `CrushCache`."""
+    found: _Mark | None = getattr(key, "_crushkv", None)
+    if found is None:
+        return None
+    if value is not found.values:
         raise UnsupportedModelError(
-            "the attention of this model does not go through Transformers' AttentionInterface, so that KVCrush never "
-            "sees its queries (or another package has replaced the attention function since the cache was made)"
+            f"{type(module).__name__} attends to values that are not those that the cache returned (it splits or "
+            "changes them, as DiffLlama does), so that KVCrush cannot tell what its queries look for"
         )
-    _handover.layer, _handover.owner = layer, owner
+    if found.cache.waiting is not found.layer:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends twice to the keys that the cache returned once, which is not supported"
+        )
+    found.cache.waiting = None
+    return found.layer
 
 
 def install(name: str) -> None:
@@ -90,15 +102,16 @@ class CrushAttention:
     ) -> Any:
         """`query [B, Hq, q, D]`, `key` and `value [B, Hkv, P, D]` as the cache returned them."""
         attend = self.original or _eager_of(module)
-        layer, _handover.layer = _handover.layer, None
+        layer = _layer_of(module, key, value)
         if layer is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
-        mask = layer.mask(attention_mask, query.shape[2], aligned="flash" in self.name)
         given = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if given is None else given
-        turned_keys, turned_values = layer.storage.rotations()
-        turned = query if turned_keys is None else turn(query, turned_keys)
-        plain = not args and cpu_attention.replaceable(attend, query, mask, kwargs)
+        with full_precision(query.device):
+            mask = layer.mask(attention_mask, query, aligned="flash" in self.name)
+            turned_keys, turned_values = layer.storage.rotations()
+            turned = query if turned_keys is None else turn(query, turned_keys)
+        plain = not args and cpu_attention.replaceable(module, attend, query, mask, kwargs)
         output: tuple[Tensor | None, ...]
         mass = None
         if plain and query.shape[2] == 1:
@@ -108,10 +121,12 @@ class CrushAttention:
             output = (attended, None)
         else:
             output = attend(module, turned, key, value, mask, *args, **kwargs)
-        if turned_values is not None:
-            assert output[0] is not None
-            output = (turn(output[0], turned_values.T), *output[1:])
-        layer.after_attention(AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass))
+        call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass, kwargs.get("s_aux"))
+        with full_precision(query.device):
+            if turned_values is not None:
+                assert output[0] is not None
+                output = (turn(output[0], turned_values.T), *output[1:])
+            layer.after_attention(call)
         return output
 
 

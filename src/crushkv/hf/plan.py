@@ -16,6 +16,7 @@ from ..profile import Profile
 from ..rope import Rope
 from ..split import split_bytes
 from ..storage import ChannelFormat, Formats, KeyEnergy, LayerSizes, Workspace, channel_formats
+from .masks import MaskReader
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Plan:
     formats: Formats = field(init=False)
     workspace: Workspace = field(default_factory=Workspace)
     _forms: dict[tuple[int, torch.device], Sequence[ChannelFormat | None]] = field(default_factory=dict)
+    masks: MaskReader = field(default_factory=MaskReader)
 
     def __post_init__(self) -> None:
         self.policy = self.config.make_policy()

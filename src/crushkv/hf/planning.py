@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import CrushConfig
 from ..errors import ConfigError
 from ..split import Split, split_tokens
 from ..storage import LayerSizes
+from .cache import CrushCache
 from .plan import Plan
 from .support import cache_layers, check_prompt, check_sizes
 
@@ -69,6 +70,57 @@ def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int,
     splits = tuple(_layer(plan, index, tokens, sizes) for index in range(compressed))
     untouched = bool(plan.untouched(torch.tensor([tokens])))
     return CachePlan(tokens, untouched, splits, compressed * sizes.raw(tokens), len(layers) - compressed)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What happens to one layer's cache.
+
+    Attributes:
+        compressed: by KVCrush.
+        reason: why it is, or is not.
+        nbytes: keys and values that the full cache holds of it.
+    """
+
+    compressed: bool
+    reason: str
+    nbytes: int
+
+
+def layer_kinds(model_config: PreTrainedConfig, tokens: int, raw_bytes: int = 2) -> tuple[LayerKind, ...]:
+    """Which layers are compressed and which not, with what they hold of a prompt of so many tokens.
+
+    Raises:
+        UnsupportedModelError: the model's cache cannot be compressed.
+    """
+    sizes = _sizes(model_config, CrushConfig(), raw_bytes)
+    kinds = []
+    for layer in cache_layers(model_config):
+        if type(layer) is DynamicLayer:
+            kinds.append(LayerKind(True, "attends to the whole text", sizes.raw(tokens)))
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            window = layer.sliding_window
+            reason = f"has a window of {window} tokens, which bounds its cache already"
+            kinds.append(LayerKind(False, reason, sizes.raw(min(tokens, window))))
+        else:
+            reason = f"keeps a state that does not grow with the text ({type(layer).__name__})"
+            kinds.append(LayerKind(False, reason, 0))
+    return tuple(kinds)
+
+
+def check_supported(model_config: PreTrainedConfig) -> None:
+    """Checks what `KVCrush` checks when it is given a model, without the model's weights.
+
+    Raises:
+        UnsupportedModelError: the model's cache cannot be compressed; the message says why.
+    """
+    cache_layers(model_config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except Exception:  # a wrapper, or code of its own: what the configuration tells has to do
+        return
+    CrushCache(model)
 
 
 def _sizes(model_config: PreTrainedConfig, config: CrushConfig, raw_bytes: int) -> LayerSizes:

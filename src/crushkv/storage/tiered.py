@@ -102,6 +102,11 @@ class TieredStorage:
         return 0 if self._positions is None else self._positions.shape[2]
 
     @property
+    def kept_positions(self) -> Tensor | None:
+        """Their positions, int32 `[B, Hkv, kept]`."""
+        return self._positions
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, room to grow included."""
         blocks = sum(keys.nbytes + values.nbytes for keys, values in self._blocks)
