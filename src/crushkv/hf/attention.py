@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,7 +112,10 @@ class CrushAttention:
         if turned_values is not None:
             assert output[0] is not None
             output = (turn(output[0], turned_values.T), *output[1:])
-        layer.after_attention(AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass))
+        call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass)
+        if layer.plan.latent:
+            call = replace(call, keys=key, values=value)
+        layer.after_attention(call)
         return output
 
 

@@ -17,7 +17,7 @@ from ..errors import UnsupportedModelError
 from .attention import hand_over, install
 from .layer import CrushLayer
 from .plan import Plan
-from .support import cache_layers, check_prompt, check_sizes
+from .support import cache_layers, check_bits, check_model, check_prompt, check_sizes, is_latent
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class CrushCache(Cache):
     """Pass it as `past_key_values`; it serves one batch, over as many turns as you like.
 
     Prompts are compressed layer by layer while they are read, at the end of each layer's attention; long
-    generations every `config.interval` tokens. Sliding-window layers are left to themselves.
+    generations every `config.interval` tokens. Layers that do not grow with the text (sliding windows, recurrent
+    states) are left to themselves.
 
     Args:
         model: the model that will use the cache. Nothing on it is changed.
@@ -64,11 +65,13 @@ class CrushCache(Cache):
     def __init__(self, model: PreTrainedModel, config: CrushConfig | None = None) -> None:
         self.config = config or CrushConfig()
         self.model_config = model.config
+        check_model(model)
         layers = cache_layers(model.config)
+        check_bits(self.config.formats, model.config)
         text_config = model.config.get_text_config(decoder=True)
         install(text_config._attn_implementation)
         compressible = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-        self.plan = Plan(self.config, layers=len(compressible))
+        self.plan = Plan(self.config, layers=len(compressible), latent=is_latent(model.config))
         check_sizes(self.plan.budget, self.config.page_size, model.config)
         for index, i in enumerate(compressible):
             layers[i] = self.layer_class(self.plan, index)

@@ -32,6 +32,8 @@ class AttentionCall:
     scaling: float
     softcap: float | None
     mass: Tensor | None = None  # [B, Hq, S]: what each token has received from these queries, where that is known
+    keys: Tensor | None = None  # [B, H, P, D]: that attention received, where the cache holds something else (MLA)
+    values: Tensor | None = None  # [B, H, P, Dv]
 
 
 class CrushLayer(CacheLayerMixin):
@@ -176,7 +178,7 @@ class CrushLayer(CacheLayerMixin):
 
     def _view(self, call: AttentionCall, order: Tensor | None = None) -> LayerView:
         """What a policy reads, slot by slot, or with the slots in the given order `[B, Hkv, P]`."""
-        keys, values = self.storage.read()
+        keys, values = self.storage.read() if call.keys is None or call.values is None else (call.keys, call.values)
         real, mass = self.real, self.mass
         if order is not None:
             keys, values = take(keys, order), take(values, order)

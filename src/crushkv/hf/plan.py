@@ -20,12 +20,14 @@ class Plan:
 
     Attributes:
         layers: number of compressed layers.
+        latent: the cache holds latents (MLA), from which each layer makes the keys and values that it attends to.
         prefill_end: logical length at which the prompt being read ends; None while that is not known, and then
             each forward pass over several tokens is a whole prompt.
     """
 
     config: CrushConfig
     layers: int
+    latent: bool = False
     prefill_end: int | None = None
     warned: bool = False
     policy: Policy = field(init=False)
