@@ -3,6 +3,8 @@ rounded."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,7 @@ class Recording:
     inputs: list[dict[str, Any]] = field(default_factory=list)
     tiers: list[dict[int, Tensor]] = field(default_factory=list)  # layer -> uint8 [B, Hkv, tokens before the pass]
     logits: list[Tensor] = field(default_factory=list)  # of the last query
+    weights: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> [B, Hq, q, S] of each pass, by `replay`
     sequences: Tensor | None = None
     cache: Any = None
 
@@ -55,12 +58,14 @@ def tiers_of_past(cache: Any) -> dict[int, Tensor]:
     return result
 
 
-def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], **generation: Any) -> Recording:
+def record(
+    model: Any, config: CrushConfig, inputs: dict[str, Tensor], turns: int = 1, **generation: Any
+) -> Recording:
+    """Generates with a crushed cache, in several turns: before each but the first, some new tokens are added."""
     recording = Recording()
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        keep = ("input_ids", "attention_mask", "position_ids")
-        recording.inputs.append({k: kwargs[k] for k in keep if kwargs.get(k) is not None})
+        recording.inputs.append({k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")})
         recording.tiers.append(tiers_of_past(kwargs["past_key_values"]))
 
     def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -73,6 +78,10 @@ def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], **generat
         ]
         try:
             recording.sequences = model.generate(**inputs, do_sample=False, pad_token_id=0, **generation)
+            for _ in range(turns - 1):
+                inputs = next_turn(inputs, recording.sequences)
+                cache = {"past_key_values": session.cache}
+                recording.sequences = model.generate(**inputs, do_sample=False, pad_token_id=0, **cache, **generation)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -80,35 +89,47 @@ def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], **generat
     return recording
 
 
+def next_turn(inputs: dict[str, Tensor], sequences: Tensor, new: int = 12) -> dict[str, Tensor]:
+    """What was said so far, and some more tokens of the user's."""
+    rows = sequences.shape[0]
+    tokens = torch.arange(2, 2 + new).expand(rows, -1)
+    added = sequences.shape[1] + new - inputs["input_ids"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(rows, added)], dim=1)
+    return {"input_ids": torch.cat([sequences, tokens], dim=1), "attention_mask": mask}
+
+
 @torch.no_grad()
 def replay(model: Any, recording: Recording) -> list[Tensor]:
-    """The same passes with Transformers' full cache and plain attention under per-head masks: last logits."""
-    implementation = model.config._attn_implementation
+    """The same passes with Transformers' full cache and the model's own eager attention under per-head masks: last
+    logits."""
+    config = model.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation
+    cache = WatchedCache(config=model.config)
     tiers: dict[int, Tensor] = {}
     rounding: dict[int, Rounding] = {}
     formats = recording.cache.config.formats
     mask = recording.inputs[-1].get("attention_mask")
     real = None if mask is None else mask.bool()
 
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        group = query.shape[1] // key.shape[1]
-        if module.layer_idx in tiers and not formats.raw:
-            rounded = rounding.setdefault(module.layer_idx, Rounding(formats, real))
-            key, value = rounded(key, value, tiers[module.layer_idx])
-        logits = query.float() @ key.float().repeat_interleave(group, 1).transpose(-1, -2) * scaling + mask
-        if module.layer_idx in tiers:
-            past = (tiers[module.layer_idx] != Tier.PADDING).repeat_interleave(group, 1)
-            logits[..., : past.shape[-1]].masked_fill_(~past[:, :, None], torch.finfo(logits.dtype).min)
-        output = logits.softmax(-1) @ value.float().repeat_interleave(group, 1)
-        return output.to(value.dtype).transpose(1, 2).contiguous(), None
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = cache.layer_of(key)
+        past = tiers.get(layer) if layer is not None else None
+        if past is not None:
+            if not formats.raw:
+                key, value = rounding.setdefault(layer, Rounding(formats, real))(key, value, past)
+            hidden = (past == Tier.PADDING).repeat_interleave(query.shape[1] // past.shape[1], 1)
+            mask = mask.expand(-1, query.shape[1], -1, -1).clone()
+            mask[..., : past.shape[-1]].masked_fill_(hidden[:, :, None], torch.finfo(mask.dtype).min)
+        dtype, numbers = query.dtype, (query.float(), key.float(), value.float(), mask if mask is None else mask.float())
+        output, weights = eager_of(module)(module, *numbers, *args, **kwargs)
+        if layer is not None:
+            recording.weights.setdefault(layer, []).append(weights)
+        return output.to(dtype), weights
 
     AttentionInterface.register("oracle", attend)
     AttentionMaskInterface.register("oracle", eager_mask)
-    model.set_attn_implementation("oracle")
+    config._attn_implementation = "oracle"
     try:
-        cache = DynamicCache(config=model.config)
         result = []
         for inputs, seen in zip(recording.inputs, recording.tiers, strict=True):
             tiers.clear()
@@ -116,7 +137,33 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
             result.append(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1])
         return result
     finally:
-        model.set_attn_implementation(implementation)
+        config._attn_implementation = implementation
+
+
+def eager_of(module: Any) -> Callable[..., Any]:
+    """The eager attention of the file that the module's class, or one that it is derived from, stands in."""
+    files = [sys.modules[cls.__module__] for cls in type(module).__mro__]
+    return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
+
+
+class WatchedCache(DynamicCache):
+    """The full cache, which tells whose keys attention received."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.last: int | None = None  # the layer that was updated and has not attended yet
+        self.given: dict[int, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.last, self.given[layer_idx] = layer_idx, keys
+        return keys, values
+
+    def layer_of(self, key: Tensor) -> int | None:
+        """The layer whose keys these are (layers may share them), or were made of (MLA); None: of no cached layer."""
+        layer, self.last = self.last, None
+        shared = [index for index, keys in self.given.items() if keys is key]
+        return shared[0] if shared else layer
 
 
 class Rounding:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core import Budget
 from ..errors import ConfigError, UnsupportedModelError
@@ -82,25 +83,24 @@ def check_model(model: Any) -> None:
     """
     config = model.config.get_text_config(decoder=True)
     kind = getattr(config, "model_type", type(config).__name__)
-    parameters = inspect.signature(type(model).forward).parameters
-    if "past_key_values" not in parameters and all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
+    decoder = model.get_decoder()
+    if not any("past_key_values" in inspect.signature(type(part).forward).parameters for part in (model, decoder)):
         raise UnsupportedModelError(
             f"{kind}: {type(model).__name__} takes no past_key_values: it keeps no keys and values in a cache of "
             "Transformers"
         )
-    for module in model.modules():
-        name = type(module).__name__
-        if "Attention" in name and hasattr(module, "layer_idx") and not _uses_interface(type(module)):
+    for module in decoder.modules():
+        if "Attention" in type(module).__name__ and not _uses_interface(type(module)):
             raise UnsupportedModelError(
-                f"{kind}: {name} computes its attention by itself and not through Transformers' AttentionInterface, so "
-                "that KVCrush never sees its queries"
+                f"{kind}: {type(module).__name__} computes its attention by itself and not through Transformers' "
+                "AttentionInterface, so that KVCrush never sees its queries"
             )
 
 
 def _uses_interface(attention: type) -> bool:
     """Whether the file of an attention class, or of one that it is derived from, knows the registry of functions."""
     files = (sys.modules.get(cls.__module__) for cls in attention.__mro__)
-    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
+    return any(getattr(file, "ALL_ATTENTION_FUNCTIONS", None) is ALL_ATTENTION_FUNCTIONS for file in files)
 
 
 def is_latent(model_config: PreTrainedConfig) -> bool:

@@ -1,0 +1,94 @@
+"""Every architecture either works, by each of these measures, or is refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from architectures import prompts
+from crushkv import CrushConfig, KVCrush, UnsupportedModelError
+from crushkv.hf import CrushLayer
+from model_zoo import TEXT, Model, build
+from oracle import Recording, record, replay
+
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+# Small enough that a short prompt and a few decoded tokens evict again and again.
+CHURN = CrushConfig(budget=24, sink=2, window=8, page_size=4, interval=4)
+LENGTHS = [60, 41]
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_model(kind: str) -> None:
+    check(kind, TEXT[kind], build(kind), prompts(LENGTHS))
+
+
+def check(kind: str, expected: Model, model: Any, inputs: dict[str, Tensor]) -> None:
+    if expected.refused:
+        with pytest.raises(UnsupportedModelError, match=expected.refused):
+            KVCrush().cache(model)
+        return
+    full = model.generate(**inputs, **GREEDY, max_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+    scale = max(float(logits.abs().max()) for logits in full.logits)
+    equals_full_cache_at_budget_one(model, inputs, full, 1e-5 * scale)
+    equals_masked_full_cache(model, inputs, 1e-4 * scale)
+    shows_policies_the_weights_of_the_model(model, inputs)
+    holds_few_bits(model, inputs, full, expected.few_bits, 0.1 * scale)
+    # model.set_attn_implementation("eager")
+    # equals_masked_full_cache(model, inputs, 1e-4 * scale)
+
+
+def compressible(model: Any) -> list[int]:
+    return [index for index, layer in enumerate(DynamicCache(config=model.config).layers) if type(layer) is DynamicLayer]
+
+
+def equals_full_cache_at_budget_one(model: Any, inputs: dict[str, Tensor], full: Any, tolerance: float) -> None:
+    with KVCrush(budget=1.0)(model):
+        ours = model.generate(**inputs, **GREEDY, max_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+    assert difference(ours.logits, full.logits) < tolerance, "budget 1.0"
+    assert torch.equal(ours.sequences, full.sequences)
+
+
+def equals_masked_full_cache(model: Any, inputs: dict[str, Tensor], tolerance: float) -> None:
+    """Left padding, two turns, evictions in each."""
+    recording = record(model, CHURN, inputs, turns=2, max_new_tokens=8)
+    assert difference(recording.logits, replay(model, recording)) < tolerance, "masked full cache"
+    assert dropped(recording) == compressible(model), "layers that dropped tokens"
+
+
+def dropped(recording: Recording) -> list[int]:
+    return [index for index, visible in recording.visible[-1].items() if not bool(visible.all())]
+
+
+def shows_policies_the_weights_of_the_model(model: Any, inputs: dict[str, Tensor]) -> None:
+    recording = record(model, CrushConfig(budget=1.0, policy="h2o"), inputs, max_new_tokens=1)
+    replay(model, recording)
+    real = inputs["attention_mask"].bool()
+    for index, layer in enumerate(recording.cache.layers):
+        if isinstance(layer, CrushLayer):
+            assert layer.mass is not None
+            weights = recording.weights[index][0] * real[:, None, :, None]
+            assert difference([layer.mass], [weights.sum(2)[..., : real.shape[1]]]) < 1e-4 * real.shape[1], f"mass {index}"
+
+
+def holds_few_bits(model: Any, inputs: dict[str, Tensor], full: Any, refused: str, tolerance: float) -> None:
+    config = CrushConfig(budget=1.0, bits=8, window=8)
+    if refused:
+        with pytest.raises(UnsupportedModelError, match=refused):
+            KVCrush(config).cache(model)
+        return
+    with KVCrush(config)(model) as session:
+        ours = model.generate(**inputs, **GREEDY, max_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+    assert difference(ours.logits[:1], full.logits[:1]) < tolerance, "few bits"
+    assert session.cache is not None
+    assert all(layer.storage.blocked for layer in session.cache.crushed_layers)
+    with KVCrush("small")(model) as session:
+        model.generate(**inputs, **GREEDY, max_new_tokens=8)
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
