@@ -111,20 +111,22 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
     mask = recording.inputs[-1].get("attention_mask")
     real = None if mask is None else mask.bool()
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         layer = cache.layer_of(key)
         past = tiers.get(layer) if layer is not None else None
         if past is not None:
             if not formats.raw:
                 key, value = rounding.setdefault(layer, Rounding(formats, real))(key, value, past)
             hidden = (past == Tier.PADDING).repeat_interleave(query.shape[1] // past.shape[1], 1)
-            mask = mask.expand(-1, query.shape[1], -1, -1).clone()
-            mask[..., : past.shape[-1]].masked_fill_(hidden[:, :, None], torch.finfo(mask.dtype).min)
-        dtype, numbers = query.dtype, (query.float(), key.float(), value.float(), mask if mask is None else mask.float())
-        output, weights = eager_of(module)(module, *numbers, *args, **kwargs)
+            attention_mask = attention_mask.expand(-1, query.shape[1], -1, -1).clone()
+            attention_mask[..., : past.shape[-1]].masked_fill_(hidden[:, :, None], torch.finfo(attention_mask.dtype).min)
+        mask = None if attention_mask is None else attention_mask.float()
+        output, weights = eager_of(module)(module, query.float(), key.float(), value.float(), mask, *args, **kwargs)
         if layer is not None:
             recording.weights.setdefault(layer, []).append(weights)
-        return output.to(dtype), weights
+        return output.to(query.dtype), weights
 
     AttentionInterface.register("oracle", attend)
     AttentionMaskInterface.register("oracle", eager_mask)

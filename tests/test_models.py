@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from architectures import prompts
@@ -15,6 +15,7 @@ from crushkv import CrushConfig, KVCrush, UnsupportedModelError
 from crushkv.hf import CrushLayer
 from model_zoo import TEXT, Model, build
 from oracle import Recording, record, replay
+from picture_models import PICTURES, build_picture_model, picture_prompts
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 # Small enough that a short prompt and a few decoded tokens evict again and again.
@@ -24,10 +25,34 @@ LENGTHS = [60, 41]
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_model(kind: str) -> None:
-    check(kind, TEXT[kind], build(kind), prompts(LENGTHS))
+    if TEXT[kind].broken:
+        with pytest.raises(Exception, match=TEXT[kind].broken):
+            build(kind)
+        return
+    check(TEXT[kind], build(kind), prompts(LENGTHS))
 
 
-def check(kind: str, expected: Model, model: Any, inputs: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("kind", PICTURES)
+def test_model_with_a_picture(kind: str) -> None:
+    model, inputs = build_picture_model(kind), picture_prompts(kind)
+    with torch.no_grad():
+        seen = model(**inputs).logits[:, -1]
+        other = model(**inputs | {name: flipped(tensor) for name, tensor in inputs.items()}).logits[:, -1]
+    assert difference([seen], [other]) > 1e-3 * float(seen.abs().max()), "the picture makes no difference"
+    check(PICTURES[kind].expected, model, inputs)
+
+
+def flipped(tensor: Tensor) -> Tensor:
+    """Another picture: only pixels are no integers."""
+    return -tensor if tensor.is_floating_point() else tensor
+
+
+def test_every_model_of_transformers_is_here() -> None:
+    """A new release brings new models: each needs a line in the zoo, with what is expected of it."""
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= set(TEXT) | set(PICTURES)
+
+
+def check(expected: Model, model: Any, inputs: dict[str, Tensor]) -> None:
     if expected.refused:
         with pytest.raises(UnsupportedModelError, match=expected.refused):
             KVCrush().cache(model)
@@ -43,7 +68,12 @@ def check(kind: str, expected: Model, model: Any, inputs: dict[str, Tensor]) -> 
 
 
 def compressible(model: Any) -> list[int]:
-    return [index for index, layer in enumerate(DynamicCache(config=model.config).layers) if type(layer) is DynamicLayer]
+    """Layers that Transformers lets grow, and those with a window that no token is ever outside of."""
+    config = model.config.get_text_config(decoder=True)
+    wide = (getattr(config, "sliding_window", None) or 0) >= 512
+    layers = enumerate(DynamicCache(config=model.config).layers)
+    grow = [i for i, layer in layers if type(layer) is DynamicLayer or (wide and type(layer) is DynamicSlidingWindowLayer)]
+    return [i for i in grow if i not in (getattr(config, "cross_attention_layers", None) or ())]
 
 
 def equals_full_cache_at_budget_one(model: Any, inputs: dict[str, Tensor], full: Any, tolerance: float) -> None:

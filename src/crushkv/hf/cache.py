@@ -65,8 +65,8 @@ class CrushCache(Cache):
     def __init__(self, model: PreTrainedModel, config: CrushConfig | None = None) -> None:
         self.config = config or CrushConfig()
         self.model_config = model.config
-        check_model(model)
         layers = cache_layers(model.config)
+        check_model(model)
         check_bits(self.config.formats, model.config)
         text_config = model.config.get_text_config(decoder=True)
         install(text_config._attn_implementation)
@@ -112,6 +112,11 @@ class CrushCache(Cache):
     @prefill_end.setter
     def prefill_end(self, tokens: int | None) -> None:
         self.plan.prefill_end = tokens
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was read: models ask it to tell a prompt from what follows (pictures seen both ways)."""
+        return self.crushed_layers[0].is_initialized
 
     @property
     def crushed_layers(self) -> list[CrushLayer]:

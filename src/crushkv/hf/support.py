@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from typing import Any
 
@@ -18,10 +17,12 @@ from ..storage import Formats
 
 # Models whose attention does something else with the keys and values than attend to them once.
 _REFUSED_KINDS = {
+    "big_bird": "it attends to blocks that it chooses, by attention of its own",
     "diffllama": "each layer attends twice, with two halves of the values, so that attention never receives the values "
     "that the cache holds",
     "jetmoe": "each layer repeats its keys once for each chosen expert, so that attention never receives the keys that "
     "the cache holds, and a query head belongs to no fixed KV head",
+    "minimax": "the model accepts no cache but its own",
 }
 # What the layers of Transformers' cache hold that can never be compressed, by a part of their names.
 _REFUSED_LAYERS = {
@@ -69,6 +70,8 @@ def cache_layers(model_config: PreTrainedConfig) -> list[Any]:
     if not any(type(layer) is DynamicLayer for layer in layers):
         if any(type(layer) is DynamicSlidingWindowLayer for layer in layers):
             reason = "every layer that attends has a sliding window, which bounds its cache already"
+        elif all(type(layer) is DummyLayer for layer in layers):
+            reason = "every layer attends to the keys and values of another model"
         else:
             reason = "the model has no attention layers, and its recurrent state is as small as it gets"
         raise UnsupportedModelError(f"{kind}: {reason}; nothing to compress")
@@ -90,17 +93,23 @@ def check_model(model: Any) -> None:
             "Transformers"
         )
     for module in decoder.modules():
-        if "Attention" in type(module).__name__ and not _uses_interface(type(module)):
+        if _attends_by_itself(type(module)):
             raise UnsupportedModelError(
                 f"{kind}: {type(module).__name__} computes its attention by itself and not through Transformers' "
                 "AttentionInterface, so that KVCrush never sees its queries"
             )
 
 
-def _uses_interface(attention: type) -> bool:
-    """Whether the file of an attention class, or of one that it is derived from, knows the registry of functions."""
-    files = (sys.modules.get(cls.__module__) for cls in attention.__mro__)
-    return any(getattr(file, "ALL_ATTENTION_FUNCTIONS", None) is ALL_ATTENTION_FUNCTIONS for file in files)
+def _attends_by_itself(module: type) -> bool:
+    """Whether a class is an attention that updates a cache, and knows no `AttentionInterface` to attend through."""
+    if "Attention" not in module.__name__:
+        return False
+    methods = [inspect.unwrap(vars(cls)["forward"]) for cls in module.__mro__ if "forward" in vars(cls)]
+    methods = [method for method in methods if inspect.isfunction(method)]
+    updates = any("update" in method.__code__.co_names for method in methods)
+    registry = "ALL_ATTENTION_FUNCTIONS"
+    known = (method.__globals__.get(registry) for method in methods if registry in method.__code__.co_names)
+    return updates and not any(found is ALL_ATTENTION_FUNCTIONS for found in known)
 
 
 def is_latent(model_config: PreTrainedConfig) -> bool:
