@@ -46,6 +46,7 @@ SMALL: dict[str, Any] = {
     "index_head_dim": 16,
     "index_topk": 32,
     "index_n_heads": 2,
+    "attention_chunk_size": 16,
     # Recurrent layers
     "mamba_d_state": 8,
     "mamba_n_heads": 4,
@@ -124,6 +125,7 @@ def _merged(parts: tuple[dict[str, Any], ...], fields: dict[str, Any]) -> dict[s
 ITSELF = "computes its attention by itself"
 INDEXED = "chooses the tokens that it attends to by an index of its own"
 BOTH = "holds a recurrent state and keys and values in one"
+UNKNOWN = "is of a kind that crushkv does not know"
 NO_ATTENTION = "the model has no attention layers"
 NO_CACHE = "takes no past_key_values"
 
@@ -159,7 +161,7 @@ TEXT: dict[str, Model] = {
     "deepseek_v2": latent(),
     "deepseek_v3": latent(),
     "deepseek_v32": refused(INDEXED, LATENT),
-    "deepseek_v4": refused("is not known to crushkv"),
+    "deepseek_v4": refused(UNKNOWN),
     "diffllama": refused("each layer attends twice"),
     "doge": refused(ITSELF, FULL),
     "dots1": works(n_shared_experts=1),
@@ -216,7 +218,7 @@ TEXT: dict[str, Model] = {
     "laguna": works(),
     "lfm2": works(CONVOLUTION, block_multiple_of=16),
     "lfm2_moe": works(CONVOLUTION),
-    "lfm3": works(CONVOLUTION),
+    "lfm3": works(layer_types=["conv", "sliding_attention", "full_attention", "full_attention"]),
     "llama": works(),
     "llama4_text": works(),
     "longcat_flash": latent(ffn_hidden_size=64, expert_ffn_hidden_size=32, zero_expert_num=2),
@@ -294,10 +296,10 @@ TEXT: dict[str, Model] = {
     "gemma4_unified_assistant": broken("layer types producing a cache is different", text_config=ASSISTANT),
     "inkling_text": refused(BOTH),
     "inkling2_text": refused(BOTH),
-    "minimax_m3_vl_text": works(),
+    "minimax_m3_vl_text": refused(UNKNOWN, layer_types=["full_attention", "minimax_m3_sparse"] * 2),
     "musicgen": broken("no attribute 'dropout'"),
     "musicgen_melody": broken("no attribute 'dropout'"),
-    "qwen4_exp": refused(INDEXED, text_config={"layer_types": INDEXES, **QSA}),
+    "qwen4_exp": refused(INDEXED, text_config={"num_hidden_layers": 4, "layer_types": INDEXES, **QSA}),
     "qwen4_exp_text": refused(INDEXED, QSA, layer_types=INDEXES),
     "dbrx": works(
         attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},

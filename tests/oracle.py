@@ -95,7 +95,10 @@ def next_turn(inputs: dict[str, Tensor], sequences: Tensor, new: int = 12) -> di
     tokens = torch.arange(2, 2 + new).expand(rows, -1)
     added = sequences.shape[1] + new - inputs["input_ids"].shape[1]
     mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(rows, added)], dim=1)
-    return {"input_ids": torch.cat([sequences, tokens], dim=1), "attention_mask": mask}
+    result = {"input_ids": torch.cat([sequences, tokens], dim=1), "attention_mask": mask}
+    if (crossing := inputs.get("cross_attention_mask")) is not None:  # of the picture that was read in the first turn
+        result["cross_attention_mask"] = crossing[:, :1].expand(-1, mask.shape[1], -1, -1)
+    return result
 
 
 @torch.no_grad()

@@ -30,13 +30,14 @@ class PictureModel:
 
     Attributes:
         tokens: in whose places the picture stands.
-        picture: from the number of rows, what the model is given besides `input_ids` and `attention_mask`.
+        picture: from the number of rows, what the model is given besides `input_ids` and `attention_mask`; None: it is
+            not shown any.
         expected: the same as for a model that only reads.
     """
 
     fields: Callable[[], dict[str, Any]]
-    tokens: int
-    picture: Callable[[int], dict[str, Tensor]]
+    tokens: int = 0
+    picture: Callable[[int], dict[str, Tensor]] | None = None
     expected: Model = works()
 
 
@@ -79,7 +80,7 @@ def picture_prompts(kind: str) -> dict[str, Tensor]:
     inputs["input_ids"] = inputs["input_ids"].clamp(max=VOCAB - 8) * inputs["attention_mask"]
     model = PICTURES[kind]
     inputs["input_ids"][:, START : START + model.tokens] = IMAGE
-    inputs |= model.picture(len(LENGTHS))
+    inputs |= model.picture(len(LENGTHS)) if model.picture else {}
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     return inputs
@@ -371,5 +372,46 @@ PICTURES: dict[str, PictureModel] = {
         },
         4,
         grid(3 * 2 * 4 * 4),
+    ),
+    # Without a picture: these are in `AutoModelForCausalLM`, which builds them with all their parts.
+    "phi4_multimodal": PictureModel(
+        lambda: {
+            **text("phi3", model_type="phi4_multimodal"),
+            "vision_config": {"image_size": 28, "patch_size": 14, "crop_size": 28} | TOWER,
+            "audio_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_blocks": 1,
+                "num_attention_heads": 2,
+                "ext_pw_out_channel": 32,
+                "nemo_conv_channels": 32,
+            },
+        },
+    ),
+    "emu3": PictureModel(
+        lambda: {
+            "text_config": text(),
+            "vocabulary_map": {"<image>": IMAGE},
+            "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "codebook_size": 16},
+        },
+    ),
+    "moss_transcribe_diarize": PictureModel(
+        lambda: {
+            "text_config": text("qwen3"),
+            "audio_config": {
+                "d_model": 32,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 32,
+            },
+        },
+    ),
+    "gemma4_unified": PictureModel(
+        lambda: {
+            "text_config": text("gemma4_unified_text"),
+            "image_token_id": IMAGE,
+            "audio_token_id": IMAGE - 1,
+            "video_token_id": IMAGE - 2,
+        },
     ),
 }

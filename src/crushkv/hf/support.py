@@ -65,7 +65,8 @@ def cache_layers(model_config: PreTrainedConfig) -> list[Any]:
             layers[index] = DynamicLayer()
         elif type(layer) is not DynamicLayer and type(layer) not in _LEFT_ALONE:
             name = type(layer).__name__
-            reason = next((reason for part, reason in _REFUSED_LAYERS.items() if part in name), "is not known to crushkv")
+            known = (reason for part, reason in _REFUSED_LAYERS.items() if part in name)
+            reason = next(known, "is of a kind that crushkv does not know")
             raise UnsupportedModelError(f"{kind}: layer {index} ({name}) {reason}")
     if not any(type(layer) is DynamicLayer for layer in layers):
         if any(type(layer) is DynamicSlidingWindowLayer for layer in layers):
@@ -196,11 +197,16 @@ def check_prompt(tokens: int, model_config: PreTrainedConfig) -> None:
     limit = position_limit(model_config)
     if limit is not None and tokens > limit:
         raise ConfigError(f"prompt: {tokens} tokens are more than the model's {limit} positions")
+    warn_beyond_training(tokens, model_config)
+
+
+def warn_beyond_training(tokens: int, model_config: PreTrainedConfig) -> None:
+    """Warns where a text is longer than those that the model was made for."""
     trained = trained_positions(model_config)
     if trained is not None and tokens > trained:
         warnings.warn(
-            f"crushkv: the prompt is longer than the {trained} positions that the model was made for. Answers may be "
-            "poor, as with the full cache",
+            f"crushkv: the text is longer than the {trained} positions that the model was made for; answers may be "
+            "poor, as they are with the full cache",
             stacklevel=3,
         )
 
