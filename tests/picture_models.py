@@ -327,7 +327,9 @@ PICTURES: dict[str, PictureModel] = {
     "gemma4": PictureModel(
         lambda: {
             "text_config": text("gemma4_text"),
-            "vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 16} | TOWER,
+            "vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 16}
+            | TOWER
+            | {"num_key_value_heads": 2, "head_dim": 16},
             "audio_config": None,
             "image_token_id": IMAGE,
         },

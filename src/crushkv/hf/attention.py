@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,7 +93,12 @@ class CrushAttention:
         attend = self.original or _eager_of(module)
         layer, _handover.layer = _handover.layer, None
         if layer is None:
-            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+            shared: _Attended | None = getattr(key, "_crushkv_attended", None)
+            if shared is None:
+                return attend(module, query, key, value, attention_mask, *args, **kwargs)
+            turned = query if shared.turned_keys is None else turn(query, shared.turned_keys)
+            output = attend(module, turned, key, value, shared.mask, *args, **kwargs)
+            return _turned_back(output, shared.turned_values)
         mask = layer.mask(attention_mask, query.shape[2], aligned="flash" in self.name)
         given = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if given is None else given
@@ -109,14 +114,30 @@ class CrushAttention:
             output = (attended, None)
         else:
             output = attend(module, turned, key, value, mask, *args, **kwargs)
-        if turned_values is not None:
-            assert output[0] is not None
-            output = (turn(output[0], turned_values.T), *output[1:])
+        output = _turned_back(output, turned_values)
+        key._crushkv_attended = _Attended(mask, turned_keys, turned_values)  # type: ignore[attr-defined]
         call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass)
         if layer.plan.latent:
             call = replace(call, keys=key, values=value)
         layer.after_attention(call)
         return output
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """How a layer attended to its keys, for the layers that attend to the very same tensor after it (Gemma 3n)."""
+
+    mask: Tensor | None
+    turned_keys: Tensor | None
+    turned_values: Tensor | None
+
+
+def _turned_back(output: tuple[Tensor | None, ...], turned_values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The output of attention over rotated values, without their rotation."""
+    if turned_values is None:
+        return output
+    assert output[0] is not None
+    return (turn(output[0], turned_values.T), *output[1:])
 
 
 def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:

@@ -119,6 +119,18 @@ def is_latent(model_config: PreTrainedConfig) -> bool:
     return bool(getattr(model_config.get_text_config(decoder=True), "kv_lora_rank", None))
 
 
+def cached_shape(model_config: PreTrainedConfig, layer: int) -> tuple[int, int, int]:
+    """What a layer that can be compressed caches of a token: KV heads, and the numbers of a key and of a value."""
+    text: Any = model_config.get_text_config(decoder=True)
+    config = text.per_layer_config[layer] if hasattr(text, "per_layer_config") else text
+    if is_latent(model_config):
+        return 1, config.kv_lora_rank, config.qk_rope_head_dim
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return kv_heads, size, getattr(config, "v_head_dim", None) or size
+
+
 def check_bits(formats: Formats, model_config: PreTrainedConfig) -> None:
     """Refuses few bits for latents: the model makes keys and values from what the cache gives, which few bits give
     rotated.
