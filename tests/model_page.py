@@ -8,7 +8,6 @@ from typing import Any
 
 import transformers
 from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -16,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from crushkv.hf.support import CrossAttentionLayer, cache_layers
 from model_zoo import TEXT, Model, small_config
-from picture_models import PICTURES
+from picture_models import PICTURES, picture_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 LEFT_ALONE = {
@@ -36,20 +35,21 @@ def page() -> str:
         "# Models",
         "",
         "This page is made from the tests (`python tests/model_page.py`); what it says is what they show.",
-        f"It covers every model type of `AutoModelForCausalLM` in Transformers {transformers.__version__}, and wrappers "
-        "that read pictures.",
+        f"It covers every model type of `AutoModelForCausalLM` in Transformers {transformers.__version__}, and the",
+        "common ones that read pictures.",
         "",
         "Each model is a tiny one with random weights, of the model's own configuration class. *Compressed* means, for",
         "a batch with left padding, over two turns, with `sdpa` and with `eager` attention:",
         "",
         "- a budget of 1.0 gives the tokens and logits of the full cache;",
-        "- with a small budget the logits are those of the full cache in which the evicted tokens are masked, head by head;",
+        "- with a small budget the logits are those of the full cache in which the evicted tokens are masked, head by",
+        "  head;",
         "- every layer whose cache grows with the text has really dropped tokens;",
         "- the attention mass that the policies are shown is the sum of the model's own attention weights;",
         "- 8 bits for every token stay near the full cache, and the preset `small` runs.",
         "",
         "Layers that do not grow with the text are left to Transformers: sliding windows, recurrent states, keys and",
-        "values of pictures. So are layers that hold nothing, because they attend to another layer's keys or not at all.",
+        "values of pictures. So are layers that hold nothing: they attend to another layer's keys, or not at all.",
         "",
         f"## Compressed: {len(texts)} model types",
         "",
@@ -61,7 +61,7 @@ def page() -> str:
         "",
         "| model type | class | left alone | few bits |",
         "|---|---|---|---|",
-        *(_row(kind, CONFIG_MAPPING[kind](**model.fields()), model.expected) for kind, model in sorted(pictures.items())),
+        *(_row(kind, picture_config(kind), model.expected) for kind, model in sorted(pictures.items())),
         "",
         f"## Refused: {len(refused)} model types",
         "",
@@ -75,7 +75,7 @@ def page() -> str:
         "",
         "## Not shown",
         "",
-        f"Transformers {transformers.__version__} cannot build these from the configuration that their name stands for:",
+        f"Transformers {transformers.__version__} cannot build these from the configuration of that name:",
         f"{', '.join(sorted(kind for kind, model in TEXT.items() if model.broken))}.",
     ]
     return "\n".join(lines) + "\n"

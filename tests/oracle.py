@@ -58,9 +58,7 @@ def tiers_of_past(cache: Any) -> dict[int, Tensor]:
     return result
 
 
-def record(
-    model: Any, config: CrushConfig, inputs: dict[str, Tensor], turns: int = 1, **generation: Any
-) -> Recording:
+def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], turns: int = 1, **generation: Any) -> Recording:
     """Generates with a crushed cache, in several turns: before each but the first, some new tokens are added."""
     recording = Recording()
 
@@ -124,7 +122,9 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
                 key, value = rounding.setdefault(layer, Rounding(formats, real))(key, value, past)
             hidden = (past == Tier.PADDING).repeat_interleave(query.shape[1] // past.shape[1], 1)
             attention_mask = attention_mask.expand(-1, query.shape[1], -1, -1).clone()
-            attention_mask[..., : past.shape[-1]].masked_fill_(hidden[:, :, None], torch.finfo(attention_mask.dtype).min)
+            attention_mask[..., : past.shape[-1]].masked_fill_(
+                hidden[:, :, None], torch.finfo(attention_mask.dtype).min
+            )
         mask = None if attention_mask is None else attention_mask.float()
         output, weights = eager_of(module)(module, query.float(), key.float(), value.float(), mask, *args, **kwargs)
         if layer is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class PictureModel:
     fields: Callable[[], dict[str, Any]]
     tokens: int = 0
     picture: Callable[[int], dict[str, Tensor]] | None = None
-    expected: Model = works()
+    expected: Model = field(default_factory=works)
 
 
 def text(kind: str = "llama", **fields: Any) -> dict[str, Any]:
@@ -62,9 +62,13 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+def picture_config(kind: str) -> Any:
+    return CONFIG_MAPPING[kind](**PICTURES[kind].fields())
+
+
 def build_picture_model(kind: str) -> Any:
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**PICTURES[kind].fields())
+    config = picture_config(kind)
     auto = AutoModelForImageTextToText if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else AutoModelForCausalLM
     model = auto.from_config(config).eval()
     # Gates and projections that begin with zeros would hide the picture.

@@ -87,8 +87,12 @@ def compressible(model: Any) -> list[int]:
     config = model.config.get_text_config(decoder=True)
     wide = (getattr(config, "sliding_window", None) or 0) >= (getattr(config, "max_position_embeddings", None) or 512)
     layers = enumerate(DynamicCache(config=model.config).layers)
-    grow = [i for i, layer in layers if type(layer) is DynamicLayer or (wide and type(layer) is DynamicSlidingWindowLayer)]
-    return [i for i in grow if i not in (getattr(config, "cross_attention_layers", None) or ())]
+    growing = (DynamicLayer, DynamicSlidingWindowLayer) if wide else (DynamicLayer,)
+    return [
+        i
+        for i, layer in layers
+        if type(layer) in growing and i not in (getattr(config, "cross_attention_layers", None) or ())
+    ]
 
 
 def equals_full_cache_at_budget_one(model: Any, inputs: dict[str, Tensor], full: Any, tolerance: float) -> None:
@@ -118,7 +122,9 @@ def shows_policies_the_weights_of_the_model(model: Any, inputs: dict[str, Tensor
         if isinstance(layer, CrushLayer):
             assert layer.mass is not None
             weights = recording.weights[index][0] * real[:, None, :, None]
-            assert difference([layer.mass], [weights.sum(2)[..., : real.shape[1]]]) < 1e-4 * real.shape[1], f"mass {index}"
+            assert difference([layer.mass], [weights.sum(2)[..., : real.shape[1]]]) < 1e-4 * real.shape[1], (
+                f"mass {index}"
+            )
     full_bytes = sum(layer.storage.sizes().raw(layer.seen) for layer in recording.cache.crushed_layers)
     assert plan_cache(model.config, recording.cache.config, real.shape[1], raw_bytes=4).full_bytes == full_bytes
 
@@ -185,5 +191,8 @@ def test_a_window_beyond_the_positions_is_none() -> None:
     config = small_config("phi3", {"max_position_embeddings": 64, "sliding_window": 128})
     model = AutoModelForCausalLM.from_config(config).eval()
     equals_masked_full_cache(model, prompts([60, 41]), 1e-3)
-    with KVCrush()(model), pytest.raises(ConfigError, match="prompt: 140 tokens are more than the model's 128 positions"):
+    with (
+        KVCrush()(model),
+        pytest.raises(ConfigError, match="prompt: 140 tokens are more than the model's 128 positions"),
+    ):
         model.generate(**prompts([140]), **GREEDY, max_new_tokens=2)

@@ -62,6 +62,7 @@ def ask(
 def _answer(loaded: LoadedModel, saved: Any, question: str, max_new_tokens: int) -> dict[str, Any]:
     import torch
 
+    from ..hf.interface import passed
     from ..hf.measure import TokenClock
 
     model = loaded.model
@@ -72,7 +73,7 @@ def _answer(loaded: LoadedModel, saved: Any, question: str, max_new_tokens: int)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=saved.cache(),
+        **passed(saved.cache()),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=clock,

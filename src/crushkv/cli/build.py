@@ -47,6 +47,7 @@ def build(
     import torch
 
     from ..hf import CrushCache, save_cache
+    from ..hf.interface import passed
 
     check_folder(output)
     text = read_prompt(None, document)
@@ -60,7 +61,7 @@ def build(
     cache.prefill_end = ids.shape[1]
     with torch.no_grad():
         for part in ids.to(loaded.model.device).split(model.prefill_chunk_size or ids.shape[1], dim=1):
-            loaded.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+            loaded.model(input_ids=part, **passed(cache), logits_to_keep=1)
     cache.prefill_end = None
     notes = {"document": document, "model": model.model, "after": framed.after}
     save_cache(output, cache, loaded.model, ids, notes)

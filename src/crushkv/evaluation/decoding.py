@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..hf import Recording
+from ..hf.interface import passed
 
 
 def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
@@ -50,7 +51,7 @@ def greedy_answers(
             cache.batch_select_indices(torch.tensor([alive.index(i) for i in going]))
             alive = going
         last = torch.tensor([answers[i][-1:] for i in alive], device=model.device)
-        logits = model(input_ids=last, past_key_values=cache).logits[:, -1]
+        logits = model(input_ids=last, **passed(cache)).logits[:, -1]
         for i, token in zip(alive, logits.argmax(-1).tolist(), strict=True):
             answers[i].append(token)
     return [_cut(_text(tokenizer, answer), until) for answer in answers]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..hf import CrushCache, Recording
+from ..hf.interface import passed
 from .decoding import stop_tokens
 
 
@@ -90,7 +91,7 @@ def continuation_logits(model: PreTrainedModel, cache: Cache, rows: Sequence[Ten
         cache.prefill_end = cache.get_seq_length() + longest + 1
     if len(rows) > 1:
         cache.batch_repeat_interleave(len(rows))
-    logits = model(input_ids=inputs.to(model.device), past_key_values=cache).logits
+    logits = model(input_ids=inputs.to(model.device), **passed(cache)).logits
     return [row[: len(tokens) - 1].float() for row, tokens in zip(logits, rows, strict=True)]
 
 
@@ -102,6 +103,6 @@ def _greedy(model: PreTrainedModel, recording: Recording, tokens: int) -> Tensor
     cache = recording.branch(None)
     answer = [int(logits.argmax())]
     while len(answer) < tokens and answer[-1] not in stop:
-        output = model(input_ids=torch.tensor([answer[-1:]], device=model.device), past_key_values=cache)
+        output = model(input_ids=torch.tensor([answer[-1:]], device=model.device), **passed(cache))
         answer.append(int(output.logits[0, -1].argmax()))
     return torch.tensor(answer)

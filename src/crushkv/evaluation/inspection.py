@@ -15,6 +15,7 @@ from ..config import CrushConfig
 from ..core import Tier
 from ..core.buckets import stands_for
 from ..hf import CacheReport, CrushCache, CrushLayer
+from ..hf.interface import passed
 from ..hf.layer import AttentionCall
 from ..hf.support import check_prompt
 from .pages import environment
@@ -138,7 +139,7 @@ def inspect_prompt(
     cache = _InspectedCache(model, config)
     cache.prefill_end = tokens
     for part in prompt.ids.to(model.device).split(prefill_chunk_size or tokens, dim=1):
-        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=part, **passed(cache), logits_to_keep=1)
 
     crushed = {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, _InspectedLayer)}
     return Inspection(

@@ -1,8 +1,9 @@
 """The attention function: attends as the user chose, and shows the queries to the cache.
 
-A `CrushLayer` that has been updated is handed to the attention call that follows in the same thread. Nothing on
-a model changes for that: the functions in Transformers' `AttentionInterface` are wrapped once per process, and a
-wrapped function that is handed no layer calls the original with the arguments it got.
+`CrushCache.update` marks the keys that it returns, and an attention call that receives the very same keys belongs to
+the layer that they came from. Nothing on a model changes for that: the functions in Transformers' `AttentionInterface`
+are wrapped once per process, and a wrapped function whose keys have no mark calls the original with the arguments it
+got.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,36 +21,76 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import UnsupportedModelError, nearest
 from ..storage import turn
 from . import cpu_attention
-from .layer import AttentionCall, CrushLayer
+from .autograd import full_precision
+from .layer import AttentionCall, CrushLayer, Masking
+
+if TYPE_CHECKING:
+    from .cache import CrushCache
 
 SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 _installing = threading.Lock()
 
 
-class _Handover(threading.local):
-    """The layer that waits for its attention call, and the cache it belongs to."""
+@dataclass(frozen=True)
+class _Attended:
+    """How a layer attended to its keys, for other layers that attend to the very same tensor after it (Gemma 3n)."""
 
-    layer: CrushLayer | None = None
-    owner: int = 0
+    module: torch.nn.Module
+    masking: Masking
+    turned_keys: Tensor | None
+    turned_values: Tensor | None
 
 
-_handover = _Handover()
+@dataclass
+class _Mark:
+    """Where the keys of an attention call came from, and the values that belong to them."""
+
+    cache: CrushCache
+    layer: CrushLayer
+    values: Tensor
+    attended: _Attended | None = None
+
+    def belongs(self, key: Tensor) -> bool:
+        """Whether keys can have been made of the latents that were returned: as many rows and tokens."""
+        return self.cache.waiting is self.layer and self.values.shape[::2] == key.shape[::2]
 
 
-def hand_over(layer: CrushLayer, owner: int) -> None:
-    """Announces the layer to the attention call that follows.
+class _Latent(threading.local):
+    """The mark of latents (MLA), which attention never receives: it receives what its model makes of them."""
 
-    Raises:
-        UnsupportedModelError: the previous layer of the same cache is still waiting, so that its attention was
-            computed past the wrapped function.
-    """
-    if _handover.layer is not None and _handover.owner == owner and _handover.layer is not layer:
-        _handover.layer = None
+    mark: _Mark | None = None
+
+
+_latent = _Latent()
+
+
+def mark(keys: Tensor, values: Tensor, layer: CrushLayer, cache: CrushCache) -> None:
+    """Marks keys that a cache returns, so that the attention call that receives them is known."""
+    found = _Mark(cache, layer, values)
+    if layer.plan.latent:
+        _latent.mark = found
+    else:
+        keys._crushkv = found  # type: ignore[attr-defined]
+
+
+def _mark_of(module: torch.nn.Module, key: Tensor, value: Tensor) -> _Mark | None:
+    """The mark of the layer that waits for this attention call, or has shared its keys; None: they are from no
+    `CrushCache`."""
+    found: _Mark | None = getattr(key, "_crushkv", None)
+    if found is None:
+        found, _latent.mark = _latent.mark, None
+        if found is None or not found.belongs(key):
+            return None
+    elif value is not found.values:
         raise UnsupportedModelError(
-            "the attention of this model does not go through Transformers' AttentionInterface, so that KVCrush never "
-            "sees its queries (or another package has replaced the attention function since the cache was made)"
+            f"{type(module).__name__} attends to values that are not those that the cache returned (it splits or "
+            "changes them, as DiffLlama does), so that KVCrush cannot tell what its queries look for"
         )
-    _handover.layer, _handover.owner = layer, owner
+    elif found.attended is not None and found.attended.module is module:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends twice to the keys that the cache returned once, which is not supported"
+        )
+    return found
 
 
 def install(name: str) -> None:
@@ -91,21 +132,28 @@ class CrushAttention:
     ) -> Any:
         """`query [B, Hq, q, D]`, `key` and `value [B, Hkv, P, D]` as the cache returned them."""
         attend = self.original or _eager_of(module)
-        layer, _handover.layer = _handover.layer, None
-        if layer is None:
-            shared: _Attended | None = getattr(key, "_crushkv_attended", None)
-            if shared is None:
-                return attend(module, query, key, value, attention_mask, *args, **kwargs)
-            turned = query if shared.turned_keys is None else turn(query, shared.turned_keys)
-            output = attend(module, turned, key, value, shared.mask, *args, **kwargs)
-            return _turned_back(output, shared.turned_values)
-        mask = layer.mask(attention_mask, query.shape[2], aligned="flash" in self.name)
+        found = _mark_of(module, key, value)
+        if found is None:
+            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        aligned = "flash" in self.name
+        output: tuple[Tensor | None, ...]
+        if (shared := found.attended) is not None:
+            with full_precision(query.device):
+                mask = shared.masking(attention_mask, query.shape[2], aligned)
+                turned = query if shared.turned_keys is None else turn(query, shared.turned_keys)
+            output = attend(module, turned, key, value, mask, *args, **kwargs)
+            with full_precision(query.device):
+                return _turned_back(output, shared.turned_values)
+        layer = found.layer
+        found.cache.waiting = None
         given = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if given is None else given
-        turned_keys, turned_values = layer.storage.rotations()
-        turned = query if turned_keys is None else turn(query, turned_keys)
-        plain = not args and cpu_attention.replaceable(attend, query, mask, kwargs)
-        output: tuple[Tensor | None, ...]
+        with full_precision(query.device):
+            masking = layer.masking()
+            mask = masking(attention_mask, query.shape[2], aligned)
+            turned_keys, turned_values = layer.storage.rotations()
+            turned = query if turned_keys is None else turn(query, turned_keys)
+        plain = not args and cpu_attention.replaceable(module, attend, query, mask, kwargs)
         mass = None
         if plain and query.shape[2] == 1:
             output = (cpu_attention.decode(turned, key, value, scaling), None)
@@ -114,22 +162,14 @@ class CrushAttention:
             output = (attended, None)
         else:
             output = attend(module, turned, key, value, mask, *args, **kwargs)
-        output = _turned_back(output, turned_values)
-        key._crushkv_attended = _Attended(mask, turned_keys, turned_values)  # type: ignore[attr-defined]
-        call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass)
+        found.attended = _Attended(module, masking, turned_keys, turned_values)
+        call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass, kwargs.get("s_aux"))
         if layer.plan.latent:
             call = replace(call, keys=key, values=value)
-        layer.after_attention(call)
+        with full_precision(query.device):
+            output = _turned_back(output, turned_values)
+            layer.after_attention(call)
         return output
-
-
-@dataclass(frozen=True)
-class _Attended:
-    """How a layer attended to its keys, for the layers that attend to the very same tensor after it (Gemma 3n)."""
-
-    mask: Tensor | None
-    turned_keys: Tensor | None
-    turned_values: Tensor | None
 
 
 def _turned_back(output: tuple[Tensor | None, ...], turned_values: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..config import CrushConfig
 from ..core import Tier
 from ..errors import UnsupportedModelError
-from .attention import hand_over, install
+from .attention import install, mark
+from .autograd import full_precision, refuse_gradient, wants_gradient
 from .layer import CrushLayer
 from .plan import Plan
 from .support import cache_layers, check_bits, check_model, check_prompt, check_sizes, is_latent
@@ -63,10 +64,16 @@ class CrushCache(Cache):
     """
 
     layer_class: ClassVar[type[CrushLayer]] = CrushLayer
+    bypassed: ClassVar[str] = (
+        "the attention of this model does not receive the keys that the cache returned, so that KVCrush never sees its "
+        "queries: it does not go through Transformers' AttentionInterface, it changes the keys after the cache (as "
+        "JetMoE does), or another package has replaced the attention function since the cache was made"
+    )
 
     def __init__(self, model: PreTrainedModel, config: CrushConfig | None = None) -> None:
         self.config = config or CrushConfig()
         self.model_config = model.config
+        self.waiting: CrushLayer | None = None  # was updated, and has not attended yet
         layers = cache_layers(model.config)
         check_model(model)
         check_bits(self.config.formats, model.config)
@@ -85,21 +92,41 @@ class CrushCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         layer = self.layers[layer_idx]
         if not isinstance(layer, CrushLayer):
+            _follow(layer, key_states.device)
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer.index == 0:
             self.begin(key_states.shape[2], layer)
-        keys, values = layer.update(key_states, value_states)
-        hand_over(layer, owner=id(self))
+        elif self.waiting is not None:
+            self.waiting = None
+            raise UnsupportedModelError(self.bypassed)
+        empty = layer.storage.empty
+        with full_precision(key_states.device):
+            keys, values = layer.update(key_states, value_states)
+        if empty and wants_gradient(key_states):
+            # What is held now is nothing else than this, and this has its history.
+            keys, values = key_states, value_states
+        else:
+            keys, values = refuse_gradient(keys, key_states), refuse_gradient(values, value_states)
+        mark(keys, values, layer, self)
+        self.waiting = layer
         return keys, values
 
     def begin(self, tokens: int, first: CrushLayer) -> None:
         """Checks a pass over so many new tokens when it reaches the first compressed layer; `update` calls it."""
+        waiting, self.waiting = self.waiting, None
         if any(layer.seen != first.seen for layer in self.crushed_layers):
             raise UnsupportedModelError(
                 "an earlier pass over this cache was interrupted, and its layers differ: reset() it, or use a new one"
             )
+        if waiting is not None:
+            raise UnsupportedModelError(f"an earlier pass over this cache was interrupted, or {self.bypassed}")
         if tokens > 1:
             check_prompt(first.seen + tokens, self.model_config)
+
+    def reset(self) -> None:
+        """Makes the cache as new."""
+        self.waiting = None
+        super().reset()
 
     @property
     def prefill_end(self) -> int | None:
@@ -161,6 +188,14 @@ class CrushCache(Cache):
             state_bytes=sum(layer.state_nbytes for layer in crushed),
             bytes_fraction=self.nbytes_at_16_bits / full_at_16 if full_at_16 else 1.0,
         )
+
+
+def _follow(layer: Any, device: torch.device) -> None:
+    """Moves what Transformers' own layer holds to where its model computes: a cache that was read from a file."""
+    keys = getattr(layer, "keys", None)
+    if keys is not None and keys.numel() and keys.device != device:
+        layer.keys, layer.values = keys.to(device), layer.values.to(device)
+        layer.device = device
 
 
 def kv_bytes(cache: Cache) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,19 +12,50 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..importance import attention_with_mass
 
+# Arguments that do not change what Transformers' `sdpa` computes (or say only what the mask says already).
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "layer_idx",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
 
 def replaceable(
-    function: Callable[..., Any] | None, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    module: torch.nn.Module,
+    function: Callable[..., Any] | None,
+    query: Tensor,
+    mask: Tensor | None,
+    kwargs: Mapping[str, Any],
 ) -> bool:
-    """Whether a call is plain causal attention on a CPU by Transformers' own function, with nothing masked or added."""
+    """Whether a call is plain causal attention on a CPU by Transformers' own function, with nothing masked or added.
+
+    An argument that is not known to be without effect makes it another call.
+    """
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
     return (
         function is sdpa_attention_forward
         and query.device.type == "cpu"
         and mask is None
+        and (bool(causal) or query.shape[2] == 1)
         and not kwargs.get("dropout")
-        and kwargs.get("softcap") is None
-        and kwargs.get("position_bias") is None
+        and all(
+            value is None or name in ("scaling", "dropout", "is_causal") or name in _WITHOUT_EFFECT
+            for name, value in kwargs.items()
+        )
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -1,36 +1,35 @@
-"""`KVCrush`: makes `generate` of a model use a compressed cache, inside a `with` block."""
+"""`KVCrush`: makes `generate` of a model use a compressed cache, in a `with` block or until it is switched off."""
 
 from __future__ import annotations
 
-import threading
+import sys
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from types import FrameType, TracebackType
 from typing import Any
 
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
 
 from ..config import CrushConfig
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, CrushError, UnsupportedModelError
+from .attachment import attach, detach, scope_of
 from .cache import CrushCache
-from .support import check_generation, check_prompt
 
 
 class KVCrush:
-    """Compresses the KV cache of every prompt and generation in a `with` block.
+    """Compresses the KV cache of every prompt and generation of a model.
 
         with KVCrush(budget=0.25)(model) as session:
             model.generate(**inputs, max_new_tokens=100)
         print(session.cache.report())
 
-    or, without a block and in any thread, `model.generate(**inputs, past_key_values=KVCrush(...).cache(model))`.
+    In a notebook, `session = KVCrush(budget=0.25)(model)` can be switched on and off: `session.enable()`,
+    `session.disable()`. Without either, a cache can be passed: `model.generate(**inputs,
+    past_key_values=KVCrush(...).cache(model))`.
 
-    A block holds for the thread that entered it; one model may be in the blocks of several threads, each with
-    its own configuration. Nothing is left on the model afterwards.
+    A session belongs to the model: whatever thread calls `generate` while it is on gets a compressed cache, each call
+    one of its own. Blocks may be nested, and the innermost counts. Nothing is left on the model afterwards.
 
     Args:
         config: a `CrushConfig`, or the name of a preset (`"balanced"`); fields given as keywords replace its own.
@@ -46,41 +45,153 @@ class KVCrush:
             raise ConfigError(f"config={config!r}: expected a CrushConfig, a preset's name, or fields as keywords")
         self.config = CrushConfig.from_dict(fields) if config is None else config.replace(**fields)
 
+    def __repr__(self) -> str:
+        return f"KVCrush({_changed(self.config)})"
+
     def cache(self, model: Any) -> CrushCache:
         """A cache to pass as `past_key_values`, for one batch.
 
         Chunked prefill needs to know where a prompt ends: use the `with` block, or set `prefill_end`.
         """
-        return CrushCache(_generating(model), self.config)
+        models = generating_models(model)
+        failures: list[UnsupportedModelError] = []
+        for inner in models:
+            try:
+                return CrushCache(inner, self.config)
+            except UnsupportedModelError as error:
+                failures.append(error)
+        raise failures[0]
 
-    @contextmanager
-    def __call__(self, model: Any) -> Iterator[Session]:
-        """Raises `UnsupportedModelError` at once where the model's cache cannot be compressed."""
-        target = _generating(model)
-        session = Session(self.config, target)
-        sessions = _sessions.get()
-        token = _sessions.set({**sessions, id(target): session})
-        _attach(target)
-        try:
-            yield session
-        finally:
-            _detach(target)
-            _sessions.reset(token)
+    def __call__(self, model: Any) -> Session:
+        """A session for this model, which is off: enter it, or call `enable()`.
+
+        Raises:
+            UnsupportedModelError: the model's cache cannot be compressed.
+        """
+        return Session(self.config, model)
+
+
+class _NoCache:
+    """Stands for the cache of a session in which nothing has run."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __repr__(self) -> str:
+        return f"<no cache yet: {self._session._nothing_yet()}>"
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CrushError(f"session.cache.{name}: there is no cache yet. {self._session._nothing_yet()}")
 
 
 class Session:
-    """One `with` block. `cache` is the last one that was made in it, None before."""
+    """KVCrush on one model: a `with` block, or on between `enable()` and `disable()`.
+
+    Attributes:
+        config: what its caches keep.
+        scope: the frame that a `with` block is in; None where it is on without one.
+        notes: why calls of the model were not compressed.
+    """
 
     def __init__(self, config: CrushConfig, model: Any) -> None:
         self.config = config
-        self.cache: CrushCache | None = None
-        self._model = model
-        self.new_cache()  # refuses what is not supported before anything runs
-        self.cache = None
+        self.scope: FrameType | None = None
+        self.notes: list[str] = []
+        self._name = type(model).__name__
+        self._cache: CrushCache | None = None
+        self._ran = False
+        self._enabled = False
+        self._outer: list[tuple[bool, FrameType | None]] = []
+        models = generating_models(model)
+        # Of a model that calls another's generate, one may have no cache that can be compressed.
+        refused = [error for inner in models if (error := _refusal(inner, config)) is not None]
+        if len(refused) == len(models):
+            raise refused[0]
+        self._models = [weakref.ref(inner) for inner in models]
 
-    def new_cache(self) -> CrushCache:
-        self.cache = CrushCache(self._model, self.config)
-        return self.cache
+    def __repr__(self) -> str:
+        return f"<KVCrush of {self._name}, {'on' if self._enabled else 'off'}: {_changed(self.config)}>"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is on."""
+        return self._enabled
+
+    @property
+    def cache(self) -> Any:
+        """The last `CrushCache` that was made or passed while the session was on.
+
+        Before that it is false, and to use it is a `CrushError` that says why there is none.
+        """
+        return _NoCache(self) if self._cache is None else self._cache
+
+    def _nothing_yet(self) -> str:
+        if self.notes:
+            return f"Nothing was compressed: {self.notes[0]}"
+        if not self._enabled and not self._ran:
+            return "Enter the session (`with session:`) or call session.enable(), and then generate"
+        return f"No generate() and no forward pass of {self._name} has run in this session"
+
+    def enable(self) -> Session:
+        """Switches it on, until `disable()`; returns itself. It may be on already."""
+        if not self._enabled:
+            attach(self, self._alive())
+            self._enabled = True
+        return self
+
+    def disable(self) -> None:
+        """Switches it off. One warning says so, where it was on and compressed nothing."""
+        if self._off():
+            self._tell(stacklevel=3)
+
+    def __enter__(self) -> Session:
+        self._outer.append((self._enabled, self.scope))
+        if not self._enabled:
+            self.scope = scope_of(sys._getframe(1))
+        return self.enable()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        was_enabled, scope = self._outer.pop()
+        if not was_enabled:
+            self._off()
+            self.scope = scope
+            if kind is None:
+                self._tell(stacklevel=3)
+
+    def _off(self) -> bool:
+        if self._enabled:
+            self._enabled = False
+            detach(self, self._alive())
+            return True
+        return False
+
+    def _alive(self) -> list[nn.Module]:
+        return [model for ref in self._models if (model := ref()) is not None]
+
+    def _tell(self, stacklevel: int) -> None:
+        """Says that nothing was compressed, where that is so."""
+        reason = None
+        if self._cache is None:
+            reason = "; ".join(dict.fromkeys(self.notes)) or (
+                f"no generate() and no forward pass of {self._name} ran while it was on"
+            )
+        elif self._cache.waiting is not None:
+            reason = self._cache.bypassed
+        if reason is not None:
+            warnings.warn(f"crushkv: nothing was compressed: {reason}", stacklevel=stacklevel + 1)
+
+    def new_cache(self, model: Any) -> CrushCache:
+        """A cache for a call of `model`, which is the session's, or one inside it."""
+        self._ran = True
+        self._cache = CrushCache(model, self.config)
+        return self._cache
 
     def use(self, cache: Any) -> None:
         """Accepts a cache that the user passed.
@@ -93,108 +204,55 @@ class Session:
                 f"past_key_values is a {type(cache).__name__}, which KVCrush cannot compress: pass none, or a "
                 "CrushCache"
             )
-        self.cache = cache
+        self._ran = True
+        self._cache = cache
 
 
-# Sessions of the present thread (or task), by the id of their model, which the block keeps alive.
-_sessions: ContextVar[dict[int, Session]] = ContextVar("crushkv_sessions", default={})  # noqa: B039
-_attached: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
-_attaching = threading.Lock()
+def generating_models(model: Any) -> list[Any]:
+    """The model whose `generate` is called, and those inside it whose `generate` it may call in turn.
 
+    Compiled models and PEFT's wrappers are taken off.
 
-def _generating(model: Any) -> Any:
-    """The model whose `generate` runs; PEFT and similar wrappers are taken off."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(inner, GenerationMixin) or not isinstance(inner, nn.Module):
+    Raises:
+        UnsupportedModelError: it is no model that generates, or one that is wrapped in a way that cannot be seen
+            through.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile(model)
+    if type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} runs copies of the model, which KVCrush does not see: pass its .module, and call "
+            "generate of that"
+        )
+    if hasattr(model, "get_base_model"):
+        _check_peft(model)
+        model = model.get_base_model()
+        model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, GenerationMixin) or not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"{type(model).__name__} is no Transformers model that can generate")
-    return inner
+    return [module for module in model.modules() if isinstance(module, GenerationMixin)]
 
 
-def _attach(model: Any) -> None:
-    with _attaching:
-        if model not in _attached:
-            _attached[model] = _Attachment(model)
-        _attached[model].users += 1
+def _check_peft(model: Any) -> None:
+    """Refuses methods that put trained keys and values into the cache, which come from no token."""
+    active = getattr(model, "active_peft_config", None)
+    kind = str(getattr(getattr(active, "peft_type", ""), "value", getattr(active, "peft_type", "")))
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise UnsupportedModelError(
+            f"PEFT {kind.lower().replace('_', ' ')} fills the cache with trained keys and values, which belong to no "
+            "token: KVCrush has no scores for them. LoRA, prompt tuning and p-tuning work"
+        )
 
 
-def _detach(model: Any) -> None:
-    with _attaching:
-        attachment = _attached[model]
-        attachment.users -= 1
-        if not attachment.users:
-            attachment.remove()
-            del _attached[model]
+def _refusal(model: Any, config: CrushConfig) -> UnsupportedModelError | None:
+    try:
+        CrushCache(model, config)
+    except UnsupportedModelError as error:
+        return error
+    return None
 
 
-class _Attachment:
-    """What is changed on a model while at least one block is open: two methods of generation, and one hook."""
-
-    def __init__(self, model: Any) -> None:
-        self.users = 0
-        self._model = weakref.ref(model)
-        self._prepare = model._prepare_cache_for_generation
-        self._prefill = model._prefill
-        model._prepare_cache_for_generation = self.prepare_cache
-        model._prefill = self.prefill
-        self._hook = model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
-
-    def remove(self) -> None:
-        model: Any = self._model()
-        del model._prepare_cache_for_generation
-        del model._prefill
-        self._hook.remove()
-
-    def _session(self) -> Session | None:
-        return _sessions.get().get(id(self._model()))
-
-    def prepare_cache(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        session = self._session()
-        if session is None:
-            warnings.warn(
-                "crushkv: generate() runs in a thread that has not entered KVCrush; it uses the full cache. Enter the "
-                "block in that thread, or pass past_key_values=KVCrush(...).cache(model)",
-                stacklevel=3,
-            )
-        elif generation_config.use_cache is not False:
-            check_generation(generation_config, generation_mode)
-            if model_kwargs.get("past_key_values") is None:
-                model_kwargs["past_key_values"] = session.new_cache()
-                return None
-            session.use(model_kwargs["past_key_values"])
-        return self._prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-
-    def prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, CrushCache):
-            return self._prefill(input_ids, generation_config, model_kwargs, **kwargs)
-        # The attention mask covers the whole sequence, whether its earlier part is passed again or not. Transformers
-        # drops a mask without padding and notes its length.
-        mask = model_kwargs.get("attention_mask")
-        end = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[-1]
-        check_prompt(end, cache.model_config)
-        cache.prefill_end = end
-        try:
-            return self._prefill(input_ids, generation_config, model_kwargs, **kwargs)
-        finally:
-            cache.prefill_end = None
-
-    def before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Gives calls of the model itself a cache, where Transformers would make one."""
-        session = self._session()
-        if session is None or model.training:
-            return None
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, Cache):
-            session.use(cache)
-        elif cache is None and len(args) < 4 and _uses_cache(model, kwargs.get("use_cache")):
-            kwargs["past_key_values"] = session.new_cache()
-            return args, kwargs
-        return None
-
-
-def _uses_cache(model: Any, asked: bool | None) -> bool:
-    if asked is None:
-        asked = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
-    return bool(asked)
+def _changed(config: CrushConfig) -> str:
+    """The fields that are not the default, and the budget."""
+    default = CrushConfig().to_dict()
+    changed = {name: value for name, value in config.to_dict().items() if name == "budget" or value != default[name]}
+    return ", ".join(f"{name}={value!r}" for name, value in changed.items())

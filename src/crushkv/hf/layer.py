@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,8 @@ from .masks import last_query_row, physical_mask
 from .plan import Plan
 from .queries import QueryTail
 
+# From a mask over logical positions, the number of queries, and whether attention aligns a causal mask by itself.
+Masking = Callable[[Tensor | None, int, bool], Tensor | None]
 # Tokens of room made at a time while decoding; never more than come before the next eviction.
 GROWTH = 64
 
@@ -32,6 +34,7 @@ class AttentionCall:
     scaling: float
     softcap: float | None
     mass: Tensor | None = None  # [B, Hq, S]: what each token has received from these queries, where that is known
+    sinks: Tensor | None = None  # [Hq]: logits that take part in the softmax and belong to no token (gpt-oss)
     keys: Tensor | None = None  # [B, H, P, D]: that attention received, where the cache holds something else (MLA)
     values: Tensor | None = None  # [B, H, P, Dv]
 
@@ -105,6 +108,8 @@ class CrushLayer(CacheLayerMixin):
                 f"the cache holds {self.batch_size} rows, but the input has {key_states.shape[0]}: use one cache a "
                 "batch"
             )
+        if not self.storage.empty and self.storage.device != key_states.device:
+            self._move(key_states.device)
         self.seen += key_states.shape[2]
         end = self.plan.prefill_end
         reserve = 0 if end is None else max(0, end - self.seen)
@@ -117,13 +122,14 @@ class CrushLayer(CacheLayerMixin):
         """Slots of the compressed part."""
         return 0 if self._positions is None else self._positions.shape[2]
 
-    def mask(self, mask: Tensor | None, queries: int, aligned: bool) -> Tensor | None:
-        """The mask over physical slots for a mask over logical positions; see `masks.physical_mask`."""
+    def masking(self) -> Masking:
+        """Masks over the physical slots of now, also when tokens have been evicted since; see `masks.physical_mask`."""
         if not self.compressed:
-            return mask
+            return lambda mask, queries, aligned: mask
         padding = None if self.real is None else self.real[:, : self.compressed]
         rows, device = self.storage.rows, self.storage.device
-        return physical_mask(mask, padding, self.compressed, self._since, self.seen, queries, aligned, rows, device)
+        held = (padding, self.compressed, self._since, self.seen)
+        return lambda mask, queries, aligned: physical_mask(mask, *held, queries, aligned, rows, device)
 
     @property
     def streams(self) -> bool:
@@ -194,6 +200,7 @@ class CrushLayer(CacheLayerMixin):
             queries_real=self.queries.real,
             mass=mass,
             softcap=call.softcap,
+            sinks=call.sinks,
             seed=self._seed,
         )
 
@@ -284,6 +291,11 @@ class CrushLayer(CacheLayerMixin):
         if (queries := tensors.get("queries")) is not None:
             self.queries.append(queries, tensors.get("queries_real"))
         self.seen, self.since_eviction = counts["seen"], counts["since_eviction"]
+
+    def _move(self, device: torch.device) -> None:
+        """To where the layer's model computes: a cache that was read from a file lies in main memory."""
+        tensors, counts = self.state()
+        self.load_state({name: tensor.to(device) for name, tensor in tensors.items()}, counts)
 
     # What is held
 

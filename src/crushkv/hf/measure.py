@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..config import CrushConfig
 from .cache import CacheReport, CrushCache, kv_bytes
+from .interface import CACHE
 from .kvcrush import KVCrush
 from .support import check_prompt
 
@@ -99,7 +100,7 @@ def measure(
             **options,
         )
         peak = memory.peak()
-    cache = output.past_key_values
+    cache = output[CACHE]
     report = cache.report() if isinstance(cache, CrushCache) else None
     held = kv_bytes(cache)
     return Measurement(

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..config import CrushConfig
 from .cache import CrushCache
+from .interface import passed
 from .layer import AttentionCall, CrushLayer
 
 
@@ -42,7 +43,7 @@ class Recording:
         self._model = model
         self._source = _RecordingCache(model)
         for part in input_ids.to(model.device).split(chunk or input_ids.shape[1], dim=1):
-            output = model(input_ids=part, past_key_values=self._source, logits_to_keep=1)
+            output = model(input_ids=part, **passed(self._source), logits_to_keep=1)
         self.logits: Tensor = output.logits[0, -1].float()
         self.tokens: int = input_ids.shape[1]
         self._masses: dict[str, list[Tensor]] = {}

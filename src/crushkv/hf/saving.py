@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -53,7 +54,8 @@ class SavedCache:
         """A cache as it was when it was saved. Each call makes a new one, for one conversation each."""
         cache = CrushCache(self._model, self.config)
         for layer, (tensors, counts) in zip(cache.layers, self._layers, strict=True):
-            tensors = {name: tensor.to(self._model.device) for name, tensor in tensors.items()}
+            # In main memory: the first pass moves each layer to where the model computes it.
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             if isinstance(layer, CrushLayer):
                 layer.load_state(tensors, counts)
             else:
@@ -167,12 +169,30 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)].contiguous().cpu()
+        weight = _offloaded(model, name) if parameter.is_meta else parameter.detach()
+        sample = weight.flatten()[:: max(1, parameter.numel() // _SAMPLED)].contiguous().cpu()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     # Positions are no parameters, and stand in the keys.
     config = model.config.get_text_config(decoder=True)
     digest.update(json.dumps(getattr(config, "rope_parameters", None), sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
+    """A parameter that accelerate keeps elsewhere, from the hook that will bring it.
+
+    Raises:
+        ConfigError: nothing says where it is.
+    """
+    owner, _, own = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    for part in (hook, *getattr(hook, "hooks", ())):
+        with contextlib.suppress(KeyError, TypeError):  # a hook without weights, or without these
+            return torch.as_tensor(getattr(part, "weights_map", None)[own])  # type: ignore[index]
+    raise ConfigError(
+        f"model: its parameter {name!r} is on the meta device, and no hook of accelerate says where its numbers are: "
+        "load the model before its caches are saved or read"
+    )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -140,8 +140,8 @@ def check_bits(formats: Formats, model_config: PreTrainedConfig) -> None:
     """
     if is_latent(model_config) and not formats.raw:
         raise UnsupportedModelError(
-            "multi-head latent attention (MLA) caches a latent for all heads, which is held in the model's dtype alone: "
-            "leave bits, representative_bits and recent_bits at 16 and rank unset"
+            "multi-head latent attention (MLA) caches a latent for all heads, which is held in the model's dtype only: "
+            "leave bits, representative_bits and recent_bits at 16, and rank unset"
         )
 
 

@@ -24,6 +24,7 @@ def attention_mass(
     queries_weight: Tensor | None = None,
     softcap: float | None = None,
     block_bytes: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The attention that each token receives from the given queries, exactly, under the causal mask.
 
@@ -35,11 +36,12 @@ def attention_mass(
         queries_weight: bool or float `[B, T]`: how much a query counts, nothing where it is padding; None: all count 1.
         softcap: bound of the logits by tanh (Gemma 2), None for none.
         block_bytes: upper bound of the weights held at a time (at least one query's are); None: what suits the device.
+        sinks: `[Hq]`, a logit for each head that takes part in every softmax and belongs to no token (gpt-oss).
 
     Returns:
-        float32 `[B, Hq, S]`; a row sums to its queries' weights for each head.
+        float32 `[B, Hq, S]`; a row sums to its queries' weights for each head (to less with sinks, which get the rest).
     """
-    return _blockwise(queries, keys, None, scaling, real, queries_weight, softcap, block_bytes)[1]
+    return _blockwise(queries, keys, None, scaling, real, queries_weight, softcap, block_bytes, sinks)[1]
 
 
 def attention_with_mass(
@@ -52,7 +54,7 @@ def attention_with_mass(
     Returns:
         The output `[B, Hq, T, Dv]`, and the mass.
     """
-    output, mass = _blockwise(queries, keys, values, scaling, None, None, None, block_bytes)
+    output, mass = _blockwise(queries, keys, values, scaling, None, None, None, block_bytes, None)
     assert output is not None
     return output, mass
 
@@ -66,6 +68,7 @@ def _blockwise(
     queries_weight: Tensor | None,
     softcap: float | None,
     block_bytes: int | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     rows, heads, count, size = queries.shape
     kv_heads, tokens = keys.shape[1:3]
@@ -86,6 +89,7 @@ def _blockwise(
     queries = queries.reshape(-1, group, count, size)
     keys = keys.reshape(-1, tokens, size).transpose(-1, -2)
     row = torch.arange(rows * kv_heads, device=keys.device) // kv_heads  # of each n
+    head = torch.arange(rows * kv_heads, device=keys.device) % kv_heads
     mass = torch.zeros((rows * kv_heads, group, tokens), dtype=torch.float32, device=keys.device)
     output = None
     if values is not None:
@@ -116,7 +120,14 @@ def _blockwise(
             logits[..., seen - (end - start) :].masked_fill_(future, -torch.inf)
             if padding is not None:
                 logits.masked_fill_(padding[..., :seen], torch.finfo(torch.float32).min)
+            left = None
+            if sinks is not None:
+                # What a softmax over tokens and sink gives the tokens, of one over the tokens alone.
+                beside = sinks.view(kv_heads, group).float()[head[some]][:, :, None]
+                left = torch.sigmoid(logits.logsumexp(-1) - beside)[..., None]
             weights = torch.softmax(logits, -1, out=logits)
+            if left is not None:
+                weights *= left
             if output is not None and some_values is not None:
                 of_split = some_values[:, :seen].expand(at_once * split, -1, -1)
                 attended = torch.bmm(weights.view(shape).to(dtype), of_split)
@@ -140,7 +151,7 @@ def window_mass(view: LayerView, half_life: float = 0) -> Tensor:
         age = torch.arange(count - 1, -1, -1, device=view.queries.device)
         later = (0.5 ** (age / half_life)).expand(rows, -1)
         weight = later if weight is None else later * weight
-    mass = attention_mass(view.queries, view.keys, view.scaling, view.real, weight, view.softcap)
+    mass = attention_mass(view.queries, view.keys, view.scaling, view.real, weight, view.softcap, sinks=view.sinks)
     return mass / (count if weight is None else weight.sum(-1).clamp(min=1)[:, None, None])
 
 
@@ -149,4 +160,6 @@ def view_mass(view: LayerView) -> Tensor:
     if view.received is not None:
         return view.received
     assert view.queries is not None
-    return attention_mass(view.queries, view.keys, view.scaling, view.real, view.queries_real, view.softcap)
+    return attention_mass(
+        view.queries, view.keys, view.scaling, view.real, view.queries_real, view.softcap, sinks=view.sinks
+    )

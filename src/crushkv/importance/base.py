@@ -58,6 +58,7 @@ class LayerView:
     mass: Tensor | None = None  # float32 [B, Hq, S]: what `Policy.accumulate` has gathered
     received: Tensor | None = None  # float32 [B, Hq, S]: `attention_mass` of the queries, where the engine has it
     softcap: float | None = None  # of the attention logits, where the model has one
+    sinks: Tensor | None = None  # [Hq]: logits in every softmax that belong to no token, where the model has them
     seed: int = 0
 
 

@@ -16,4 +16,4 @@ def take(x: Tensor, indices: Tensor) -> Tensor:
     *batch, tokens, size = x.shape
     flat = x.reshape(-1, tokens, size)
     offsets = torch.arange(flat.shape[0], device=x.device).view(*batch, 1) * tokens
-    return flat.view(-1, size).index_select(0, (indices + offsets).flatten()).view(*indices.shape, size)
+    return flat.reshape(-1, size).index_select(0, (indices + offsets).flatten()).view(*indices.shape, size)

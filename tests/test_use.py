@@ -1,0 +1,421 @@
+"""Ways in which a model and its cache are used: each works, or is refused or told with the reason."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig
+from transformers.generation.streamers import BaseStreamer
+
+from architectures import SMALL as TINY
+from architectures import prompts, small_model
+from crushkv import ConfigError, CrushCache, CrushError, KVCrush, UnsupportedModelError
+from crushkv.hf.attachment import Attachment
+from crushkv.hf.interface import CACHE, passed
+
+SMALL: dict[str, Any] = {"budget": 0.4, "min_tokens": 0, "sink": 2, "window": 8, "interval": 8, "page_size": 4}
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model()
+
+
+def kind_of_cache(model: Any) -> str:
+    """What `generate` uses now."""
+    output = model.generate(**prompts([60]), **GREEDY, return_dict_in_generate=True)
+    return type(output[CACHE]).__name__
+
+
+def untouched(model: Any) -> bool:
+    names = {"_prefill", "_prepare_cache_for_generation", "init_continuous_batching"}
+    return not (names & set(model.__dict__) or model._forward_pre_hooks)
+
+
+# Sessions
+
+
+def test_a_session_without_a_block(model: Any) -> None:
+    session = KVCrush("small", min_tokens=0)(model)
+    assert not session.enabled and "off" in repr(session) and "LlamaForCausalLM" in repr(session)
+    assert not session.cache
+    with pytest.raises(CrushError, match=r"enable\(\)"):
+        session.cache.report()
+    assert kind_of_cache(model) == "DynamicCache"
+    assert session.enable() is session and session.enabled and " on" in repr(session)
+    with pytest.raises(CrushError, match="No generate"):
+        session.cache.report()
+    session.enable()  # it is on already
+    assert kind_of_cache(model) == "CrushCache"
+    session.disable()
+    session.disable()
+    assert kind_of_cache(model) == "DynamicCache"
+    assert session.cache.report().tokens_seen == 64
+    with session:
+        assert kind_of_cache(model) == "CrushCache"
+    assert untouched(model)
+
+
+def test_the_innermost_session_counts(model: Any) -> None:
+    outer, inner = KVCrush(**SMALL)(model), KVCrush(**SMALL)(model)
+    with outer:
+        with inner:
+            kind_of_cache(model)
+            assert not outer.cache
+            with outer:  # once more: what was on is on afterwards
+                pass
+        first = inner.cache
+        kind_of_cache(model)
+        assert outer.cache and inner.cache is first
+    assert untouched(model)
+
+
+def test_a_thread_that_is_started_in_a_block(model: Any) -> None:
+    kinds: list[str] = []
+    with KVCrush(**SMALL)(model):
+        thread = threading.Thread(target=lambda: kinds.append(kind_of_cache(model)))
+        thread.start()
+        thread.join()
+    assert kinds == ["CrushCache"]
+
+
+def test_two_threads_in_one_block_have_caches_of_their_own(model: Any) -> None:
+    inputs = [prompts([100], seed=seed) for seed in range(2)]
+    alone = []
+    results: dict[int, Any] = {}
+    with KVCrush(**SMALL)(model):
+        alone = [model.generate(**each, **GREEDY) for each in inputs]
+
+        def work(index: int) -> None:
+            results[index] = [model.generate(**inputs[index], **GREEDY, return_dict_in_generate=True) for _ in range(3)]
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for index in range(2):
+        assert all(torch.equal(found.sequences, alone[index]) for found in results[index])
+    caches = {id(found[CACHE]) for found in results[0] + results[1]}
+    assert len(caches) == 6
+
+
+def answers(model: Any) -> Iterator[str]:
+    with KVCrush(**SMALL)(model):
+        for _ in range(3):
+            yield kind_of_cache(model)
+
+
+def test_a_generator_that_other_threads_read_from(model: Any) -> None:
+    async def serve() -> list[str]:
+        items, found = answers(model), []
+        while (item := await asyncio.to_thread(next, items, None)) is not None:
+            found.append(item)
+        return found
+
+    assert asyncio.run(serve()) == ["CrushCache"] * 3
+    assert untouched(model)
+
+
+def test_who_reads_from_a_generator_is_outside_of_its_block(model: Any) -> None:
+    half_read = answers(model)
+    assert next(half_read) == "CrushCache"
+    assert kind_of_cache(model) == "DynamicCache"
+    assert next(half_read) == "CrushCache"
+    del half_read
+    gc.collect()
+    assert untouched(model)
+
+
+@contextlib.contextmanager
+def compressed(model: Any) -> Iterator[Any]:
+    with KVCrush(**SMALL)(model) as session:
+        yield session
+
+
+def test_context_managers_of_others(model: Any) -> None:
+    with compressed(model):
+        assert kind_of_cache(model) == "CrushCache"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(KVCrush(**SMALL)(model))
+        assert kind_of_cache(model) == "CrushCache"
+    assert untouched(model)
+
+
+def test_a_streamer_in_a_generator(model: Any) -> None:
+    """As streaming endpoints do it: generate runs in a thread, the generator hands out what arrives."""
+    kinds = []
+
+    class Queue(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.more = threading.Condition()
+            self.done = False
+
+        def put(self, value: Any) -> None:
+            with self.more:
+                self.tokens += value.flatten().tolist()
+                self.more.notify()
+
+        def end(self) -> None:
+            with self.more:
+                self.done = True
+                self.more.notify()
+
+    def stream() -> Iterator[int]:
+        with KVCrush(**SMALL)(model):
+            queue = Queue()
+
+            def work() -> None:
+                output = model.generate(**prompts([60]), **GREEDY, streamer=queue, return_dict_in_generate=True)
+                kinds.append(type(output[CACHE]).__name__)
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            at = 0
+            while not (queue.done and at == len(queue.tokens)):
+                with queue.more:
+                    queue.more.wait_for(lambda: queue.done or len(queue.tokens) > at)
+                yield from queue.tokens[at : (at := len(queue.tokens))]
+            thread.join()
+
+    assert len(list(stream())) == 65
+    assert kinds == ["CrushCache"]
+    assert untouched(model)
+
+
+def test_leaving_restores_what_was_there(model: Any) -> None:
+    mine = model._prefill
+    model._prefill = mine
+    try:
+        with KVCrush(**SMALL)(model):
+            assert kind_of_cache(model) == "CrushCache"
+        assert model.__dict__["_prefill"] is mine
+        with KVCrush(**SMALL)(model):
+            later = model.__dict__["_prefill"]
+            model._prefill = lambda *args, **kwargs: later(*args, **kwargs)
+        assert kind_of_cache(model) == "DynamicCache"  # what came later stays, and passes on
+    finally:
+        del model._prefill
+    assert untouched(model)
+
+
+def test_names_of_transformers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    from crushkv.hf.interface import check_interface
+
+    check_interface()
+    monkeypatch.delattr(transformers.GenerationMixin, "_prefill")
+    with pytest.raises(CrushError, match=f"Transformers {transformers.__version__} has no GenerationMixin._prefill"):
+        check_interface()
+    monkeypatch.setattr(transformers.GenerationMixin, "_prefill", lambda self: None, raising=False)
+    with pytest.raises(CrushError, match="no parameter 'input_ids'"):
+        check_interface()
+
+
+# Blocks that compress nothing
+
+
+def told(session: Any, run: Any) -> str:
+    """What is said at the end of a block."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with session:
+            run()
+    found = [str(w.message) for w in caught if "crushkv" in str(w.message)]
+    assert len(found) <= 1
+    return found[0] if found else ""
+
+
+def test_a_block_that_compressed_nothing_says_so(model: Any) -> None:
+    def session() -> Any:
+        return KVCrush(**SMALL)(model)
+
+    assert "use_cache is off" in told(session(), lambda: model.generate(**prompts([60]), **GREEDY, use_cache=False))
+    assert "no generate()" in told(session(), lambda: None)
+    assert told(session(), lambda: kind_of_cache(model)) == ""
+    model.train()
+    try:
+        assert "training mode" in told(session(), lambda: model(**prompts([60])))
+    finally:
+        model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="on purpose"), session():
+            raise RuntimeError("on purpose")
+
+
+def test_use_cache_off_in_the_checkpoint() -> None:
+    from transformers import LlamaForCausalLM
+
+    off = LlamaForCausalLM(LlamaConfig(**TINY, use_cache=False)).eval()
+    session = KVCrush(**SMALL)(off)
+    assert "use_cache is off" in told(session, lambda: off.generate(**prompts([60]), **GREEDY))
+    with pytest.raises(CrushError, match="use_cache is off"):
+        session.cache.report()
+    cache = KVCrush(**SMALL).cache(off)
+    with pytest.raises(ConfigError, match="use_cache"), KVCrush(**SMALL)(off):
+        off.generate(**prompts([60]), **GREEDY, **passed(cache))
+
+
+def test_continuous_batching_is_refused(model: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="generate_batch"), KVCrush(**SMALL)(model):
+        model.generate_batch([[5, 6, 7]])
+
+
+def test_models_inside_models(model: Any) -> None:
+    """`generate` of the outer model calls that of an inner one."""
+    from transformers import LlamaForCausalLM
+
+    class Wrapper(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.inner = small_model("qwen2")
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner.generate(*args, **kwargs)
+
+    wrapper = Wrapper(LlamaConfig(**TINY)).eval()
+    with KVCrush(**SMALL)(wrapper) as session:
+        assert kind_of_cache(wrapper) == "CrushCache"
+    assert session.cache.report().bytes_fraction < 0.8
+    assert untouched(wrapper) and untouched(wrapper.inner)
+
+
+def test_wrappers_of_torch(model: Any) -> None:
+    with KVCrush(**SMALL)(torch.compile(model, backend="eager")):
+        assert kind_of_cache(model) == "CrushCache"
+    with pytest.raises(UnsupportedModelError, match=r"\.module"):
+        KVCrush(**SMALL)(torch.nn.DataParallel(model))
+
+
+def test_only_the_new_tokens_of_a_second_turn(model: Any) -> None:
+    cache = KVCrush(**SMALL).cache(model)
+    with KVCrush(**SMALL)(model):
+        model.generate(**prompts([100]), **passed(cache), **GREEDY)
+        with pytest.raises(ConfigError, match="the cache has seen 104 already. Pass the whole conversation"):
+            model.generate(**prompts([12]), **passed(cache), **GREEDY)
+
+
+# Numbers
+
+
+def test_short_first_turns_in_few_bits(model: Any) -> None:
+    """Sink and window have room for the whole first turn, so that the first quantization comes later."""
+    for length, interval in ((1, 128), (10, 100), (36, 200)):
+        with KVCrush("balanced", min_tokens=0, interval=interval)(model) as session:
+            model.generate(**prompts([length]), **{**GREEDY, "max_new_tokens": 220})
+        assert session.cache.report().bytes_fraction < 0.9
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"policy": "h2o"}, {"bits": 8, "recent_bits": 8}, {"bits": 4, "rank": 8}], ids=str
+)
+def test_autocast_changes_nothing_of_ours(model: Any, fields: dict[str, Any]) -> None:
+    """With the whole budget, the answer under autocast is the full cache's; with less, it runs."""
+    inputs = prompts([100])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        full = model.generate(**inputs, **{**GREEDY, "max_new_tokens": 24})
+        if not fields.get("bits"):
+            with KVCrush(**{**SMALL, **fields, "budget": 1.0})(model):
+                assert torch.equal(full, model.generate(**inputs, **{**GREEDY, "max_new_tokens": 24}))
+        with KVCrush(**{**SMALL, **fields})(model) as session:
+            model.generate(**inputs, **{**GREEDY, "max_new_tokens": 24})
+    assert session.cache.report().bytes_fraction < 0.7
+    if fields.get("policy") == "h2o":
+        # Each of 123 queries gives away a mass of 1 a head; what was evicted took some of it along.
+        mass = session.cache.crushed_layers[0].mass
+        assert mass.dtype == torch.float32
+
+
+def test_gradients(model: Any) -> None:
+    """Those of a prompt are the full cache's; through what a cache holds already there are none, and that is said."""
+    ids = prompts([60])["input_ids"]
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        (found,) = torch.autograd.grad(model(inputs_embeds=embeds).logits[0, -1].max(), embeds)
+        return found
+
+    full = gradient()
+    with KVCrush(**SMALL)(model):
+        assert torch.allclose(gradient(), full, atol=1e-6)
+        cache = model(input_ids=ids)[CACHE]
+        logits = model(inputs_embeds=embeds, **passed(cache)).logits
+        with pytest.raises(UnsupportedModelError, match="gradients"):
+            torch.autograd.grad(logits[0, -1].max(), embeds)
+
+
+def test_attention_that_does_not_get_the_keys_of_the_cache() -> None:
+    from transformers import AutoModelForCausalLM, DiffLlamaConfig
+
+    diff = AutoModelForCausalLM.from_config(DiffLlamaConfig(**TINY)).eval()
+    with pytest.raises(UnsupportedModelError, match="values that are not those"), KVCrush(**SMALL)(diff):
+        diff.generate(**prompts([60]), **GREEDY)
+
+
+def test_attention_that_never_follows_the_last_layer() -> None:
+    """A model of one layer has no next layer that would notice."""
+    from transformers import LlamaForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    one = LlamaForCausalLM(LlamaConfig(**{**TINY, "num_hidden_layers": 1})).eval()
+    session, cache = KVCrush(**SMALL)(one), KVCrush(**SMALL).cache(one)
+    wrapped = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    try:
+        with torch.no_grad():
+            assert "does not receive the keys" in told(session, lambda: one(**prompts([60]), **passed(cache)))
+            with pytest.raises(UnsupportedModelError, match="AttentionInterface"):
+                one(**prompts([20]), **passed(session.cache))
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = wrapped
+
+
+def test_another_attention_call_in_between_is_left_alone(model: Any) -> None:
+    """The layer is known by its keys, not by being the next that attends."""
+    other = small_model("qwen2")
+    seen: list[torch.Tensor] = []
+    update = CrushCache.update
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = update(self, *args, **kwargs)
+        if not seen:
+            seen.append(other(**prompts([30]), use_cache=False).logits)
+        return found
+
+    with torch.no_grad():
+        expected = other(**prompts([30]), use_cache=False).logits
+        with KVCrush(**SMALL)(model):
+            alone = model.generate(**prompts([100]), **GREEDY)
+            CrushCache.update = interrupted  # type: ignore[method-assign]
+            try:
+                found = model.generate(**prompts([100]), **GREEDY)
+            finally:
+                CrushCache.update = update  # type: ignore[method-assign]
+    assert torch.equal(seen[0], expected)
+    assert torch.equal(found, alone)
+
+
+def test_a_full_cache_of_the_users_own_is_refused(model: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="DynamicCache"), KVCrush(**SMALL)(model):
+        model.generate(**prompts([50]), **GREEDY, **passed(DynamicCache(config=model.config)))
+
+
+def test_the_attachment_is_shared(model: Any) -> None:
+    from crushkv.hf import attachment
+
+    with KVCrush(**SMALL)(model), KVCrush(**SMALL)(model):
+        assert isinstance(attachment._attached[model], Attachment) and len(attachment._attached[model].sessions) == 2
+        kind_of_cache(model)
+    assert model not in attachment._attached
