@@ -22,7 +22,7 @@ from ..errors import UnsupportedModelError, nearest
 from ..storage import turn
 from . import cpu_attention
 from .autograd import full_precision
-from .layer import AttentionCall, CrushLayer, Masking
+from .layer import AttentionCall, CrushLayer
 
 if TYPE_CHECKING:
     from .cache import CrushCache
@@ -36,7 +36,7 @@ class _Attended:
     """How a layer attended to its keys, for other layers that attend to the very same tensor after it (Gemma 3n)."""
 
     module: torch.nn.Module
-    masking: Masking
+    mask: Tensor | None  # over physical slots
     turned_keys: Tensor | None
     turned_values: Tensor | None
 
@@ -135,13 +135,11 @@ class CrushAttention:
         found = _mark_of(module, key, value)
         if found is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
-        aligned = "flash" in self.name
         output: tuple[Tensor | None, ...]
         if (shared := found.attended) is not None:
             with full_precision(query.device):
-                mask = shared.masking(attention_mask, query.shape[2], aligned)
                 turned = query if shared.turned_keys is None else turn(query, shared.turned_keys)
-            output = attend(module, turned, key, value, mask, *args, **kwargs)
+            output = attend(module, turned, key, value, _last_rows(shared.mask, query.shape[2]), *args, **kwargs)
             with full_precision(query.device):
                 return _turned_back(output, shared.turned_values)
         layer = found.layer
@@ -149,8 +147,7 @@ class CrushAttention:
         given = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if given is None else given
         with full_precision(query.device):
-            masking = layer.masking()
-            mask = masking(attention_mask, query.shape[2], aligned)
+            mask = layer.mask(attention_mask, query.shape[2], aligned="flash" in self.name)
             turned_keys, turned_values = layer.storage.rotations()
             turned = query if turned_keys is None else turn(query, turned_keys)
         plain = not args and cpu_attention.replaceable(module, attend, query, mask, kwargs)
@@ -162,7 +159,7 @@ class CrushAttention:
             output = (attended, None)
         else:
             output = attend(module, turned, key, value, mask, *args, **kwargs)
-        found.attended = _Attended(module, masking, turned_keys, turned_values)
+        found.attended = _Attended(module, mask, turned_keys, turned_values)
         call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass, kwargs.get("s_aux"))
         if layer.plan.latent:
             call = replace(call, keys=key, values=value)
@@ -170,6 +167,11 @@ class CrushAttention:
             output = _turned_back(output, turned_values)
             layer.after_attention(call)
         return output
+
+
+def _last_rows(mask: Tensor | None, queries: int) -> Tensor | None:
+    """The mask of the last queries: a layer that shares keys may be asked for the last token alone (Gemma 4)."""
+    return mask if mask is None or mask.ndim == 2 else mask[:, :, -queries:]
 
 
 def _turned_back(output: tuple[Tensor | None, ...], turned_values: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +19,6 @@ from .masks import last_query_row, physical_mask
 from .plan import Plan
 from .queries import QueryTail
 
-# From a mask over logical positions, the number of queries, and whether attention aligns a causal mask by itself.
-Masking = Callable[[Tensor | None, int, bool], Tensor | None]
 # Tokens of room made at a time while decoding; never more than come before the next eviction.
 GROWTH = 64
 
@@ -122,14 +120,13 @@ class CrushLayer(CacheLayerMixin):
         """Slots of the compressed part."""
         return 0 if self._positions is None else self._positions.shape[2]
 
-    def masking(self) -> Masking:
-        """Masks over the physical slots of now, also when tokens have been evicted since; see `masks.physical_mask`."""
+    def mask(self, mask: Tensor | None, queries: int, aligned: bool) -> Tensor | None:
+        """The mask over physical slots for a mask over logical positions; see `masks.physical_mask`."""
         if not self.compressed:
-            return lambda mask, queries, aligned: mask
+            return mask
         padding = None if self.real is None else self.real[:, : self.compressed]
         rows, device = self.storage.rows, self.storage.device
-        held = (padding, self.compressed, self._since, self.seen)
-        return lambda mask, queries, aligned: physical_mask(mask, *held, queries, aligned, rows, device)
+        return physical_mask(mask, padding, self.compressed, self._since, self.seen, queries, aligned, rows, device)
 
     @property
     def streams(self) -> bool:
