@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from crushkv.hf.support import CrossAttentionLayer, cache_layers
+from crushkv.hf.left_alone import CrossAttentionLayer
+from crushkv.hf.support import cache_layers
 from model_zoo import TEXT, Model, small_config
 from picture_models import PICTURES, picture_config
 

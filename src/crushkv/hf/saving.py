@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .._version import __version__
 from ..config import CrushConfig
 from ..errors import ConfigError, CrushError
 from ..files import replacing
+from . import left_alone
 from .cache import CrushCache
 from .layer import CrushLayer
 
@@ -59,7 +59,7 @@ class SavedCache:
             if isinstance(layer, CrushLayer):
                 layer.load_state(tensors, counts)
             else:
-                _load_window(layer, tensors, counts)
+                left_alone.load_state(layer, tensors, counts)
         return cache
 
 
@@ -87,7 +87,7 @@ def save_cache(
     tensors = {"input_ids": input_ids.cpu().contiguous()}
     counts = []
     for index, layer in enumerate(cache.layers):
-        state, numbers = layer.state() if isinstance(layer, CrushLayer) else _window_state(layer)
+        state, numbers = layer.state() if isinstance(layer, CrushLayer) else left_alone.state(layer)
         tensors |= {f"{index}.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         counts.append(numbers)
     metadata = {
@@ -201,15 +201,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _window_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Of a sliding-window layer, which is Transformers' own."""
-    return {"keys": layer.keys, "values": layer.values}, {"seen": layer.cumulative_length}
-
-
-def _load_window(layer: Any, tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
-    assert isinstance(layer, DynamicSlidingWindowLayer)
-    layer.lazy_initialization(tensors["keys"], tensors["values"])
-    layer.keys, layer.values = tensors["keys"], tensors["values"]
-    layer.cumulative_length = counts["seen"]

@@ -7,13 +7,14 @@ import warnings
 from typing import Any
 
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core import Budget
 from ..errors import ConfigError, UnsupportedModelError
 from ..storage import Formats
+from .left_alone import LEFT_ALONE, CrossAttentionLayer
 
 # Models whose attention does something else with the keys and values than attend to them once.
 _REFUSED_KINDS = {
@@ -29,12 +30,6 @@ _REFUSED_LAYERS = {
     "LinearAttentionAnd": "holds a recurrent state and keys and values in one, which cannot be told apart",
     "Indexed": "chooses the tokens that it attends to by an index of its own, which counts the tokens in the cache",
 }
-# Layers that hold no more however long the text gets, or hold nothing; they are left to Transformers.
-_LEFT_ALONE = (DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
-
-
-class CrossAttentionLayer(DynamicLayer):
-    """Keys and values of pictures, which the text attends to (Mllama). Left alone: it does not grow with the text."""
 
 
 def cache_layers(model_config: PreTrainedConfig) -> list[Any]:
@@ -63,7 +58,7 @@ def cache_layers(model_config: PreTrainedConfig) -> list[Any]:
             layers[index] = CrossAttentionLayer()
         elif window is not None and type(layer) is DynamicSlidingWindowLayer:
             layers[index] = DynamicLayer()
-        elif type(layer) is not DynamicLayer and type(layer) not in _LEFT_ALONE:
+        elif type(layer) is not DynamicLayer and type(layer) not in LEFT_ALONE:
             name = type(layer).__name__
             known = (reason for part, reason in _REFUSED_LAYERS.items() if part in name)
             reason = next(known, "is of a kind that crushkv does not know")

@@ -1,0 +1,45 @@
+"""Layers of a cache that KVCrush leaves to Transformers: which they are, and what they hold as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+
+class CrossAttentionLayer(DynamicLayer):
+    """Keys and values of pictures, which the text attends to (Mllama): they do not grow with the text."""
+
+
+# Layers that hold no more however long the text gets, or hold nothing (they attend to another layer's keys, or do not
+# attend).
+LEFT_ALONE = (DynamicSlidingWindowLayer, LinearAttentionLayer, CrossAttentionLayer, DummyLayer)
+
+
+def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Everything that such a layer holds: tensors, and numbers."""
+    if isinstance(layer, LinearAttentionLayer):
+        kinds = {"conv_states": layer.conv_states, "recurrent_states": layer.recurrent_states}
+        states = {f"{kind}.{index}": tensor for kind, found in kinds.items() for index, tensor in found.items()}
+    else:
+        states = {"keys": layer.keys, "values": layer.values}
+    counts = {"seen": layer.cumulative_length} if isinstance(layer, DynamicSlidingWindowLayer) else {}
+    return {name: tensor for name, tensor in states.items() if tensor is not None}, counts
+
+
+def load_state(layer: Any, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+    """Fills a new layer with what `state` gave."""
+    if type(layer) is LinearAttentionLayer:
+        for name, tensor in tensors.items():
+            kind, _, index = name.partition(".")
+            layer.lazy_initialization(**{kind: tensor}, state_idx=int(index))
+            getattr(layer, kind)[int(index)] = tensor
+            layer.dtype, layer.device = tensor.dtype, tensor.device
+            layer.has_previous_state[int(index)] = True
+    elif tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = counts["seen"]
