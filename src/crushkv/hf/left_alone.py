@@ -31,15 +31,18 @@ def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 def load_state(layer: Any, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
     """Fills a new layer with what `state` gave."""
-    if type(layer) is LinearAttentionLayer:
+    if not tensors:
+        return
+    if isinstance(layer, LinearAttentionLayer):
+        states: Any = layer
         for name, tensor in tensors.items():
             kind, _, index = name.partition(".")
-            layer.lazy_initialization(**{kind: tensor}, state_idx=int(index))
-            getattr(layer, kind)[int(index)] = tensor
-            layer.dtype, layer.device = tensor.dtype, tensor.device
-            layer.has_previous_state[int(index)] = True
-    elif tensors:
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
-        layer.keys, layer.values = tensors["keys"], tensors["values"]
+            states.lazy_initialization(**{kind: tensor}, state_idx=int(index))
+            getattr(states, kind)[int(index)] = tensor
+            states.dtype, states.device = tensor.dtype, tensor.device
+            states.has_previous_state[int(index)] = True
+        return
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.keys, layer.values = tensors["keys"], tensors["values"]
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = counts["seen"]
