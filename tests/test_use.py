@@ -419,3 +419,155 @@ def test_the_attachment_is_shared(model: Any) -> None:
         assert isinstance(attachment._attached[model], Attachment) and len(attachment._attached[model].sessions) == 2
         kind_of_cache(model)
     assert model not in attachment._attached
+
+
+# Masks
+
+
+def turns(model: Any, cache: Any, pad: int, mask_pads: bool = True) -> torch.Tensor:
+    """Two rows, of which the second ends early and is filled up with `pad` tokens, which the next turn's mask hides.
+
+    Returns the second row's logits at the end of the second prompt and along 12 decoded tokens, `[13, V]`.
+    """
+    first, second = prompts([100, 100])["input_ids"], prompts([20, 20], seed=1)["input_ids"]
+    said = prompts([10, 10], seed=2)["input_ids"]
+    said[1, 4:] = pad
+    mask = torch.ones(2, 150, dtype=torch.long)
+    with torch.no_grad():
+        model(input_ids=first, attention_mask=mask[:, :100], **passed(cache))
+        for i in range(10):  # as generate does it: a finished row goes on with pads, and mask 1
+            model(input_ids=said[:, i : i + 1], attention_mask=mask[:, : 101 + i], **passed(cache))
+        if mask_pads:
+            mask[1, 104:110] = 0
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        parts = [second, *torch.full((12, 2, 1), 7)]
+        found, end = [], 110
+        for part in parts:
+            start, end = end, end + part.shape[1]
+            places = position[:, start:end]
+            output = model(input_ids=part, attention_mask=mask[:, :end], position_ids=places, **passed(cache))
+            found.append(output.logits[1, -1])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"budget": 1.0},
+        {"budget": 60, "policy": "streaming_llm", "page_size": 1, "window": 50},
+        {"budget": 0.7, "page_size": 1, "interval": 0},
+        {"budget": 0.7, "policy": "expected_attention", "interval": 0},
+        {"budget": 0.5, "policy": "key_diff", "bits": 8, "recent_bits": 8, "interval": 0},
+    ],
+    ids=str,
+)
+def test_pads_between_turns_count_for_nothing(attention: str, fields: dict[str, Any]) -> None:
+    model = small_model(attention=attention)
+    full = turns(model, DynamicCache(config=model.config), 3)
+    found = [turns(model, KVCrush(**{**SMALL, **fields}).cache(model), pad) for pad in (3, 99)]
+    assert torch.allclose(found[0], found[1], atol=1e-4)
+    if fields["budget"] == 1.0:
+        assert torch.allclose(found[0], full, atol=1e-4)
+        assert not torch.allclose(turns(model, DynamicCache(config=model.config), 3, mask_pads=False), full, atol=1e-2)
+
+
+def causal(tokens: int, seen: int | None = None) -> torch.Tensor:
+    seen = tokens if seen is None else seen
+    return (torch.arange(seen) <= torch.arange(seen - tokens, seen)[:, None])[None, None]
+
+
+def test_masks_of_ones_own_that_are_right(model: Any) -> None:
+    """Causal masks with hidden tokens, bool or additive, for one row or for each."""
+    ids = prompts([100])["input_ids"]
+    plain = causal(100).clone()
+    plain[..., 10:20] = False
+    plain[..., 10:20, 10:20] = torch.eye(10, dtype=torch.bool)  # what is hidden may see itself
+    additive = torch.zeros(plain.shape).masked_fill(~plain, torch.finfo(torch.float32).min)
+    seen = []
+    with torch.no_grad():
+        for mask in (plain, additive, additive.clamp(min=-1e9), plain.float().log()):
+            cache = KVCrush(**SMALL).cache(model)
+            seen.append(model(input_ids=ids, attention_mask=mask, **passed(cache)).logits)
+            kept = torch.stack([layer.positions for layer in cache.crushed_layers])
+            assert not ((kept >= 10) & (kept < 20)).any()
+    assert all(torch.allclose(found[:, 20:], seen[0][:, 20:], atol=1e-5) for found in seen)
+
+
+def soft() -> torch.Tensor:
+    mask = torch.zeros(1, 1, 100, 100).masked_fill(~causal(100), torch.finfo(torch.float32).min)
+    mask[..., 50:, 20:30] = -0.5
+    return mask
+
+
+def per_head() -> torch.Tensor:
+    mask = causal(100).repeat(1, 4, 1, 1)
+    mask[:, 2, 50:, :20] = False
+    return mask
+
+
+def holes() -> torch.Tensor:
+    mask = causal(100).clone()
+    mask[..., 50:60, :20] = False
+    return mask
+
+
+def test_packed_prompts_are_right(model: Any) -> None:
+    """Two texts in one row: the second goes on, and no query of it sees the first."""
+    ids = prompts([100])["input_ids"]
+    mask = causal(100).clone()
+    mask[..., 50:, :50] = False
+    places = torch.cat([torch.arange(50), torch.arange(50)])[None]
+    later = torch.ones(1, 1, 1, 101, dtype=torch.bool)
+    later[..., :50] = False
+    found = []
+    with torch.no_grad():
+        for cache in (DynamicCache(config=model.config), KVCrush(**{**SMALL, "budget": 60}).cache(model)):
+            first = model(input_ids=ids, attention_mask=mask, position_ids=places, **passed(cache)).logits
+            second = model(
+                input_ids=torch.tensor([[7]]),
+                attention_mask=later,
+                position_ids=torch.tensor([[50]]),
+                **passed(cache),
+            ).logits
+            found.append(torch.cat([first, second], dim=1))
+    assert cache.report().tokens_held == 51  # the first text is gone, and nothing else
+    assert torch.allclose(*found, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(soft, "weakens"), (per_head, "differs between heads"), (holes, "from some queries")]
+)
+def test_masks_that_are_refused(model: Any, make: Any, message: str) -> None:
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match=message):
+        model(**{"input_ids": prompts([100])["input_ids"], "attention_mask": make()}, **passed(KVCrush().cache(model)))
+
+
+def test_hidden_tokens_in_the_mass_of_h2o(model: Any) -> None:
+    """What is hidden while it is held receives nothing from then on."""
+    cache = KVCrush(**{**SMALL, "budget": 60, "policy": "h2o", "interval": 0}).cache(model)
+    mask = torch.ones(1, 110, dtype=torch.long)
+    with torch.no_grad():
+        model(input_ids=prompts([100])["input_ids"], attention_mask=mask[:, :100], **passed(cache))
+        layer = cache.crushed_layers[0]
+        before = layer.mass.clone()
+        hidden = layer.positions[0, 0, 20:25]  # of the first KV head
+        mask[0, hidden] = 0
+        end = cache.prefill_end = 1000  # the queries below are part of a prompt that goes on
+        model(input_ids=prompts([10])["input_ids"], attention_mask=mask, **passed(cache))
+        assert end > cache.get_seq_length()
+    gained = layer.mass[..., : before.shape[-1]] - before
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    assert (gained[:, :group, 20:25] == 0).all()
+    assert (gained[:, :group].sum(-1) > 0).all()
+
+
+def test_a_mask_that_shows_padding_again_is_refused(model: Any) -> None:
+    cache = KVCrush(**SMALL).cache(model)
+    mask = torch.ones(1, 101, dtype=torch.long)
+    mask[0, :10] = 0
+    with torch.no_grad():
+        model(input_ids=prompts([100])["input_ids"], attention_mask=mask[:, :100], **passed(cache))
+        mask[0, 5:10] = 1
+        with pytest.raises(UnsupportedModelError, match="hid when they were read"):
+            model(input_ids=torch.tensor([[7]]), attention_mask=mask, **passed(cache))

@@ -4,7 +4,7 @@ Four facts, a stretch of the bundled document, and a question about one of the f
 many answers hold the number that was asked for, and the KL divergence to the full cache along its own answer (mean and
 worst).
 
-    python benchmarks/accuracy/short_prompts.py [--model FOLDER] [--prompts 8]
+    python benchmarks/accuracy/short_prompts.py [--model FOLDER] [--prompts 6]
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from crushkv.evaluation.fidelity import Reference
 from crushkv.evaluation.token_text import tokenize
 from crushkv.hf import Recording
 
-CONFIGURATIONS = ("readahead:budget={0.5,0.25},min_tokens=0", "{safe,balanced,small}:min_tokens=0")
-LENGTHS = (96, 160, 256, 384, 512, 768)
+CONFIGURATIONS = ("readahead:budget=0.25,min_tokens=0", "{balanced,small}:min_tokens=0")
+LENGTHS = (128, 192, 256, 384, 512, 768)
 NAMES = ("Nora", "Oskar", "Paula", "Quentin", "Ruth", "Stefan", "Tilda", "Ulrich", "Vera", "Walter", "Xenia", "Zoe")
 THINGS = ("room number", "locker number", "bus line", "badge number")
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 16
 
 
 def make_prompt(tokenizer: Any, tokens: int, draw: random.Random) -> tuple[torch.Tensor, str]:
@@ -52,7 +52,7 @@ def make_prompt(tokenizer: Any, tokens: int, draw: random.Random) -> tuple[torch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="folder of a model; default: the embedded one")
-    parser.add_argument("--prompts", type=int, default=8, help="of each length")
+    parser.add_argument("--prompts", type=int, default=6, help="of each length")
     asked = parser.parse_args()
     path = asked.model or embedded_model_path()
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

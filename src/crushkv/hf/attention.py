@@ -147,7 +147,7 @@ class CrushAttention:
         given = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if given is None else given
         with full_precision(query.device):
-            mask = layer.mask(attention_mask, query.shape[2], aligned="flash" in self.name)
+            mask = layer.mask(attention_mask, query, aligned="flash" in self.name)
             turned_keys, turned_values = layer.storage.rotations()
             turned = query if turned_keys is None else turn(query, turned_keys)
         plain = not args and cpu_attention.replaceable(module, attend, query, mask, kwargs)

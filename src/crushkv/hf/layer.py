@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..core import Tier, layer_seed, select, stage
 from ..errors import UnsupportedModelError
-from ..importance import GATHERED, LayerView, kept_mass
+from ..importance import GATHERED, LayerView, kept_mass, last_where_hidden
 from ..storage import TieredStorage
 from ..storage.buffers import take
 from .arrangement import arrange
-from .masks import last_query_row, physical_mask
+from .masks import Slots, physical_mask
 from .plan import Plan
 from .queries import QueryTail
 
@@ -65,6 +66,7 @@ class CrushLayer(CacheLayerMixin):
         self.evicted: Tensor | None = None  # [B], real tokens that are gone
         self._positions: Tensor | None = None  # int32 [B, Hkv, compressed part]
         self._tiers: Tensor | None = None  # uint8 [B, Hkv, compressed part]
+        self._hides: Tensor | None = None  # bool [B, Hkv, compressed part]: hidden by the mask of the present pass
         self.mass: Tensor | None = None  # float32 [B, Hq, P]
         self.queries = QueryTail()
 
@@ -120,13 +122,59 @@ class CrushLayer(CacheLayerMixin):
         """Slots of the compressed part."""
         return 0 if self._positions is None else self._positions.shape[2]
 
-    def mask(self, mask: Tensor | None, queries: int, aligned: bool) -> Tensor | None:
-        """The mask over physical slots for a mask over logical positions; see `masks.physical_mask`."""
+    def mask(self, mask: Tensor | None, query: Tensor, aligned: bool) -> Tensor | None:
+        """The mask over physical slots for a mask over logical positions; see `masks.physical_mask`.
+
+        Args:
+            query: `[B, Hq, q, D]`, of this pass.
+            aligned: flash attention.
+
+        Raises:
+            UnsupportedModelError: the mask cannot be followed.
+        """
+        heads, count = query.shape[1:3]
+        shown_to_last = self._shown(mask, count)
+        if self.index == 0 and shown_to_last is not None:
+            self._check_shown(shown_to_last, count)
         if not self.compressed:
             return mask
-        padding = None if self.real is None else self.real[:, : self.compressed]
-        rows, device = self.storage.rows, self.storage.device
-        return physical_mask(mask, padding, self.compressed, self._since, self.seen, queries, aligned, rows, device)
+        shown = None if self.real is None else self.real[:, : self.compressed]
+        hidden = self._hidden(shown_to_last)
+        if hidden is not None:
+            if aligned:
+                raise UnsupportedModelError(
+                    "the attention mask hides tokens that were read before, which takes a mask for each head, and "
+                    "flash attention has none: use attn_implementation='sdpa'"
+                )
+            by_head = ~hidden.repeat_interleave(heads // hidden.shape[1], dim=1)
+            shown = by_head if shown is None else by_head & shown[:, None]
+        storage = self.storage
+        slots = Slots(storage.rows, self.compressed, self._since, self.seen, count, storage.device)
+        return physical_mask(mask, shown, slots, aligned)
+
+    def _shown(self, mask: Tensor | None, count: int) -> Tensor | None:
+        """Which tokens seen the mask shows, bool `[B, seen]`; None: all."""
+        shown = self.plan.masks.shown(mask, count, self.seen)
+        return None if shown is None else shown.expand(self.storage.rows, -1)
+
+    def _check_shown(self, shown: Tensor, count: int) -> None:
+        """Refuses a mask that shows tokens again that were hidden, as padding, when tokens were evicted."""
+        if self.evicted is None:
+            return
+        past = self.storage.length - count
+        real = self.evicted + (past if self.real is None else self.real.sum(-1))
+        if bool((shown[:, : self.seen - count].sum(-1) > real).any()):
+            raise UnsupportedModelError(
+                "the attention mask shows tokens that it hid when they were read: KVCrush has dropped them as padding"
+            )
+
+    def _hidden(self, shown: Tensor | None) -> Tensor | None:
+        """Tokens of the compressed part that `shown [B, seen]` hides now, bool `[B, Hkv, compressed]`; None: none."""
+        if shown is None or self._positions is None or self._tiers is None:
+            return None
+        seen_now = shown[:, None].expand(-1, self._positions.shape[1], -1).gather(2, self._positions.long())
+        hidden = ~seen_now & (self._tiers != Tier.PADDING)
+        return hidden if bool(hidden.any()) else None
 
     @property
     def streams(self) -> bool:
@@ -137,8 +185,13 @@ class CrushLayer(CacheLayerMixin):
     def after_attention(self, call: AttentionCall) -> None:
         """Scores are gathered from the queries, and where it is time, tokens are evicted."""
         count = call.queries.shape[2]
-        new_real = last_query_row(call.mask, count, self.seen)
-        self._extend_real(new_real, count)
+        shown = self._shown(call.mask, count)
+        self._hides = self._hidden(shown)
+        new_real = None
+        if shown is not None:
+            past, new_real = shown[:, : self.seen - count], shown[:, self.seen - count :]
+            self.queries.show(past[:, past.shape[1] - self.queries.count :])
+        self._extend_real(shown, count)
 
         end = self.plan.prefill_end
         reading = count > 1 or (end is not None and self.seen - count < end)
@@ -151,14 +204,17 @@ class CrushLayer(CacheLayerMixin):
             if self.since_eviction == self.plan.config.interval:
                 self.evict(call)
 
-    def _extend_real(self, new_real: Tensor | None, count: int) -> None:
-        if new_real is None and self.real is None:
+    def _extend_real(self, shown: Tensor | None, count: int) -> None:
+        """Takes in the tokens of a pass, and what its mask says of all that came since the last eviction."""
+        if shown is None and self.real is None:
             return
         held = (self.storage.rows, self.storage.length - count)
         past = torch.ones(held, dtype=torch.bool, device=self.storage.device) if self.real is None else self.real
-        if new_real is None:
-            new_real = past.new_ones((past.shape[0], count))
-        self.real = torch.cat([past, new_real], dim=1)
+        if shown is None:
+            since = torch.cat([past[:, self.compressed :], past.new_ones((past.shape[0], count))], dim=1)
+        else:
+            since = shown[:, self.seen - self._since :]
+        self.real = torch.cat([past[:, : self.compressed], since], dim=1)
 
     def remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
         """Gathers what the policy will read of this call's queries."""
@@ -183,6 +239,9 @@ class CrushLayer(CacheLayerMixin):
         """What a policy reads, slot by slot, or with the slots in the given order `[B, Hkv, P]`."""
         keys, values = self.storage.read() if call.keys is None or call.values is None else (call.keys, call.values)
         real, mass = self.real, self.mass
+        hidden = None if self._hides is None else F.pad(self._hides, (0, self._since))
+        if hidden is not None and order is not None:
+            hidden = hidden.gather(2, order)
         if order is not None:
             keys, values = take(keys, order), take(values, order)
             mass = None if mass is None else kept_mass(mass, order)
@@ -194,6 +253,7 @@ class CrushLayer(CacheLayerMixin):
             queries=self.queries.queries,
             scaling=call.scaling,
             real=real,
+            hidden=hidden,
             queries_real=self.queries.real,
             mass=mass,
             softcap=call.softcap,
@@ -224,7 +284,7 @@ class CrushLayer(CacheLayerMixin):
         order = self._text_order() if storage.blocked else None
         with stage("importance"):
             view = self._view(call, order)
-            head_score = plan.policy.score(view)
+            head_score = last_where_hidden(plan.policy.score(view), view.hidden)
         with stage("selection"):
             selection = select(head_score, storage.kv_heads, budget, plan.options, view.real, self._seed)
         with stage("gather"):

@@ -13,6 +13,7 @@ from ..core import Budget, SelectionOptions, pyramid
 from ..importance import Policy
 from ..split import split_bytes
 from ..storage import Formats, LayerSizes, Workspace
+from .masks import MaskReader
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Plan:
     budget: Budget = field(init=False)
     formats: Formats = field(init=False)
     workspace: Workspace = field(default_factory=Workspace)
+    masks: MaskReader = field(default_factory=MaskReader)
 
     def __post_init__(self) -> None:
         self.policy = self.config.make_policy()

@@ -60,6 +60,18 @@ class QueryTail:
             self._real[:, self._end : self._end + new] = True if real is None else real
         self._end += new
 
+    def show(self, real: Tensor) -> None:
+        """Says anew which of the queries held are real, bool `[B, T]`: a mask may hide some later."""
+        if self._buffer is not None and self.count:
+            if self._real is None:
+                if bool(real.all()):
+                    return
+                size = (self._buffer.shape[0], self._buffer.shape[2])
+                self._real = torch.ones(size, dtype=torch.bool, device=real.device)
+            else:
+                self._real = self._real.clone()  # it may have been made under inference_mode
+            self._real[:, self._start : self._end] = real
+
     def _with_room(self, new: Tensor) -> Tensor:
         """The buffer, moved where the new queries would not fit behind the present ones."""
         rows, heads, count, size = new.shape

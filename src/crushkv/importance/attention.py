@@ -32,7 +32,7 @@ def attention_mass(
         queries: `[B, Hq, T, D]`, of the last T tokens.
         keys: `[B, Hkv, S, D]`, S >= T; Hq is a multiple of Hkv.
         scaling: factor of the logits.
-        real: bool `[B, S]`; padding receives nothing.
+        real: bool `[B, S]`, or `[B, Hkv, S]` where it differs from head to head; padding receives nothing.
         queries_weight: bool or float `[B, T]`: how much a query counts, nothing where it is padding; None: all count 1.
         softcap: bound of the logits by tanh (Gemma 2), None for none.
         block_bytes: upper bound of the weights held at a time (at least one query's are); None: what suits the device.
@@ -88,6 +88,8 @@ def _blockwise(
     # Rows and KV heads become one axis N.
     queries = queries.reshape(-1, group, count, size)
     keys = keys.reshape(-1, tokens, size).transpose(-1, -2)
+    if real is not None:
+        real = (real[:, None] if real.ndim == 2 else real).expand(rows, kv_heads, tokens).reshape(-1, tokens)
     row = torch.arange(rows * kv_heads, device=keys.device) // kv_heads  # of each n
     head = torch.arange(rows * kv_heads, device=keys.device) % kv_heads
     mass = torch.zeros((rows * kv_heads, group, tokens), dtype=torch.float32, device=keys.device)
@@ -101,7 +103,7 @@ def _blockwise(
         some = slice(first, first + at_once)
         some_keys = keys[some].to(dtype)
         some_values = None if values is None else values[some].to(dtype)
-        padding = None if real is None else ~real[row[some], None, None]  # [n, 1, 1, S]
+        padding = None if real is None else ~real[some, None, None]  # [n, 1, 1, S]
         counted = None if queries_weight is None else queries_weight[row[some], None, :, None]  # [n, 1, T, 1]
         for start in range(0, count, block):
             end = min(start + block, count)
@@ -151,7 +153,7 @@ def window_mass(view: LayerView, half_life: float = 0) -> Tensor:
         age = torch.arange(count - 1, -1, -1, device=view.queries.device)
         later = (0.5 ** (age / half_life)).expand(rows, -1)
         weight = later if weight is None else later * weight
-    mass = attention_mass(view.queries, view.keys, view.scaling, view.real, weight, view.softcap, sinks=view.sinks)
+    mass = attention_mass(view.queries, view.keys, view.scaling, view.shown, weight, view.softcap, sinks=view.sinks)
     return mass / (count if weight is None else weight.sum(-1).clamp(min=1)[:, None, None])
 
 
@@ -161,5 +163,5 @@ def view_mass(view: LayerView) -> Tensor:
         return view.received
     assert view.queries is not None
     return attention_mass(
-        view.queries, view.keys, view.scaling, view.real, view.queries_real, view.softcap, sinks=view.sinks
+        view.queries, view.keys, view.scaling, view.shown, view.queries_real, view.softcap, sinks=view.sinks
     )

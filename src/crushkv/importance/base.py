@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -40,6 +41,14 @@ def kept_mass(mass: Tensor, indices: Tensor) -> Tensor:
     return mass.gather(2, indices.repeat_interleave(mass.shape[1] // indices.shape[1], dim=1))
 
 
+def last_where_hidden(score: Tensor, hidden: Tensor | None) -> Tensor:
+    """Scores `[B, H, S]` with those of hidden tokens, `[B, Hkv, S]`, as low as the lowest of their head."""
+    if hidden is None:
+        return score
+    hidden = hidden.repeat_interleave(score.shape[1] // hidden.shape[1], dim=1)
+    return torch.where(hidden, score.amin(-1, keepdim=True), score)
+
+
 @dataclass(frozen=True)
 class LayerView:
     """What one layer's cache looks like when its tokens are scored.
@@ -60,6 +69,14 @@ class LayerView:
     softcap: float | None = None  # of the attention logits, where the model has one
     sinks: Tensor | None = None  # [Hq]: logits in every softmax that belong to no token, where the model has them
     seed: int = 0
+    hidden: Tensor | None = None  # bool [B, Hkv, S]: read as real, and hidden by the present mask; None: none is
+
+    @property
+    def shown(self) -> Tensor | None:
+        """What may be attended to, bool `[B, S]` or `[B, Hkv, S]`; None: everything."""
+        if self.hidden is None:
+            return self.real
+        return ~self.hidden if self.real is None else self.real[:, None] & ~self.hidden
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,9 @@ class ExpectedAttention(Policy):
         )
         second = (stacked.view(rows, kv_heads, tokens, group, size) * keys[:, :, :, None]).sum(-1)
         logits = (first + second / 2).transpose(-1, -2)  # [B, Hkv, G, S]
-        if view.real is not None:
-            logits = logits.masked_fill(~view.real[:, None, None], torch.finfo(logits.dtype).min)
+        if (shown := view.shown) is not None:
+            shown = shown[:, None] if shown.ndim == 2 else shown
+            logits = logits.masked_fill(~shown[:, :, None], torch.finfo(logits.dtype).min)
         expected = logits.softmax(-1) + self.epsilon
         norm = view.values.float().norm(dim=-1)[:, :, None]
         return (expected * norm).view(rows, heads, tokens)

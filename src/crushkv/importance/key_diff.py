@@ -20,7 +20,7 @@ class KeyDiff(Policy):
 
     def score(self, view: LayerView) -> Tensor:
         directions = F.normalize(view.keys.float(), dim=-1)
-        if view.real is not None:
-            directions = directions * view.real[:, None, :, None]
+        if (shown := view.shown) is not None:
+            directions = directions * (shown[:, None] if shown.ndim == 2 else shown)[..., None]
         anchor = directions.sum(2, keepdim=True)
         return -F.cosine_similarity(directions, anchor, dim=-1)
