@@ -127,7 +127,7 @@ INDEXED = "chooses the tokens that it attends to by an index of its own"
 BOTH = "holds a recurrent state and keys and values in one"
 UNKNOWN = "is of a kind that crushkv does not know"
 NO_ATTENTION = "the model has no attention layers"
-NO_CACHE = "takes no past_key_values"
+NO_CACHE = "it keeps no keys and values in a cache of Transformers"
 
 TEXT: dict[str, Model] = {
     "afmoe": works(),

@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask
 from crushkv import CrushConfig, KVCrush
 from crushkv.core import Tier
 from crushkv.hf import CrushLayer
+from crushkv.hf.interface import cache_in, passed
 from crushkv.storage import RAW, Formats
 from reference import rotation_matrix, rounded_token
 
@@ -63,8 +64,8 @@ def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], turns: in
     recording = Recording()
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        recording.inputs.append({k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")})
-        recording.tiers.append(tiers_of_past(kwargs["past_key_values"]))
+        recording.tiers.append(tiers_of_past(cache_in(kwargs)))
+        recording.inputs.append({k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values", "use_cache")})
 
     def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         recording.logits.append(output.logits[:, -1])
@@ -78,8 +79,8 @@ def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], turns: in
             recording.sequences = model.generate(**inputs, do_sample=False, pad_token_id=0, **generation)
             for _ in range(turns - 1):
                 inputs = next_turn(inputs, recording.sequences)
-                cache = {"past_key_values": session.cache}
-                recording.sequences = model.generate(**inputs, do_sample=False, pad_token_id=0, **cache, **generation)
+                cached = passed(session.cache) | generation
+                recording.sequences = model.generate(**inputs, do_sample=False, pad_token_id=0, **cached)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -139,7 +140,7 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
         for inputs, seen in zip(recording.inputs, recording.tiers, strict=True):
             tiers.clear()
             tiers.update(seen)
-            result.append(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1])
+            result.append(model(**inputs, **passed(cache), use_cache=True).logits[:, -1])
         return result
     finally:
         config._attn_implementation = implementation

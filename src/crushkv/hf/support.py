@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..core import Budget
 from ..errors import ConfigError, UnsupportedModelError
 from ..storage import Formats
+from .interface import CACHE
 from .left_alone import LEFT_ALONE, CrossAttentionLayer
 
 # Models whose attention does something else with the keys and values than attend to them once.
@@ -83,10 +84,9 @@ def check_model(model: Any) -> None:
     config = model.config.get_text_config(decoder=True)
     kind = getattr(config, "model_type", type(config).__name__)
     decoder = model.get_decoder()
-    if not any("past_key_values" in inspect.signature(type(part).forward).parameters for part in (model, decoder)):
+    if not any(CACHE in inspect.signature(type(part).forward).parameters for part in (model, decoder)):
         raise UnsupportedModelError(
-            f"{kind}: {type(model).__name__} takes no past_key_values: it keeps no keys and values in a cache of "
-            "Transformers"
+            f"{kind}: {type(model).__name__} takes no {CACHE}: it keeps no keys and values in a cache of Transformers"
         )
     for module in decoder.modules():
         if _attends_by_itself(type(module)):
