@@ -31,7 +31,7 @@ class Recording:
     inputs: list[dict[str, Any]] = field(default_factory=list)
     tiers: list[dict[int, Tensor]] = field(default_factory=list)  # layer -> uint8 [B, Hkv, tokens before the pass]
     logits: list[Tensor] = field(default_factory=list)  # of the last query
-    weights: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> [B, Hq, q, S] of each pass, by `replay`
+    weights: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, Hq, q, S], of the first pass, by `replay`
     sequences: Tensor | None = None
     cache: Any = None
 
@@ -127,9 +127,16 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
                 hidden[:, :, None], torch.finfo(attention_mask.dtype).min
             )
         mask = None if attention_mask is None else attention_mask.float()
-        output, weights = eager_of(module)(module, query.float(), key.float(), value.float(), mask, *args, **kwargs)
-        if layer is not None:
-            recording.weights.setdefault(layer, []).append(weights)
+
+        def eager(values: Tensor) -> Any:
+            return eager_of(module)(module, query.float(), key.float(), values, mask, *args, **kwargs)
+
+        if layer is not None and layer not in recording.weights:
+            # What comes out where each token's value is a dimension of its own: some models return weights without
+            # what a sink takes of them.
+            tokens = torch.eye(key.shape[2]).expand(*key.shape[:2], -1, -1)
+            recording.weights[layer] = eager(tokens)[0].transpose(1, 2)
+        output, weights = eager(value.float())
         return output.to(query.dtype), weights
 
     AttentionInterface.register("oracle", attend)

@@ -88,7 +88,7 @@ def check(expected: Model, model: Any, inputs: dict[str, Tensor]) -> None:
     equals_full_cache_at_budget_one(model, inputs, full, 1e-5 * scale)
     equals_masked_full_cache(model, inputs, 1e-4 * scale)
     shows_policies_the_weights_of_the_model(model, inputs)
-    holds_few_bits(model, inputs, full, expected.few_bits, 0.1 * scale)
+    holds_few_bits(model, inputs, full, expected.few_bits, 0.2 * scale)
     model.config.get_text_config(decoder=True)._attn_implementation = "eager"
     equals_masked_full_cache(model, inputs, 1e-4 * scale, turns=1)
 
@@ -132,7 +132,7 @@ def shows_policies_the_weights_of_the_model(model: Any, inputs: dict[str, Tensor
     for index, layer in enumerate(recording.cache.layers):
         if isinstance(layer, CrushLayer):
             assert layer.mass is not None
-            weights = recording.weights[index][0] * real[:, None, :, None]
+            weights = recording.weights[index] * real[:, None, :, None]
             assert difference([layer.mass], [weights.sum(2)[..., : real.shape[1]]]) < 1e-4 * real.shape[1], (
                 f"mass {index}"
             )
