@@ -211,6 +211,24 @@ def test_without_a_prompt_on_a_terminal(crushkv: Any, tiny: Path, monkeypatch: p
     os.close(controller)
 
 
+@pytest.mark.parametrize(
+    ("data", "looks"),
+    [
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "a PDF file"),
+        ("Der Größte".encode("latin-1") * 30, "Latin-1"),
+        ("Der Größte".encode("utf-16"), "UTF-16"),
+        ("Der Größte".encode("utf-16-le") * 30, "UTF-16"),
+        (bytes(range(256)), "binary data"),
+        (b"PK\x03\x04 and so on", "ZIP archive"),
+    ],
+)
+def test_files_that_are_no_text(crushkv: Any, tiny: Path, tmp_path: Path, data: bytes, looks: str) -> None:
+    path = tmp_path / "document"
+    path.write_bytes(data)
+    outcome = crushkv("generate", "--model", tiny, "--file", path)
+    assert_refused(outcome, 2, "--file", "expected text in UTF-8", looks)
+
+
 @pytest.mark.parametrize("args", [["--prompt", ""], ["--prompt", " \n"], ["--file", "-"], ["--prompt", "-"]])
 def test_empty_prompt(crushkv: Any, tiny: Path, typed: Any, args: list[str]) -> None:
     typed(b"")

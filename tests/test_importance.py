@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from crushkv import CrushConfig
+from crushkv.config_text import parse_config
 from crushkv.errors import ConfigError
 from crushkv.importance import (
     LayerView,
@@ -244,6 +245,7 @@ class Newest(Policy):
 @pytest.fixture
 def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(registry, "_failed", {})
     registry._load_entry_points.cache_clear()
     yield
     registry._load_entry_points.cache_clear()
@@ -257,11 +259,15 @@ def test_a_third_party_policy_comes_through_its_entry_point(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("fresh_registry")
-def test_a_broken_entry_point_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = EntryPoint("gone", "no_such_package:Policy", registry.ENTRY_POINTS)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
-    with pytest.raises(ConfigError, match="'gone'.*no_such_package"):
-        policies()
+@pytest.mark.parametrize("value", ["no_such_package:Policy", "json:dumps", "json:no_such_name"])
+def test_a_policy_that_does_not_load_fails_for_its_own_name(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    entries = [EntryPoint("gone", value, registry.ENTRY_POINTS), EntryPoint("newest", f"{__name__}:Newest", "")]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    assert CrushConfig().policy == "readahead" and "newest_first" in policies()
+    for make in (lambda: CrushConfig(policy="gone"), lambda: parse_config("gone:budget=0.5")):
+        with pytest.raises(ConfigError, match=f"policy='gone': the entry point '{value}' does not load"):
+            make()
+    assert list(registry.failed_policies()) == ["gone"]
 
 
 def test_two_policies_of_one_name() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +20,7 @@ from architectures import ARCHITECTURES, prompts, small_model
 from crushkv import CrushConfig, KVCrush, SavedCacheError, load_cache, save_cache
 from crushkv.errors import ConfigError, CrushError
 from crushkv.hf import CrushCache
+from crushkv.hf.saving import _digest
 
 CHURN: dict[str, Any] = {"min_tokens": 0, "budget": 0.4, "sink": 2, "window": 8, "page_size": 4, "interval": 8}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -141,6 +145,115 @@ def test_damage_is_found(file: Path) -> None:
         file.write_bytes(whole)
         with pytest.raises(SavedCacheError, match="damaged"):
             load_cache(rewritten(file, **metadata), model)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_and_cut_bytes(file: Path, data: st.DataObject) -> None:
+    """Whatever a file has become: it loads as what was written, or a clear error names it."""
+    model = small_model()
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        # Half of them in the header, which is small.
+        place = data.draw(st.one_of(st.integers(0, header - 1), st.integers(0, len(whole) - 1)))
+        damaged[place] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(damaged[: data.draw(st.one_of(st.just(len(whole)), st.integers(0, len(whole))))])
+    saved, said = None, ""
+    try:
+        saved = load_cache(file, model)
+    except SavedCacheError as error:
+        said = str(error)
+    file.write_bytes(whole)
+    if saved is None:
+        assert str(file) in said
+    else:
+        same = load_cache(file, model)
+        assert torch.equal(saved.input_ids, same.input_ids) and saved.config == same.config
+
+
+def forged(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
+    """A file with other contents, whose digest says that they are what was written."""
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    parsed = {name: json.loads(metadata[name]) for name in ("layers", "config")}
+    change(tensors, parsed)
+    metadata |= {name: json.dumps(value) for name, value in parsed.items()}
+    metadata["digest"] = _digest(tensors, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def moved(tensors: dict[str, torch.Tensor], slot: int, position: int) -> None:
+    tensors["1.positions"][0, 0, slot] = position
+
+
+FORGERIES: dict[str, Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]] = {
+    "no keys": lambda t, m: t.pop("0.keys"),
+    "no values": lambda t, m: t.pop("2.values"),
+    "no tiers": lambda t, m: t.pop("1.tiers"),
+    "no input_ids": lambda t, m: t.pop("input_ids"),
+    "too far": lambda t, m: moved(t, -1, 124),
+    "negative": lambda t, m: moved(t, 5, -1),
+    "huge": lambda t, m: moved(t, 5, 2**30),
+    "twice": lambda t, m: moved(t, 5, int(t["1.positions"][0, 0, 4])),
+    "not ascending": lambda t, m: t.update({"1.positions": t["1.positions"].flip(-1)}),
+    "no such tier": lambda t, m: t.update({"1.tiers": t["1.tiers"] + 3}),
+    "narrow": lambda t, m: t.update({"0.keys": t["0.keys"][..., :8]}),
+    "short": lambda t, m: t.update({"0.values": t["0.values"][:, :, :-3]}),
+    "other heads": lambda t, m: t.update({"0.keys": t["0.keys"][:, :1], "0.values": t["0.values"][:, :1]}),
+    "two rows": lambda t, m: t.update({"0.keys": t["0.keys"].repeat(2, 1, 1, 1)}),
+    "other queries": lambda t, m: t.update({"0.queries": t["0.queries"][:, :3]}),
+    "integers": lambda t, m: t.update({"0.keys": t["0.keys"].int()}),
+    "fewer tokens": lambda t, m: t.update({"input_ids": t["input_ids"][:, 1:]}),
+    "tokens of floats": lambda t, m: t.update({"input_ids": t["input_ids"].float()}),
+    "many evicted": lambda t, m: t.update({"0.evicted": t["0.evicted"] + 1000}),
+    "a layer more": lambda t, m: m["layers"].append(m["layers"][0]),
+    "a layer less": lambda t, m: m["layers"].pop(),
+    "no counts": lambda t, m: m["layers"][0].clear(),
+    "text": lambda t, m: m["layers"][0].update(seen="many"),
+    "another length": lambda t, m: m["layers"][0].update(seen=7),
+    "layers are a number": lambda t, m: m.update(layers=3),
+    "foreign": lambda t, m: t.update({"9.keys": t["0.keys"].clone()}),
+    "no layer": lambda t, m: t.update({"x.keys": t["0.keys"].clone()}),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES.values(), ids=FORGERIES)
+def test_contents_that_no_cache_has(file: Path, forgery: Callable[[Any, Any], Any]) -> None:
+    with pytest.raises(SavedCacheError, match="damaged") as caught:
+        load_cache(forged(file, forgery), small_model())
+    assert str(file) in str(caught.value)
+
+
+def test_what_is_no_cache_is_described(tmp_path: Path) -> None:
+    for name, data, looks in (
+        ("a.txt", b"The harbour's report. " * 20, "looks like text"),
+        ("a.pdf", b"%PDF-1.7 " + bytes(range(256)), "PDF"),
+        ("a.bin", bytes(range(256)) * 4, "binary data"),
+        ("a", b"", "an empty file"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(SavedCacheError, match=f"expected a file that .crushkv build.*{looks}"):
+            load_cache(tmp_path / name, small_model())
+
+
+def test_weights_that_are_elsewhere(tmp_path: Path) -> None:
+    """accelerate keeps them, and the model has them on the meta device."""
+    accelerate = pytest.importorskip("accelerate")
+    model = small_model("gemma3")
+    cache, ids = filled(model, CrushConfig(**CHURN, bits=8), [120])
+    save_cache(tmp_path / "a.safetensors", cache, model, ids)
+    expected = go_on(model, cache)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    loaded = load_cache(tmp_path / "a.safetensors", model)
+    save_cache(tmp_path / "b.safetensors", loaded.cache(), model, ids)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert torch.equal(go_on(model, loaded.cache()), expected)
+    with pytest.raises(ConfigError, match="meta device"):
+        load_cache(tmp_path / "a.safetensors", small_model("gemma3").to("meta"))
 
 
 def test_only_a_filled_cache_with_its_tokens_is_saved(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .config import CrushConfig
 from .errors import ConfigError, nearest
-from .importance import policies
+from .importance import check_loads, policies
 from .presets import PRESETS
 
 FULL = "full"
@@ -32,6 +32,7 @@ def parse_config(text: str) -> CrushConfig | None:
         return None
     try:
         if name not in policies() and name not in PRESETS:
+            check_loads(name)
             raise ConfigError(f"unknown policy or preset {name!r}.{nearest(name, [*policies(), *PRESETS, FULL])}")
         base = CrushConfig.preset(name).to_dict() if name in PRESETS else {"policy": name}
         options = [f.name for f in dataclasses.fields(policies()[base["policy"]])]

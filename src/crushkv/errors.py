@@ -26,6 +26,12 @@ class EmbeddedModelError(CrushError):
     """The embedded model cannot be prepared."""
 
 
+def one_line(text: str, limit: int = 1000) -> str:
+    """Text without line breaks, and no longer than `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 _LISTED = 100  # names at most
 
 

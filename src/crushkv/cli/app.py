@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from .._version import __version__
-from ..errors import ConfigError, CrushError
+from ..errors import ConfigError, CrushError, one_line
 from .ask import ask
 from .bench import bench
 from .build import build
@@ -23,7 +23,6 @@ from .fidelity import fidelity
 from .generate import generate
 from .inspect import inspect
 from .lm_eval import lm_eval
-from .output import one_line
 from .plan import plan
 from .policies import policies
 from .report import report

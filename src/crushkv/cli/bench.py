@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ..config import CrushConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from .model_loader import LoadedModel, ModelOptions, load
 from .options import MODEL, with_options
-from .output import check_folder, one_line, only_result_on_stdout, say, seconds, versions
+from .output import check_folder, only_result_on_stdout, say, seconds, versions
 from .prompts import check_room
 from .work_progress import WorkProgress
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, CrushError, nearest
-from .output import one_line
+from ..errors import ConfigError, CrushError, nearest, one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = "SmolLM2-135M-Instruct (embedded)"

@@ -17,12 +17,6 @@ from .._version import __version__
 from ..errors import ConfigError
 
 
-def one_line(text: str, limit: int = 1000) -> str:
-    """Text without line breaks, and no longer than `limit` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
 def check_folder(output: Path) -> None:
     """Refuses an `--output` that cannot be written, before anything runs."""
     if not output.parent.is_dir():

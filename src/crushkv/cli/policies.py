@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from ..importance import Policy
+from ..importance import Policy, failed_policies
 from ..importance import policies as known_policies
 from .options import with_options
 from .output import print_json, result_console
@@ -22,13 +23,16 @@ def policies(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON o
     """List the importance policies and their options."""
     found = [describe(policy) for policy in known_policies().values()]
     if as_json:
-        print_json({"command": "policies", "policies": found})
+        print_json({"command": "policies", "policies": found, "failed": failed_policies()})
         return
     table = Table("policy", "options", "queries", "paper")
     for policy in found:
         options = "\n".join(f"{name}={value}" for name, value in policy["options"].items())
         table.add_row(policy["name"], options, policy["queries"], policy["paper"])
-    result_console().print(table)
+    console = result_console()
+    console.print(table)
+    for name, reason in failed_policies().items():
+        console.print(Text(f"{name}: the entry point {reason}", style="red"))
 
 
 def describe(policy: type[Policy]) -> dict[str, Any]:

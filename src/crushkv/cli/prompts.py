@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from .output import one_line
+from ..errors import ConfigError, one_line
+from ..files import text_of
 
 STDIN = "-"
 
@@ -37,7 +37,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
 
 def _file(name: str) -> str:
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8-sig")
+        return text_of(Path(name).expanduser().read_bytes())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(str(error))
         raise ConfigError(f"--file {name!r}: {reason}") from None
@@ -45,8 +45,8 @@ def _file(name: str) -> str:
 
 def _standard_input(option: str) -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        return text_of(sys.stdin.buffer.read())
+    except ValueError as error:
         raise ConfigError(f"{option} (standard input): {error}") from None
 
 

@@ -18,19 +18,18 @@ class CrossAttentionLayer(DynamicLayer):
 LEFT_ALONE = (DynamicSlidingWindowLayer, LinearAttentionLayer, CrossAttentionLayer, DummyLayer)
 
 
-def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Everything that such a layer holds: tensors, and numbers."""
+def state(layer: Any) -> dict[str, Tensor]:
+    """Everything that such a layer holds, by name."""
     if isinstance(layer, LinearAttentionLayer):
         kinds = {"conv_states": layer.conv_states, "recurrent_states": layer.recurrent_states}
         states = {f"{kind}.{index}": tensor for kind, found in kinds.items() for index, tensor in found.items()}
     else:
         states = {"keys": layer.keys, "values": layer.values}
-    counts = {"seen": layer.cumulative_length} if isinstance(layer, DynamicSlidingWindowLayer) else {}
-    return {name: tensor for name, tensor in states.items() if tensor is not None}, counts
+    return {name: tensor for name, tensor in states.items() if tensor is not None}
 
 
-def load_state(layer: Any, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
-    """Fills a new layer with what `state` gave."""
+def load_state(layer: Any, tensors: Mapping[str, Tensor], seen: int) -> None:
+    """Fills a new layer with what `state` gave, after `seen` tokens."""
     if not tensors:
         return
     if isinstance(layer, LinearAttentionLayer):
@@ -45,4 +44,4 @@ def load_state(layer: Any, tensors: Mapping[str, Tensor], counts: Mapping[str, i
     layer.lazy_initialization(tensors["keys"], tensors["values"])
     layer.keys, layer.values = tensors["keys"], tensors["values"]
     if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = counts["seen"]
+        layer.cumulative_length = seen

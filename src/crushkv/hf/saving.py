@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..config import CrushConfig
-from ..errors import ConfigError, CrushError
-from ..files import replacing
+from ..errors import ConfigError, CrushError, UnsupportedModelError, one_line
+from ..files import looks_like, replacing
 from . import left_alone
 from .cache import CrushCache
+from .integrity import Damaged, check_counts, check_layer
 from .layer import CrushLayer
 
 FORMAT = "crushkv cache"
-FORMAT_VERSION = "2"  # changes whenever older code could not read a file, or newer code an older one
+FORMAT_VERSION = "3"  # changes whenever older code could not read a file, or newer code an older one
 # Enough of each parameter to tell weights apart, little enough to be read in a moment.
 _SAMPLED = 64
 
@@ -59,7 +60,7 @@ class SavedCache:
             if isinstance(layer, CrushLayer):
                 layer.load_state(tensors, counts)
             else:
-                left_alone.load_state(layer, tensors, counts)
+                left_alone.load_state(layer, tensors, counts["seen"])
         return cache
 
 
@@ -87,7 +88,7 @@ def save_cache(
     tensors = {"input_ids": input_ids.cpu().contiguous()}
     counts = []
     for index, layer in enumerate(cache.layers):
-        state, numbers = layer.state() if isinstance(layer, CrushLayer) else left_alone.state(layer)
+        state, numbers = layer.state() if isinstance(layer, CrushLayer) else (left_alone.state(layer), {"seen": seen})
         tensors |= {f"{index}.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         counts.append(numbers)
     metadata = {
@@ -99,8 +100,8 @@ def save_cache(
         "config": cache.config.to_json(),
         "layers": json.dumps(counts),
         "notes": json.dumps(dict(notes or {})),
-        "digest": _digest(tensors),
     }
+    metadata["digest"] = _digest(tensors, metadata)
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -114,23 +115,57 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
     metadata, tensors = _read(Path(path), with_tensors=True)
     try:
         counts = json.loads(metadata["layers"])
-        config, notes = CrushConfig.from_json(metadata["config"]), json.loads(metadata["notes"])
-        same = metadata["digest"] == _digest(tensors)
-        belongs = metadata["model"] == fingerprint(model)
-    except (KeyError, ValueError) as error:
+        config, notes = CrushConfig.from_json(metadata["config"]), dict(json.loads(metadata["notes"]))
+        same = metadata["digest"] == _digest(tensors, metadata)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise SavedCacheError(f"{path}: damaged ({error})") from None
     if not same:
         raise SavedCacheError(f"{path}: damaged: its contents are not those that were written")
-    if not belongs:
+    if metadata.get("model") != fingerprint(model):
         raise SavedCacheError(
             f"{path}: it was built with another model ({metadata.get('model_type')}), other weights or another dtype"
         )
+    try:
+        saved = _assemble(model, config, notes, counts, tensors)
+        _check(saved)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever storage makes of tensors that it has never written
+        raise SavedCacheError(f"{path}: damaged ({one_line(str(error)) or type(error).__name__})") from None
+    return saved
+
+
+def _assemble(
+    model: PreTrainedModel, config: CrushConfig, notes: dict[str, Any], counts: Any, tensors: dict[str, Tensor]
+) -> SavedCache:
+    """Sorts the tensors of a file by layer."""
+    if not isinstance(counts, list):
+        raise Damaged("there is no list of layers")
     layers: list[tuple[dict[str, Tensor], dict[str, int]]] = [({}, numbers) for numbers in counts]
-    input_ids = tensors.pop("input_ids")
+    input_ids = tensors.pop("input_ids", None)
+    if input_ids is None or input_ids.ndim != 2 or not input_ids.numel() or input_ids.dtype != torch.int64:
+        raise Damaged("there are no input_ids [rows, tokens]")
     for name, tensor in tensors.items():
         index, _, field = name.partition(".")
+        if not index.isdecimal() or int(index) >= len(layers):
+            raise Damaged(f"{name!r} belongs to no layer")
         layers[int(index)][0][field] = tensor
     return SavedCache(config, input_ids, notes, model, layers)
+
+
+def _check(saved: SavedCache) -> None:
+    """Raises whatever is wrong with the state of its layers."""
+    seen = saved.input_ids.shape[1]
+    held = CrushCache(saved._model, saved.config).layers
+    if len(held) != len(saved._layers):
+        raise Damaged(f"it has {len(saved._layers)} layers, and the model {len(held)}")
+    for layer, (_, counts) in zip(held, saved._layers, strict=True):
+        check_counts(counts, ("seen", "since_eviction") if isinstance(layer, CrushLayer) else ("seen",), seen)
+    for layer, (tensors, _) in zip(saved.cache().layers, saved._layers, strict=True):
+        if isinstance(layer, CrushLayer):
+            check_layer(layer, tensors, saved.input_ids)
+        elif any(tensor.shape[:1] != saved.input_ids.shape[:1] for tensor in tensors.values()):
+            raise Damaged("what a layer that is not compressed holds is not of these rows")
 
 
 def read_notes(path: str | Path) -> dict[str, Any]:
@@ -160,14 +195,26 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, Ten
                 )
             names = file.keys() if with_tensors else []
             return metadata, {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+    except CrushError:
+        raise
+    except OSError as error:
         raise SavedCacheError(f"{path}: {error}") from None
+    except Exception as error:
+        try:
+            looks = looks_like(path)
+        except OSError:
+            looks = "nothing that can be read"
+        raise SavedCacheError(
+            f"{path}: expected a file that `crushkv build` or save_cache has written; this looks like {looks} "
+            f"({one_line(str(error))})"
+        ) from None
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Differs between models whose caches differ: architecture, weights (a sample of each parameter), dtype."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    # Tied weights are two parameters where accelerate has taken them away.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         weight = _offloaded(model, name) if parameter.is_meta else parameter.detach()
         sample = weight.flatten()[:: max(1, parameter.numel() // _SAMPLED)].contiguous().cpu()
@@ -195,8 +242,12 @@ def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
     )
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of everything that a file holds but itself."""
     digest = hashlib.sha256()
+    for name, text in sorted(metadata.items()):
+        if name != "digest":
+            digest.update(f"{name} {len(text)} {text}".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -9,7 +9,7 @@ from .key_norm import KeyNorm
 from .pyramidkv import PyramidKV
 from .random import Random
 from .readahead import ReadAhead
-from .registry import make_policy, policies, register
+from .registry import check_loads, failed_policies, make_policy, policies, register
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 from .tova import TOVA
@@ -30,6 +30,8 @@ __all__ = [
     "StreamingLLM",
     "attention_mass",
     "attention_with_mass",
+    "check_loads",
+    "failed_policies",
     "kept_mass",
     "last_where_hidden",
     "make_policy",

@@ -13,6 +13,7 @@ from .base import Policy
 
 ENTRY_POINTS = "crushkv.policies"
 _registered: dict[str, type[Policy]] = {}
+_failed: dict[str, str] = {}
 P = TypeVar("P", bound=type[Policy])
 
 
@@ -29,14 +30,27 @@ def register(policy: P) -> P:
 
 @cache
 def _load_entry_points() -> None:
+    """Loads the policies of other packages. One that fails is known by its name, and only by that."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             policy = entry.load()
+            if not (isinstance(policy, type) and issubclass(policy, Policy)):
+                raise ConfigError(f"{policy!r} is no subclass of crushkv.importance.Policy")
+            register(policy)
         except Exception as error:
-            raise ConfigError(
-                f"the policy {entry.name!r} of entry point {entry.value!r} does not load: {error}"
-            ) from error
-        register(policy)
+            _failed[entry.name] = f"{entry.value!r} does not load: {type(error).__name__}: {error}"
+
+
+def failed_policies() -> dict[str, str]:
+    """Why a policy of another package cannot be used, by its name."""
+    _load_entry_points()
+    return dict(sorted(_failed.items()))
+
+
+def check_loads(name: str) -> None:
+    """Raises `ConfigError` where a policy of that name is installed and does not load."""
+    if name in failed_policies():
+        raise ConfigError(f"policy={name!r}: the entry point {_failed[name]}")
 
 
 def policies() -> dict[str, type[Policy]]:
@@ -53,6 +67,7 @@ def make_policy(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     """
     known = policies()
     if name not in known:
+        check_loads(name)
         raise ConfigError(f"policy={name!r}: unknown.{nearest(str(name), known)}")
     fields = {f.name for f in dataclasses.fields(known[name])}
     for option in options or {}:
