@@ -47,7 +47,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint  ## lint, type check and tests
-	$(BIN)/pytest
+	$(BIN)/pytest -m ""
 
 bench: $(READY)  ## time and memory against the full cache (about 4 minutes)
 	@$(BIN)/crushkv bench

@@ -33,10 +33,10 @@ def crushkv(x: Tensor) -> Iterator[Row]:
             return pack(narrowed(quantize(x, GROUP).codes, bits), bits)
 
         def unpacking(planes: tuple[Tensor, ...] = planes, bits: int = bits) -> Tensor:
-            dequantize(unpack(planes, bits, x.shape[2]), found.low, found.span, bits, out)
+            dequantize(unpack(planes, bits, x.shape[2]), found.zero, found.span, bits, out)
             return out
 
-        held = sum(plane.nbytes for plane in planes) + found.low.nbytes + found.span.nbytes
+        held = sum(plane.nbytes for plane in planes) + found.zero.nbytes + found.span.nbytes
         yield "crushkv", bits, packing, unpacking, held
 
 

@@ -22,10 +22,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def byte_model(positions: int = 4096) -> LlamaForCausalLM:
+def byte_model() -> LlamaForCausalLM:
     """Random weights over bytes, large enough that what is evicted shows in the logits."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **{**SMALL, "vocab_size": 257, "max_position_embeddings": positions, "eos_token_id": 256, "pad_token_id": 256}
+        **{**SMALL, "vocab_size": 257, "max_position_embeddings": 4096, "eos_token_id": 256, "pad_token_id": 256}
     )
     return LlamaForCausalLM(config).eval()

@@ -3,6 +3,8 @@ rounded."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers.masking_utils import eager_mask
 from crushkv import CrushConfig, KVCrush
 from crushkv.core import Tier
 from crushkv.hf import CrushLayer
+from crushkv.hf.interface import cache_in, passed
 from crushkv.storage import RAW, TieredStorage
 from reference import rotation_matrix, rounded_channels, rounded_token, turned
 
@@ -28,6 +31,7 @@ class Recording:
     inputs: list[dict[str, Any]] = field(default_factory=list)
     tiers: list[dict[int, Tensor]] = field(default_factory=list)  # layer -> uint8 [B, Hkv, tokens before the pass]
     logits: list[Tensor] = field(default_factory=list)  # of the last query
+    weights: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, Hq, q, S], of the first pass, by `replay`
     sequences: Tensor | None = None
     cache: Any = None
 
@@ -55,13 +59,13 @@ def tiers_of_past(cache: Any) -> dict[int, Tensor]:
     return result
 
 
-def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], **generation: Any) -> Recording:
+def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], turns: int = 1, **generation: Any) -> Recording:
+    """Generates with a crushed cache, in several turns: before each but the first, some new tokens are added."""
     recording = Recording()
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        keep = ("input_ids", "attention_mask", "position_ids")
-        recording.inputs.append({k: kwargs[k] for k in keep if kwargs.get(k) is not None})
-        recording.tiers.append(tiers_of_past(kwargs["past_key_values"]))
+        recording.tiers.append(tiers_of_past(cache_in(kwargs)))
+        recording.inputs.append({k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values", "use_cache")})
 
     def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         recording.logits.append(output.logits[:, -1])
@@ -73,6 +77,10 @@ def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], **generat
         ]
         try:
             recording.sequences = model.generate(**inputs, do_sample=False, pad_token_id=0, **generation)
+            for _ in range(turns - 1):
+                inputs = next_turn(inputs, recording.sequences)
+                cached = passed(session.cache) | generation
+                recording.sequences = model.generate(**inputs, do_sample=False, pad_token_id=0, **cached)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -80,10 +88,25 @@ def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], **generat
     return recording
 
 
+def next_turn(inputs: dict[str, Tensor], sequences: Tensor, new: int = 12) -> dict[str, Tensor]:
+    """What was said so far, and some more tokens of the user's."""
+    rows = sequences.shape[0]
+    tokens = torch.arange(2, 2 + new).expand(rows, -1)
+    added = sequences.shape[1] + new - inputs["input_ids"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(rows, added)], dim=1)
+    result = {"input_ids": torch.cat([sequences, tokens], dim=1), "attention_mask": mask}
+    if (crossing := inputs.get("cross_attention_mask")) is not None:  # of the picture that was read in the first turn
+        result["cross_attention_mask"] = crossing[:, :1].expand(-1, mask.shape[1], -1, -1)
+    return result
+
+
 @torch.no_grad()
 def replay(model: Any, recording: Recording) -> list[Tensor]:
-    """The same passes with Transformers' full cache and plain attention under per-head masks: last logits."""
-    implementation = model.config._attn_implementation
+    """The same passes with Transformers' full cache and the model's own eager attention under per-head masks: last
+    logits."""
+    config = model.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation
+    cache = WatchedCache(config=model.config)
     tiers: dict[int, Tensor] = {}
     rounding: dict[int, Rounding] = {}
     formats = recording.cache.config.formats
@@ -91,34 +114,71 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
     real = None if mask is None else mask.bool()
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        group = query.shape[1] // key.shape[1]
-        if module.layer_idx in tiers and not formats.raw:
-            if module.layer_idx not in rounding:
-                rounding[module.layer_idx] = Rounding(recording.cache.layers[module.layer_idx].storage, real)
-            rounded = rounding[module.layer_idx]
-            key, value = rounded(key, value, tiers[module.layer_idx])
-        logits = query.float() @ key.float().repeat_interleave(group, 1).transpose(-1, -2) * scaling + mask
-        if module.layer_idx in tiers:
-            past = (tiers[module.layer_idx] != Tier.PADDING).repeat_interleave(group, 1)
-            logits[..., : past.shape[-1]].masked_fill_(~past[:, :, None], torch.finfo(logits.dtype).min)
-        output = logits.softmax(-1) @ value.float().repeat_interleave(group, 1)
-        return output.to(value.dtype).transpose(1, 2).contiguous(), None
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        layer = cache.layer_of(key)
+        past = tiers.get(layer) if layer is not None else None
+        if past is not None:
+            if not formats.raw:
+                if layer not in rounding:
+                    rounding[layer] = Rounding(recording.cache.layers[layer].storage, real)
+                key, value = rounding[layer](key, value, past)
+            hidden = (past == Tier.PADDING).repeat_interleave(query.shape[1] // past.shape[1], 1)
+            attention_mask = attention_mask.expand(-1, query.shape[1], -1, -1).clone()
+            attention_mask[..., : past.shape[-1]].masked_fill_(
+                hidden[:, :, None], torch.finfo(attention_mask.dtype).min
+            )
+        mask = None if attention_mask is None else attention_mask.float()
+
+        def eager(values: Tensor) -> Any:
+            return eager_of(module)(module, query.float(), key.float(), values, mask, *args, **kwargs)
+
+        if layer is not None and layer not in recording.weights:
+            # What comes out where each token's value is a dimension of its own: some models return weights without
+            # what a sink takes of them.
+            tokens = torch.eye(key.shape[2]).expand(*key.shape[:2], -1, -1)
+            recording.weights[layer] = eager(tokens)[0].transpose(1, 2)
+        output, weights = eager(value.float())
+        return output.to(query.dtype), weights
 
     AttentionInterface.register("oracle", attend)
     AttentionMaskInterface.register("oracle", eager_mask)
-    model.set_attn_implementation("oracle")
+    config._attn_implementation = "oracle"
     try:
-        cache = DynamicCache(config=model.config)
         result = []
         for inputs, seen in zip(recording.inputs, recording.tiers, strict=True):
             tiers.clear()
             tiers.update(seen)
-            result.append(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1])
+            result.append(model(**inputs, **passed(cache), use_cache=True).logits[:, -1])
         return result
     finally:
-        model.set_attn_implementation(implementation)
+        config._attn_implementation = implementation
+
+
+def eager_of(module: Any) -> Callable[..., Any]:
+    """The eager attention of the file that the module's class, or one that it is derived from, stands in."""
+    files = [sys.modules[cls.__module__] for cls in type(module).__mro__]
+    return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
+
+
+class WatchedCache(DynamicCache):
+    """The full cache, which tells whose keys attention received."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.last: int | None = None  # the layer that was updated and has not attended yet
+        self.given: dict[int, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.last, self.given[layer_idx] = layer_idx, keys
+        return keys, values
+
+    def layer_of(self, key: Tensor) -> int | None:
+        """The layer whose keys these are (layers may share them), or were made of (MLA); None: of no cached layer."""
+        layer, self.last = self.last, None
+        shared = [index for index, keys in self.given.items() if keys is key]
+        return shared[0] if shared else layer
 
 
 class Rounding:

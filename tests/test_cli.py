@@ -248,14 +248,12 @@ def test_input_that_is_no_text(crushkv: Any, tiny: Path, tmp_path: Path, typed: 
     assert_refused(crushkv("generate", "--model", tiny), 2, "standard input")
 
 
-def test_prompt_and_answer_beyond_the_positions(crushkv: Any, copy: Path) -> None:
+def test_prompt_and_answer_beyond_what_the_model_was_made_for(crushkv: Any, copy: Path) -> None:
+    """Rotary positions do not end: the answer may be poor, as with the full cache."""
     edit_json(copy / "config.json", max_position_embeddings=100)
-    assert_refused(crushkv("generate", "--model", copy, "--prompt", TEXT * 9), 2, "prompt", "100 positions")
-    assert_refused(
-        crushkv("generate", "--model", copy, "--prompt", "short"), 2, "--max-new-tokens 256", "100 positions"
-    )
-    large = ["--max-new-tokens", 2, "--budget", 101]
-    assert_refused(crushkv("generate", "--model", copy, "--prompt", "x", *large), 2, "budget=101", "100 positions")
+    for prompt, tokens in ((TEXT * 9, 2), ("short", 110)):
+        done = crushkv("generate", "--model", copy, "--prompt", prompt, "--max-new-tokens", tokens)
+        assert done.code == 0 and "longer than the 100 positions" in done.err
 
 
 def test_chat_needs_a_template(crushkv: Any, copy: Path) -> None:
@@ -483,7 +481,6 @@ def test_a_plan_is_what_is_held(crushkv: Any, tiny: Path) -> None:
 def test_a_plan_that_cannot_be_is_refused(crushkv: Any, tiny: Path) -> None:
     for options, said in (
         (["--rank", 0.5], "rank=0.5"),
-        (["--budget", POSITIONS + 1], "positions"),
         (["--config", "tiny"], "tiny"),
         (["--model", "/nowhere"], "no such folder"),
     ):
@@ -769,7 +766,6 @@ def test_bench_as_json(crushkv: Callable[..., Outcome], tiny: Path) -> None:
         (["--batch", "0"], "--batch '0': accepted are integers"),
         (["--budgets", "3.5"], "budget"),
         (["--method", "snapkw"], "Did you mean 'snapkv'?"),
-        (["--tokens", str(POSITIONS + 1)], "positions"),
         (["--show", "missing.jsonl"], "missing.jsonl"),
         (["-o", "no/such/folder.jsonl"], "the folder does not exist"),
     ],

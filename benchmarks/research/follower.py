@@ -80,7 +80,7 @@ def round_to(x: Tensor, bits: int, centred: bool, scale: Tensor | None = None) -
     centre = x - mean
     codes = quantize((centre if scale is None else centre * scale) @ matrix, 64)
     out = torch.empty_like(x)
-    dequantize(narrowed(codes.codes, bits), codes.low, codes.span, bits, out)
+    dequantize(narrowed(codes.codes, bits), codes.zero, codes.span, bits, out)
     out = out @ matrix.T
     return (out if scale is None else out / scale) + mean
 

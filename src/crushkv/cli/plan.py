@@ -64,7 +64,7 @@ def plan(
     if found.untouched:
         console.print(f"A fraction leaves prompts of fewer than {config.min_tokens} tokens (min_tokens) as they are.")
     if found.other_layers:
-        console.print(f"{found.other_layers} layers with sliding windows are left alone and not counted.")
+        console.print(f"{found.other_layers} layers (sliding or recurrent ones) are left alone and not counted.")
 
 
 def _table(layers: list[dict[str, Any]], config: CrushConfig) -> Table:

@@ -101,8 +101,8 @@ def apply_chat(tokenizer: Any, text: str, system: str | None, **options: Any) ->
 
 
 def check_room(prompt_tokens: int, new_tokens: int, model_config: Any) -> None:
-    """Refuses a prompt, or an answer, that goes beyond the positions that the model was made for."""
-    from ..hf.support import check_prompt, position_limit
+    """Refuses a prompt, or an answer, that the model has no positions for, and warns where it was made for fewer."""
+    from ..hf.support import check_prompt, position_limit, warn_beyond_training
 
     check_prompt(prompt_tokens, model_config)
     limit = position_limit(model_config)
@@ -111,3 +111,4 @@ def check_room(prompt_tokens: int, new_tokens: int, model_config: Any) -> None:
             f"--max-new-tokens {new_tokens}: the prompt of {prompt_tokens} tokens leaves {limit - prompt_tokens} of "
             f"the model's {limit} positions"
         )
+    warn_beyond_training(prompt_tokens + new_tokens, model_config)

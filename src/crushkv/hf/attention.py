@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,35 +32,65 @@ _installing = threading.Lock()
 
 
 @dataclass(frozen=True)
+class _Attended:
+    """How a layer attended to its keys, for other layers that attend to the very same tensor after it (Gemma 3n)."""
+
+    module: torch.nn.Module
+    mask: Tensor | None  # over physical slots
+    turned_keys: Tensor | None
+    turned_values: Tensor | None
+
+
+@dataclass
 class _Mark:
     """Where the keys of an attention call came from, and the values that belong to them."""
 
     cache: CrushCache
     layer: CrushLayer
     values: Tensor
+    attended: _Attended | None = None
+
+    def belongs(self, key: Tensor) -> bool:
+        """Whether keys can have been made of the latents that were returned: as many rows and tokens."""
+        return self.cache.waiting is self.layer and self.values.shape[::2] == key.shape[::2]
+
+
+class _Latent(threading.local):
+    """The mark of latents (MLA), which attention never receives: it receives what its model makes of them."""
+
+    mark: _Mark | None = None
+
+
+_latent = _Latent()
 
 
 def mark(keys: Tensor, values: Tensor, layer: CrushLayer, cache: CrushCache) -> None:
     """Marks keys that a cache returns, so that the attention call that receives them is known."""
-    keys._crushkv = _Mark(cache, layer, values)  # type: ignore[attr-defined]
+    found = _Mark(cache, layer, values)
+    if layer.plan.latent:
+        _latent.mark = found
+    else:
+        keys._crushkv = found  # type: ignore[attr-defined]
 
 
-def _layer_of(module: torch.nn.Module, key: Tensor, value: Tensor) -> CrushLayer | None:
-    """The layer that waits for this attention call, or None: the keys are not from a `CrushCache`."""
+def _mark_of(module: torch.nn.Module, key: Tensor, value: Tensor) -> _Mark | None:
+    """The mark of the layer that waits for this attention call, or has shared its keys; None: they are from no
+    `CrushCache`."""
     found: _Mark | None = getattr(key, "_crushkv", None)
     if found is None:
-        return None
-    if value is not found.values:
+        found, _latent.mark = _latent.mark, None
+        if found is None or not found.belongs(key):
+            return None
+    elif value is not found.values:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends to values that are not those that the cache returned (it splits or "
             "changes them, as DiffLlama does), so that KVCrush cannot tell what its queries look for"
         )
-    if found.cache.waiting is not found.layer:
+    elif found.attended is not None and found.attended.module is module:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends twice to the keys that the cache returned once, which is not supported"
         )
-    found.cache.waiting = None
-    return found.layer
+    return found
 
 
 def install(name: str) -> None:
@@ -102,9 +132,18 @@ class CrushAttention:
     ) -> Any:
         """`query [B, Hq, q, D]`, `key` and `value [B, Hkv, P, D]` as the cache returned them."""
         attend = self.original or _eager_of(module)
-        layer = _layer_of(module, key, value)
-        if layer is None:
+        found = _mark_of(module, key, value)
+        if found is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        output: tuple[Tensor | None, ...]
+        if (shared := found.attended) is not None:
+            with full_precision(query.device):
+                turned = query if shared.turned_keys is None else turn(query, shared.turned_keys)
+            output = attend(module, turned, key, value, _last_rows(shared.mask, query.shape[2]), *args, **kwargs)
+            with full_precision(query.device):
+                return _turned_back(output, shared.turned_values)
+        layer = found.layer
+        found.cache.waiting = None
         given = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if given is None else given
         with full_precision(query.device):
@@ -112,7 +151,6 @@ class CrushAttention:
             turned_keys, turned_values = layer.storage.rotations()
             turned = query if turned_keys is None else turn(query, turned_keys)
         plain = not args and cpu_attention.replaceable(module, attend, query, mask, kwargs)
-        output: tuple[Tensor | None, ...]
         mass = None
         if plain and query.shape[2] == 1:
             output = (cpu_attention.decode(turned, key, value, scaling), None)
@@ -121,13 +159,27 @@ class CrushAttention:
             output = (attended, None)
         else:
             output = attend(module, turned, key, value, mask, *args, **kwargs)
+        found.attended = _Attended(module, mask, turned_keys, turned_values)
         call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass, kwargs.get("s_aux"))
+        if layer.plan.latent:
+            call = replace(call, keys=key, values=value)
         with full_precision(query.device):
-            if turned_values is not None:
-                assert output[0] is not None
-                output = (turn(output[0], turned_values.T), *output[1:])
+            output = _turned_back(output, turned_values)
             layer.after_attention(call)
         return output
+
+
+def _last_rows(mask: Tensor | None, queries: int) -> Tensor | None:
+    """The mask of the last queries: a layer that shares keys may be asked for the last token alone (Gemma 4)."""
+    return mask if mask is None or mask.ndim == 2 else mask[:, :, -queries:]
+
+
+def _turned_back(output: tuple[Tensor | None, ...], turned_values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The output of attention over rotated values, without their rotation."""
+    if turned_values is None:
+        return output
+    assert output[0] is not None
+    return (turn(output[0], turned_values.T), *output[1:])
 
 
 def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:

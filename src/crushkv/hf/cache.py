@@ -21,7 +21,7 @@ from .layer import CrushLayer
 from .plan import Plan
 from .profiling import profile_of
 from .rope import find_ropes
-from .support import cache_layers, check_prompt, check_sizes
+from .support import cache_layers, check_bits, check_model, check_prompt, check_sizes, is_latent
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class CrushCache(Cache):
     """Pass it as `past_key_values`; it serves one batch, over as many turns as you like.
 
     Prompts are compressed layer by layer while they are read, at the end of each layer's attention; long
-    generations every `config.interval` tokens. Sliding-window layers are left to themselves.
+    generations every `config.interval` tokens. Layers that do not grow with the text (sliding windows, recurrent
+    states) are left to themselves.
 
     Args:
         model: the model that will use the cache. Nothing on it is changed.
@@ -77,12 +78,14 @@ class CrushCache(Cache):
         self.model_config = model.config
         self.waiting: CrushLayer | None = None  # was updated, and has not attended yet
         layers = cache_layers(model.config)
+        check_model(model)
+        check_bits(self.config.formats, model.config)
         text_config = model.config.get_text_config(decoder=True)
         install(text_config._attn_implementation)
         compressible = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         # A plan keeps no model alive; a model whose RoPE depends on the length of a prompt is asked again (`begin`).
         self._model = weakref.ref(model)
-        self.plan = Plan(self.config, layers=len(compressible))
+        self.plan = Plan(self.config, layers=len(compressible), latent=is_latent(model.config))
         if not self.plan.formats.raw:
             self.plan.ropes = find_ropes(model)
         if self.plan.formats.by_channel:
@@ -150,6 +153,11 @@ class CrushCache(Cache):
     @prefill_end.setter
     def prefill_end(self, tokens: int | None) -> None:
         self.plan.prefill_end = tokens
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was read: models ask it to tell a prompt from what follows (pictures seen both ways)."""
+        return self.crushed_layers[0].is_initialized
 
     @property
     def crushed_layers(self) -> list[CrushLayer]:

@@ -34,6 +34,8 @@ class AttentionCall:
     softcap: float | None
     mass: Tensor | None = None  # [B, Hq, S]: what each token has received from these queries, where that is known
     sinks: Tensor | None = None  # [Hq]: logits that take part in the softmax and belong to no token (gpt-oss)
+    keys: Tensor | None = None  # [B, H, P, D]: that attention received, where the cache holds something else (MLA)
+    values: Tensor | None = None  # [B, H, P, Dv]
 
 
 class CrushLayer(CacheLayerMixin):
@@ -238,7 +240,7 @@ class CrushLayer(CacheLayerMixin):
 
     def _view(self, call: AttentionCall, order: Tensor | None = None) -> LayerView:
         """What a policy reads, slot by slot, or with the slots in the given order `[B, Hkv, P]`."""
-        keys, values = self.storage.read()
+        keys, values = self.storage.read() if call.keys is None or call.values is None else (call.keys, call.values)
         real, mass = self.real, self.mass
         hidden = None if self._hides is None else F.pad(self._hides, (0, self._since))
         if hidden is not None and order is not None:

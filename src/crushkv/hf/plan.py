@@ -27,6 +27,7 @@ class Plan:
         layers: number of compressed layers.
         ropes: how the keys of each compressed layer turn; none where nothing is quantized.
         profile: of the model; None: widths of channels are chosen from each prompt.
+        latent: the cache holds latents (MLA), from which each layer makes the keys and values that it attends to.
         prefill_end: logical length at which the prompt being read ends; None while that is not known, and then
             each forward pass over several tokens is a whole prompt.
     """
@@ -35,6 +36,7 @@ class Plan:
     layers: int
     ropes: Sequence[Rope | None] = ()
     profile: Profile | None = None
+    latent: bool = False
     prefill_end: int | None = None
     warned: bool = False
     policy: Policy = field(init=False)

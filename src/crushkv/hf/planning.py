@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -15,7 +14,7 @@ from ..split import Split, split_tokens
 from ..storage import LayerSizes
 from .cache import CrushCache
 from .plan import Plan
-from .support import cache_layers, check_prompt, check_sizes
+from .support import cache_layers, cached_shape, check_bits, check_prompt, check_sizes
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class CachePlan:
         untouched: the prompt has fewer tokens than `min_tokens`, and is left as it is.
         layers: what each compressed layer keeps for each KV head.
         full_bytes: what the full cache holds of these layers.
-        other_layers: layers that are not compressed (sliding windows).
+        other_layers: layers that are not compressed: sliding windows, recurrent states, layers that hold nothing.
     """
 
     tokens: int
@@ -63,13 +62,14 @@ def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int,
         raise ConfigError(f"rank={config.rank}: how many directions cover that energy is known once a prompt was read")
     check_prompt(tokens, model_config)
     layers = cache_layers(model_config)
-    compressed = sum(type(layer) is DynamicLayer for layer in layers)
-    plan = Plan(config, layers=compressed)
+    compressed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    plan = Plan(config, layers=len(compressed))
     check_sizes(plan.budget, config.page_size, model_config)
-    sizes = _sizes(model_config, config, raw_bytes)
-    splits = tuple(_layer(plan, index, tokens, sizes) for index in range(compressed))
+    check_bits(plan.formats, model_config)
+    sizes = [_sizes(cached_shape(model_config, index), config, raw_bytes) for index in compressed]
+    splits = tuple(_layer(plan, index, tokens, size) for index, size in enumerate(sizes))
     untouched = bool(plan.untouched(torch.tensor([tokens])))
-    return CachePlan(tokens, untouched, splits, compressed * sizes.raw(tokens), len(layers) - compressed)
+    return CachePlan(tokens, untouched, splits, sum(size.raw(tokens) for size in sizes), len(layers) - len(compressed))
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def layer_kinds(model_config: PreTrainedConfig, tokens: int, raw_bytes: int = 2)
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
     """
-    sizes = _sizes(model_config, CrushConfig(), raw_bytes)
     kinds = []
-    for layer in cache_layers(model_config):
+    for index, layer in enumerate(cache_layers(model_config)):
+        sizes = _sizes(cached_shape(model_config, index), CrushConfig(), raw_bytes)
         if type(layer) is DynamicLayer:
             kinds.append(LayerKind(True, "attends to the whole text", sizes.raw(tokens)))
         elif isinstance(layer, DynamicSlidingWindowLayer):
@@ -123,13 +123,10 @@ def check_supported(model_config: PreTrainedConfig) -> None:
     CrushCache(model)
 
 
-def _sizes(model_config: PreTrainedConfig, config: CrushConfig, raw_bytes: int) -> LayerSizes:
-    text: Any = model_config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    rank = size if config.rank is None else min(int(config.rank), size)
-    return LayerSizes(config.formats, kv_heads, (size, size), (rank, rank), raw_bytes)
+def _sizes(shape: tuple[int, int, int], config: CrushConfig, raw_bytes: int) -> LayerSizes:
+    kv_heads, *sizes = shape
+    ranks = [size if config.rank is None else min(int(config.rank), size) for size in sizes]
+    return LayerSizes(config.formats, kv_heads, (sizes[0], sizes[1]), (ranks[0], ranks[1]), raw_bytes)
 
 
 def _layer(plan: Plan, index: int, tokens: int, sizes: LayerSizes) -> Split:

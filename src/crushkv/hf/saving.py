@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .._version import __version__
 from ..config import CrushConfig
 from ..errors import ConfigError, CrushError, UnsupportedModelError, one_line
 from ..files import looks_like, replacing
 from ..fingerprint import digest_of, fingerprint
+from . import left_alone
 from .cache import CrushCache
 from .integrity import Damaged, check_counts, check_layer
 from .layer import CrushLayer
@@ -57,7 +57,7 @@ class SavedCache:
             if isinstance(layer, CrushLayer):
                 layer.load_state(tensors, counts)
             else:
-                _load_window(layer, tensors, counts)
+                left_alone.load_state(layer, tensors, counts["seen"])
         return cache
 
 
@@ -85,7 +85,7 @@ def save_cache(
     tensors = {"input_ids": input_ids.cpu().contiguous()}
     counts = []
     for index, layer in enumerate(cache.layers):
-        state, numbers = layer.state() if isinstance(layer, CrushLayer) else _window_state(layer)
+        state, numbers = layer.state() if isinstance(layer, CrushLayer) else (left_alone.state(layer), {"seen": seen})
         tensors |= {f"{index}.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         counts.append(numbers)
     metadata = {
@@ -161,8 +161,8 @@ def _check(saved: SavedCache) -> None:
     for layer, (tensors, _) in zip(saved.cache().layers, saved._layers, strict=True):
         if isinstance(layer, CrushLayer):
             check_layer(layer, tensors, saved.input_ids)
-        elif {tuple(tensors[name].shape[:1]) for name in ("keys", "values")} != {tuple(saved.input_ids.shape[:1])}:
-            raise Damaged("keys and values of a window are not of these rows")
+        elif any(tensor.shape[:1] != saved.input_ids.shape[:1] for tensor in tensors.values()):
+            raise Damaged("what a layer that is not compressed holds is not of these rows")
 
 
 def read_notes(path: str | Path) -> dict[str, Any]:
@@ -210,15 +210,3 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, Ten
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Of everything that a file holds, but for the digest itself."""
     return digest_of(tensors, json.dumps({k: v for k, v in metadata.items() if k != "digest"}, sort_keys=True))
-
-
-def _window_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Of a sliding-window layer, which is Transformers' own."""
-    return {"keys": layer.keys, "values": layer.values}, {"seen": layer.cumulative_length}
-
-
-def _load_window(layer: Any, tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
-    assert isinstance(layer, DynamicSlidingWindowLayer)
-    layer.lazy_initialization(tensors["keys"], tensors["values"])
-    layer.keys, layer.values = tensors["keys"], tensors["values"]
-    layer.cumulative_length = counts["seen"]

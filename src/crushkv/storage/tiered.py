@@ -239,7 +239,8 @@ class TieredStorage:
         _, basis = self._source(0)
         assert basis.spread is not None
         start, result = 0, list[Part]()
-        before = [keys for keys, _ in self._blocks] or [None] * len(parts)
+        before: list[Part | None] = [keys for keys, _ in self._blocks]
+        before += [None] * (len(parts) - len(before))
         of_parts = zip(parts, self._numbers(parts), before, self.formats.blocks, self.forms, strict=True)
         for part, numbers, old, bits, form in of_parts:
             end = start + (0 if old is None else old.tokens)
