@@ -13,7 +13,7 @@ from crushkv import KVCrush
 from crushkv.hf import cpu_attention
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 12}
-SMALL: dict[str, Any] = {"sink": 2, "window": 8, "interval": 8, "page_size": 4}
+SMALL: dict[str, Any] = {"min_tokens": 0, "sink": 2, "window": 8, "interval": 8, "page_size": 4}
 
 
 @pytest.fixture

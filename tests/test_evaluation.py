@@ -37,7 +37,14 @@ from evaluation_models import byte_model, byte_tokenizer
 
 pytest.importorskip("lm_eval")
 
-SMALL: dict[str, Any] = {"sink": 2, "window": 8, "page_size": 4, "representative_share": 0.2, "interval": 0}
+SMALL: dict[str, Any] = {
+    "min_tokens": 0,
+    "sink": 2,
+    "window": 8,
+    "page_size": 4,
+    "representative_share": 0.2,
+    "interval": 0,
+}
 
 
 def record(number: int, **changes: Any) -> dict[str, Any]:

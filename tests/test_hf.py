@@ -24,6 +24,7 @@ from crushkv.core import Tier
 
 SMALL: dict[str, Any] = {
     "budget": 0.4,
+    "min_tokens": 0,
     "sink": 2,
     "window": 8,
     "interval": 8,

@@ -15,7 +15,7 @@ from oracle import record, replay
 
 TOLERANCE = 1e-4
 # Small enough that a short prompt and a few decoded tokens evict again and again.
-CHURN: dict[str, Any] = {"sink": 2, "window": 8, "interval": 8}
+CHURN: dict[str, Any] = {"min_tokens": 0, "sink": 2, "window": 8, "interval": 8}
 shared_model = cache(small_model)
 
 

@@ -12,7 +12,16 @@ from crushkv import CrushConfig, KVCrush
 from crushkv.hf import CrushCache, Recording, stack
 
 CONFIGS = [
-    CrushConfig(policy=policy, budget=budget, page_size=page, representative_share=share, sink=2, window=8, interval=0)
+    CrushConfig(
+        policy=policy,
+        budget=budget,
+        page_size=page,
+        representative_share=share,
+        sink=2,
+        window=8,
+        interval=0,
+        min_tokens=0,
+    )
     for policy in ("h2o", "snapkv", "pyramidkv", "expected_attention", "random")
     for budget in (0.5, 0.25)
     for page, share in ((1, 0.25), (4, 0.25), (4, 0))

@@ -18,7 +18,7 @@ from crushkv import CrushConfig, KVCrush, SavedCacheError, load_cache, save_cach
 from crushkv.errors import ConfigError, CrushError
 from crushkv.hf import CrushCache
 
-CHURN: dict[str, Any] = {"budget": 0.4, "sink": 2, "window": 8, "page_size": 4, "interval": 8}
+CHURN: dict[str, Any] = {"min_tokens": 0, "budget": 0.4, "sink": 2, "window": 8, "page_size": 4, "interval": 8}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "h2o": {"policy": "h2o", "representative_share": 0.25},
     "snapkv": {},

@@ -12,7 +12,7 @@ from architectures import ARCHITECTURES, prompts, small_model
 from crushkv import ConfigError, CrushConfig, KVCrush, plan_cache
 from crushkv.hf import CrushCache, Recording, stack
 
-CHURN: dict[str, Any] = {"sink": 2, "window": 8, "page_size": 4, "interval": 8}
+CHURN: dict[str, Any] = {"min_tokens": 0, "sink": 2, "window": 8, "page_size": 4, "interval": 8}
 TIERS: dict[str, dict[str, Any]] = {
     "4": {"bits": 4},
     "3/2": {"bits": "3/2"},

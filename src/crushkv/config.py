@@ -34,6 +34,9 @@ class CrushConfig:
             in each layer (int), or bytes for one sequence over all layers (`"64MiB"`). Everything kept counts. A
             fraction counts 16 bits for a number in the model's dtype, also in a float32 model; where nothing is
             quantized it is as well the fraction of the tokens seen.
+        min_tokens: where the budget is a fraction, a prompt is left as it is, in the model's dtype, until so many of its
+            tokens have been seen: a fraction of little takes away facts and frees next to nothing. Padding does not
+            count. 0 compresses every prompt. Budgets in tokens or bytes do not read it.
         policy: name of an importance policy (`crushkv policies` lists them).
         policy_options: the policy's own options, for example `{"kernel": 5}` for SnapKV.
         sink: first tokens of a sequence, always kept.
@@ -73,6 +76,7 @@ class CrushConfig:
     """
 
     budget: float | int | str = 0.25
+    min_tokens: int = 256
     policy: str = "readahead"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     sink: int = 4
@@ -120,7 +124,7 @@ class CrushConfig:
         self._check_policy()
 
     def _check_numbers(self) -> None:
-        least = {"sink": 0, "window": 1, "page_size": 1, "group_size": 1, "interval": 0, "seed": 0}
+        least = {"min_tokens": 0, "sink": 0, "window": 1, "page_size": 1, "group_size": 1, "interval": 0, "seed": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -230,6 +234,11 @@ class CrushConfig:
     @property
     def parsed_budget(self) -> Budget:
         return Budget.parse(self.budget)
+
+    @property
+    def untouched_below(self) -> int:
+        """Rows that have seen fewer real tokens are left as they are: `min_tokens`, or 0 where it is not read."""
+        return self.min_tokens if self.parsed_budget.kind == "fraction" else 0
 
     @property
     def selection(self) -> SelectionOptions:

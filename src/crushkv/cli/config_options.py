@@ -38,6 +38,7 @@ class _Field:
 
 _FIELDS = (
     _Field("budget", str, "AMOUNT", "What is kept: 0.25 or 25% of the bytes, 1024 tokens, or 64MiB."),
+    _Field("min_tokens", int, "TOKENS", "A fraction leaves shorter prompts as they are; 0 compresses all."),
     _Field("policy", str, "NAME", "What is important: `crushkv policies`."),
     _Field("policy_options", list[str], "NAME=VALUE", "A policy's option: kernel=5. Repeatable.", "--policy-option"),
     _Field("sink", int, "TOKENS", "First tokens, always kept."),

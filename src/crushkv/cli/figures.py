@@ -23,6 +23,7 @@ def figures(run: Measurement, answer: str) -> dict[str, Any]:
         "tokens_seen": run.tokens_seen,
         "tokens_held": run.tokens_seen if report is None else round(report.tokens_held, 3),
         "tiers": None if report is None else {name: round(count, 3) for name, count in report.tiers.items()},
+        "untouched_rows": 0 if report is None else report.untouched_rows,
         "kv_bytes": run.kv_bytes,
         "full_kv_bytes": run.full_kv_bytes,
         "bytes_fraction": run.bytes_fraction,

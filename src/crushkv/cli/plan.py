@@ -46,6 +46,7 @@ def plan(
                 "model": name,
                 "tokens": tokens,
                 "config": config.to_dict(),
+                "untouched": found.untouched,
                 "kv_bytes": found.nbytes,
                 "full_kv_bytes": found.full_bytes,
                 "bytes_fraction": found.fraction,
@@ -60,6 +61,8 @@ def plan(
         f"{name}, {tokens} tokens: {size(found.nbytes)} of {size(found.full_bytes)} ({found.fraction:.1%}, "
         f"{1 / found.fraction:.1f} times smaller)"
     )
+    if found.untouched:
+        console.print(f"A fraction leaves prompts of fewer than {config.min_tokens} tokens (min_tokens) as they are.")
     if found.other_layers:
         console.print(f"{found.other_layers} layers with sliding windows are left alone and not counted.")
 

@@ -62,7 +62,12 @@ class Inspection:
     def notes(self) -> list[str]:
         """What the reader would otherwise wonder about."""
         notes = []
-        if not self.evicted:
+        if self.report.untouched_rows:
+            notes.append(
+                f"Nothing was evicted: with a fraction as budget, prompts of fewer than {self.config.min_tokens} tokens "
+                "(min_tokens) are left as they are. Every token counts as recent."
+            )
+        elif not self.evicted:
             always = f"sink + window = {self.config.sink} + {self.config.window}"
             notes.append(
                 f"Nothing was evicted: all {len(self.pieces)} tokens of this prompt are within the budget, or within "

@@ -28,6 +28,7 @@ class CacheReport:
         tokens_seen: logical length, padding included.
         tokens_held: slots per layer and KV head, a mean over the compressed layers.
         tiers: tokens per tier, a mean over compressed layers, KV heads and rows.
+        untouched_rows: rows that hold everything, because they have seen fewer real tokens than `min_tokens`.
         kv_bytes: keys and values of all layers, room to grow included.
         full_kv_bytes: what the full cache would hold of the same tokens in the same dtype.
         state_bytes: what KVCrush holds besides (positions, tiers, scores, last queries).
@@ -38,6 +39,7 @@ class CacheReport:
     tokens_seen: int
     tokens_held: float
     tiers: dict[str, float]
+    untouched_rows: int
     kv_bytes: int
     full_kv_bytes: int
     state_bytes: int
@@ -145,6 +147,7 @@ class CrushCache(Cache):
             tokens_seen=self.get_seq_length(),
             tokens_held=held,
             tiers=dict(tiers),
+            untouched_rows=int(self.plan.untouched(crushed[0].real_tokens()[1]).sum()) if crushed else 0,
             kv_bytes=self.nbytes,
             full_kv_bytes=full,
             state_bytes=sum(layer.state_nbytes for layer in crushed),

@@ -206,9 +206,10 @@ class CrushLayer(CacheLayerMixin):
         storage, plan = self.storage, self.plan
         if self.real is not None and bool(self.real.all()):
             self.real = None
-        held, device = storage.length, storage.device
-        count = torch.full((storage.rows,), held, device=device) if self.real is None else self.real.sum(-1)
-        seen = count if self.evicted is None else count + self.evicted
+        held = storage.length
+        count, seen = self.real_tokens()
+        if bool(plan.untouched(seen).all()):
+            return
         budget = self._budget(seen, count)
         if held <= int(budget.minimum(count).max()) and (plan.formats.raw or not self._contested):
             return
@@ -231,6 +232,14 @@ class CrushLayer(CacheLayerMixin):
         self.evicted = seen - selection.counts
         filled = kept.tiers[:, 0] != Tier.PADDING
         self.real = None if bool(filled.all()) else filled
+
+    def real_tokens(self) -> tuple[Tensor, Tensor]:
+        """How many tokens that are no padding each row holds, and has seen: `[B]` each."""
+        if self.real is None:
+            count = torch.full((self.storage.rows,), self.storage.length, device=self.storage.device)
+        else:
+            count = self.real.sum(-1)
+        return count, count if self.evicted is None else count + self.evicted
 
     @property
     def _contested(self) -> bool:

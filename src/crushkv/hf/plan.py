@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from ..config import CrushConfig
@@ -43,18 +44,24 @@ class Plan:
     def layer_budget(self, layer: int, seen: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
         """Tokens that compressed layer number `layer` keeps of rows that have seen `seen [B]` real tokens.
 
-        Sink and window are kept in any case. Where a fraction or bytes leave no room for a page besides them, one
-        warning says so.
+        Sink and window are kept in any case, and all of a row that `untouched` names. Where a fraction or bytes leave
+        no room for a page besides sink and window, one warning says so.
 
         Args:
             held: `[B]`, how many of them are left to choose from.
             sizes: of one row of this layer, a number of the model counted as in the model.
         """
         if self.formats.raw or self.budget.kind == "tokens":
-            return self._layer_tokens(layer, seen, sizes)
-        if self.budget.kind == "fraction":
-            sizes = replace(sizes, raw_bytes=2)  # of 16 bits a number, whatever the model's dtype
-        return self._layer_bytes(layer, seen, held, sizes)
+            budget = self._layer_tokens(layer, seen, sizes)
+        else:
+            if self.budget.kind == "fraction":
+                sizes = replace(sizes, raw_bytes=2)  # of 16 bits a number, whatever the model's dtype
+            budget = self._layer_bytes(layer, seen, held, sizes)
+        return torch.where(self.untouched(seen), held, budget)
+
+    def untouched(self, seen: Tensor) -> Tensor:
+        """Which rows have seen too few real tokens, `seen [B]`, for a fraction of them: bool `[B]`."""
+        return seen < self.config.untouched_below
 
     def _layer_tokens(self, layer: int, seen: Tensor, sizes: LayerSizes) -> Tensor:
         tokens = self.budget.tokens(seen, sizes.raw(1) * self.layers)
@@ -88,7 +95,7 @@ class Plan:
         return pyramid(mean, most, layer, self.layers, least, steepness)
 
     def _warn_where_tight(self, tokens: Tensor, seen: Tensor) -> None:
-        tight = (tokens < seen) & (tokens < self._always + self.config.page_size)
+        tight = (tokens < seen) & (tokens < self._always + self.config.page_size) & ~self.untouched(seen)
         if not self.warned and bool(tight.any()):
             self.warned = True
             warnings.warn(

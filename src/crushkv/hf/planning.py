@@ -23,12 +23,14 @@ class CachePlan:
 
     Attributes:
         tokens: of the prompt.
+        untouched: the prompt has fewer tokens than `min_tokens`, and is left as it is.
         layers: what each compressed layer keeps for each KV head.
         full_bytes: what the full cache holds of these layers.
         other_layers: layers that are not compressed (sliding windows).
     """
 
     tokens: int
+    untouched: bool
     layers: tuple[Split, ...]
     full_bytes: int
     other_layers: int
@@ -65,7 +67,8 @@ def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int,
     check_sizes(plan.budget, config.page_size, model_config)
     sizes = _sizes(model_config, config, raw_bytes)
     splits = tuple(_layer(plan, index, tokens, sizes) for index in range(compressed))
-    return CachePlan(tokens, splits, compressed * sizes.raw(tokens), len(layers) - compressed)
+    untouched = bool(plan.untouched(torch.tensor([tokens])))
+    return CachePlan(tokens, untouched, splits, compressed * sizes.raw(tokens), len(layers) - compressed)
 
 
 def _sizes(model_config: PreTrainedConfig, config: CrushConfig, raw_bytes: int) -> LayerSizes:
@@ -81,8 +84,8 @@ def _layer(plan: Plan, index: int, tokens: int, sizes: LayerSizes) -> Split:
     """As `CrushLayer.evict` does it."""
     prompt = torch.tensor([tokens])
     budget = int(plan.layer_budget(index, prompt, prompt, sizes))
-    if budget >= tokens and plan.formats.raw:
-        # Nothing is evicted, so nothing is scored either.
+    if bool(plan.untouched(prompt)) or (budget >= tokens and plan.formats.raw):
+        # Nothing is evicted or quantized, so nothing is scored either.
         sink = min(tokens, plan.config.sink)
         return Split(sink, 0, 0, tokens - sink, sizes.raw(tokens))
     return split_tokens(budget, tokens, plan.options, sizes)
