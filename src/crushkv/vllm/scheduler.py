@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import RequestStatus
 
 from ..importance import Policy
 from .blocks import CompactingManager
+from .log import logger
 from .metrics import Counters
 from .schedule import EvictionSchedule
 from .settings import engine_config, request_schedule
 from .support import bytes_per_token, check_groups, check_signature
-
-logger = init_logger(__name__)
 
 
 def check_signatures() -> None:
@@ -26,6 +26,8 @@ def check_signatures() -> None:
     check_signature(Scheduler._get_local_prefix_cache_hit, "request")
     check_signature(Scheduler._reserve_prefill_lookahead, "request", "num_computed_tokens", "num_new_tokens")
     check_signature(Scheduler._free_blocks, "request")
+    check_signature(Scheduler._preempt_request, "request", "timestamp", "drop_stale_output")
+    check_signature(Scheduler.update_from_output, "scheduler_output", "model_runner_output")
     check_signature(
         FullAttentionManager.get_num_blocks_to_allocate,
         "request_id",
@@ -63,7 +65,11 @@ class CrushScheduler(Scheduler):
         if request.request_id not in self.requests and not request.resumable:
             parameters = request.sampling_params
             schedule = request_schedule(
-                self.config, request.num_prompt_tokens, parameters.extra_args, self.bytes_per_token
+                self.config,
+                request.num_prompt_tokens,
+                parameters.extra_args,
+                self.bytes_per_token,
+                self.blocks.block_size,
             )
             if schedule is not None:
                 self.blocks.schedules[request.request_id] = schedule
@@ -108,17 +114,31 @@ class CrushScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         output = super().schedule(throttle_prefills)
-        compactions, freed = self.blocks.commit()
-        output.crushkv = compactions
-        self.counters.compactions += len(compactions)
-        self.counters.tokens_dropped += sum(c.eviction.held - c.eviction.kept for c in compactions.values())
+        output.crushkv = self.blocks.take_due()
+        evictions, freed = self.blocks.commit()
+        self.counters.compactions += len(evictions)
+        self.counters.tokens_dropped += sum(eviction.held - eviction.kept for eviction in evictions)
         self.counters.blocks_freed += freed
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        # Workers that answer asynchronously do not say.
-        self.counters.microseconds += getattr(model_runner_output, "crushkv_microseconds", 0)
+        report = getattr(model_runner_output, "crushkv", None)
+        if report is not None:
+            self.counters.microseconds += report.microseconds
+            for request_id in report.failed:
+                self._leave_alone(request_id)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _leave_alone(self, request_id: str) -> None:
+        """A request could not be compacted, and its blocks are gone: it is computed anew, and left in full."""
+        if self.blocks.schedules.pop(request_id, None) is None:
+            return  # heard of before
+        request = self.requests.get(request_id)
+        if request is not None and request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            # What is computed of it in this step, or already scheduled for the next, is of no use.
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            self.prev_step_scheduled_req_ids.discard(request_id)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
