@@ -101,6 +101,7 @@ def test_strided_layout_is_the_permuted_one() -> None:
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "fraction": {"budget": 0.4},
+    "short prompts left alone": {"budget": 0.4, "min_tokens": 70},
     "tokens": {"budget": 40, "page_size": 1},
     "small": {"budget": 0.05},
     "half, long interval": {"budget": 0.5, "interval": 30},
@@ -113,7 +114,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("prompt", [5, 30, 61, 130])
 def test_schedule_is_that_of_the_transformers_integration(name: str, prompt: int) -> None:
     """Step by step, a generation holds what the schedule says."""
-    config = CrushConfig(**{"sink": 2, "window": 8, "interval": 8, "page_size": 4, **CONFIGS[name]})
+    config = CrushConfig(**{"min_tokens": 0, "sink": 2, "window": 8, "interval": 8, "page_size": 4, **CONFIGS[name]})
     model = small_model()
     inputs = prompts([prompt])
     cache = KVCrush(config).cache(model)
@@ -146,7 +147,7 @@ def test_schedule_is_that_of_the_transformers_integration(name: str, prompt: int
     interval=st.integers(0, 70),
 )
 def test_points(prompt: int, tokens: int, budget: float, page_size: int, interval: int) -> None:
-    config = CrushConfig(budget=budget, sink=4, window=8, page_size=page_size, interval=interval)
+    config = CrushConfig(budget=budget, min_tokens=0, sink=4, window=8, page_size=page_size, interval=interval)
     schedule = EvictionSchedule(config, prompt, (config.parsed_budget,), 1)
     seen, points = 0, []
     while (point := schedule.next_point(seen)) is not None and point <= prompt + tokens:

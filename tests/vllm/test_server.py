@@ -14,7 +14,7 @@ from engines import Reference, document_prompts, random_prompts
 from servers import Server, server
 from test_parity import CONFIG, LENGTHS, NEW
 
-SOAK = {"budget": 0.3, "sink": 2, "window": 16, "interval": 16, "page_size": 8}
+SOAK = {"budget": 0.3, "min_tokens": 0, "sink": 2, "window": 16, "interval": 16, "page_size": 8}
 
 
 def test_tokens(smollm: Path, smollm_reference: Reference) -> None:
@@ -27,8 +27,8 @@ def test_tokens(smollm: Path, smollm_reference: Reference) -> None:
         assert running.complete(prompts[0], NEW) == answers[0], "out of the prefix cache"
         compactions = running.metric("crushkv:compactions_total")
         assert compactions > len(prompts)
-        assert running.metric("crushkv:tokens_dropped_total") > 0.7 * sum(LENGTHS)
-        assert running.metric("crushkv:blocks_freed_total") > 0.5 * sum(LENGTHS) / 32
+        assert running.metric("crushkv:tokens_dropped_total") > 0.5 * sum(LENGTHS)
+        assert running.metric("crushkv:blocks_freed_total") > 0.4 * sum(LENGTHS) / 32
         assert running.metric("crushkv:microseconds_total") > 1000
         assert running.metric("vllm:kv_cache_usage_perc") == 0
         # A request may switch it off, and is told where it asks for what there is not.

@@ -10,10 +10,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import RequestStatus
 
+from .._version import __version__
 from ..importance import Policy
 from .blocks import CompactingManager
 from .log import logger
-from .metrics import Counters
+from .metrics import Counters, Sender
 from .schedule import EvictionSchedule
 from .settings import engine_config, request_schedule
 from .support import bytes_per_token, check_groups, check_signature
@@ -57,17 +58,43 @@ class CrushScheduler(Scheduler):
         self.config = config
         self.policy = config.make_policy()
         self.counters = Counters()
+        self.sender = Sender(self.counters)
         self.bytes_per_token = bytes_per_token(self.vllm_config)
         self.blocks = CompactingManager.adopt(self.kv_cache_manager.coordinator.single_type_managers[0])
+        self._say_what_is_on()
+
+    def _say_what_is_on(self) -> None:
+        config, longest = self.config, self.max_model_len
+        logger.info(
+            "crushkv %s is on: budget=%s, min_tokens=%d, policy=%s, interval=%d, block_size=%d",
+            __version__,
+            config.budget,
+            config.untouched_below,
+            config.policy,
+            config.interval,
+            self.blocks.block_size,
+        )
+        whole = EvictionSchedule(config, longest, (config.parsed_budget,), self.bytes_per_token, self.blocks.block_size)
+        if whole.eviction(longest, longest) is None:
+            logger.warning(
+                "crushkv: nothing will be compressed: of a request of max_model_len=%d tokens, budget=%s frees no "
+                "block of %d tokens (min_tokens=%d, sink + window = %d)",
+                longest,
+                config.budget,
+                self.blocks.block_size,
+                config.untouched_below,
+                config.sink + config.window,
+            )
 
     def add_request(self, request: Any) -> None:
-        # A streaming session's prompt grows between its turns: where it ends is not known, so it is left alone.
-        if request.request_id not in self.requests and not request.resumable:
-            parameters = request.sampling_params
+        if request.resumable:
+            # Its prompt grows between its turns: where it ends is not known.
+            logger.warning_once("crushkv: sessions with streaming input are left uncompressed")
+        elif request.request_id not in self.requests:
             schedule = request_schedule(
                 self.config,
                 request.num_prompt_tokens,
-                parameters.extra_args,
+                request.sampling_params.extra_args,
                 self.bytes_per_token,
                 self.blocks.block_size,
             )
@@ -143,7 +170,7 @@ class CrushScheduler(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            self.counters.add_to(stats)
+            self.sender.add_to(stats)
         return stats
 
 

@@ -106,7 +106,7 @@ def request_budget(
     Raises:
         ConfigError: the value is none of these.
     """
-    _check_keys(extra_args or {}, source.partition("[")[0])
+    _check_keys(extra_args or {}, source.replace(f"[{KEY!r}]", ""))
     given = (extra_args or {}).get(KEY, "on")
     word = given.strip().lower() if isinstance(given, str) and len(given) < 10 else given
     if word in _ON or word is True or (isinstance(word, int) and word == 1):
@@ -130,10 +130,12 @@ def request_schedule(
 ) -> EvictionSchedule | None:
     """When and how far a request is compacted; None for one that is left alone.
 
-    Raises:
-        ConfigError: see `request_budget`.
+    What it asks for was checked when it came in. Of one that came another way, what is not accepted counts as "off".
     """
-    budget = request_budget(config, extra_args)
+    try:
+        budget = request_budget(config, extra_args)
+    except ConfigError:
+        return None
     if budget is None:
         return None
     return EvictionSchedule(config, prompt, (config.parsed_budget, budget), bytes_per_token, block_size)
