@@ -34,7 +34,7 @@ class CrushConfig:
             in each layer (int), or bytes for one sequence over all layers (`"64MiB"`). Everything kept counts. A
             fraction counts 16 bits for a number in the model's dtype, also in a float32 model; where nothing is
             quantized it is as well the fraction of the tokens seen.
-        min_tokens: where the budget is a fraction, a prompt is left as it is, in the model's dtype, until so many of its
+        min_tokens: where the budget is a fraction, a row is left as it is, in the model's dtype, until so many of its
             tokens have been seen: a fraction of little takes away facts and frees next to nothing. Padding does not
             count. 0 compresses every prompt. Budgets in tokens or bytes do not read it.
         policy: name of an importance policy (`crushkv policies` lists them).

@@ -64,8 +64,8 @@ class Inspection:
         notes = []
         if self.report.untouched_rows:
             notes.append(
-                f"Nothing was evicted: with a fraction as budget, prompts of fewer than {self.config.min_tokens} tokens "
-                "(min_tokens) are left as they are. Every token counts as recent."
+                f"Nothing was evicted: with a fraction as budget, prompts of fewer than {self.config.min_tokens} "
+                "tokens (min_tokens) are left as they are. Every token counts as recent."
             )
         elif not self.evicted:
             always = f"sink + window = {self.config.sink} + {self.config.window}"

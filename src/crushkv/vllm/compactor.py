@@ -246,6 +246,7 @@ class Compactor:
             source = table[: -(-eviction.held // layer.block_size)]
             keys, values = layer.read(source, eviction.held)
             chosen = self._select(index, request_id, eviction, *layer.decode(keys, values))  # [Hkv, kept]
+            layer.cache[target[-1]].zero_()  # behind the last token may lie what others have left
             layer.layout.write(layer.cache, target, _gather(keys, chosen), _gather(values, chosen))
         self.totals.compactions += 1
         self.totals.tokens_dropped += eviction.held - eviction.kept

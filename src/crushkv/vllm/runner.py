@@ -21,6 +21,8 @@ from .schedule import EvictionSchedule
 from .settings import request_schedule
 from .support import bytes_per_token, check_layers, check_signature
 
+MOST_REASONS = 10  # in the log
+
 
 def check_signatures() -> None:
     """Refuses a vLLM whose model runner is not the one that the class below was written for."""
@@ -74,6 +76,7 @@ class CompactingRunner(GPUModelRunner):
         self.crush_dropped: dict[str, int] = {}
         self.crush_schedules: dict[str, EvictionSchedule | None] = {}
         self.crush_failed: set[str] = set()  # requests that the scheduler will start anew
+        self.crush_reasons: set[str] = set()  # why, as far as the log has been told
         modules = self.compilation_config.static_forward_context
         for index, name in enumerate(layers):
             watch(modules[name].impl, self.crush, index)
@@ -161,7 +164,9 @@ class CompactingRunner(GPUModelRunner):
             reason = failed.get(request_id, "another worker cannot rank its tokens")
             crush.fail(request_id, reason)
             self.crush_failed.add(request_id)
-            logger.warning_once("crushkv: a request cannot be compressed, and is left in full: %s", reason)
+            if reason not in self.crush_reasons and len(self.crush_reasons) < MOST_REASONS:
+                self.crush_reasons.add(reason)
+                logger.warning("crushkv: a request cannot be compressed, and is left in full: %s", reason)
         for request_id, compaction in compactions.items():
             self._replace_blocks(request_id, compaction.blocks)
             self.crush_dropped[request_id] = compaction.eviction.seen - compaction.eviction.kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -61,6 +62,10 @@ class CrushScheduler(Scheduler):
         self.sender = Sender(self.counters)
         self.bytes_per_token = bytes_per_token(self.vllm_config)
         self.blocks = CompactingManager.adopt(self.kv_cache_manager.coordinator.single_type_managers[0])
+        if current_platform.is_cpu():
+            # A CPU multiplies what lies behind a request's last token by zero: a NaN that another request left there
+            # would end up in its answer. vLLM clears new blocks for other kinds of models, and has all it takes.
+            self.needs_kv_cache_zeroing = self.blocks._record_new_block_ids = True
         self._say_what_is_on()
 
     def _say_what_is_on(self) -> None:
