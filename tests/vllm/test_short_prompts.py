@@ -10,8 +10,8 @@ from vllm import SamplingParams
 
 PASSWORD = (
     "The password is 'marble'. Please keep it in mind. The weather today is mild, with a light breeze from the west "
-    "and some clouds in the afternoon, and the trains are running on time again after the repairs last week. What is the "
-    "password?"
+    "and some clouds in the afternoon, and the trains are running on time again after the repairs last week. "
+    "What is the password?"
 )
 
 
