@@ -101,6 +101,7 @@ def test_strided_layout_is_the_permuted_one() -> None:
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "fraction": {"budget": 0.4},
+    "short prompts left alone": {"budget": 0.4, "min_tokens": 70},
     "tokens": {"budget": 40, "page_size": 1},
     "small": {"budget": 0.05},
     "half, long interval": {"budget": 0.5, "interval": 30},
@@ -113,7 +114,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("prompt", [5, 30, 61, 130])
 def test_schedule_is_that_of_the_transformers_integration(name: str, prompt: int) -> None:
     """Step by step, a generation holds what the schedule says."""
-    config = CrushConfig(**{"sink": 2, "window": 8, "interval": 8, "page_size": 4, **CONFIGS[name]})
+    config = CrushConfig(**{"min_tokens": 0, "sink": 2, "window": 8, "interval": 8, "page_size": 4, **CONFIGS[name]})
     model = small_model()
     inputs = prompts([prompt])
     cache = KVCrush(config).cache(model)
@@ -146,7 +147,7 @@ def test_schedule_is_that_of_the_transformers_integration(name: str, prompt: int
     interval=st.integers(0, 70),
 )
 def test_points(prompt: int, tokens: int, budget: float, page_size: int, interval: int) -> None:
-    config = CrushConfig(budget=budget, sink=4, window=8, page_size=page_size, interval=interval)
+    config = CrushConfig(budget=budget, min_tokens=0, sink=4, window=8, page_size=page_size, interval=interval)
     schedule = EvictionSchedule(config, prompt, (config.parsed_budget,), 1)
     seen, points = 0, []
     while (point := schedule.next_point(seen)) is not None and point <= prompt + tokens:
@@ -197,8 +198,12 @@ def test_engine_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CRUSHKV_VLLM", '{"policy": "h2o"}')
     assert engine_config({}) == CrushConfig(policy="h2o")
     assert engine_config({"crushkv": False}) is None, "the option comes before the variable"
-    monkeypatch.setenv("CRUSHKV_VLLM", "1")
-    assert engine_config({}) == CrushConfig()
+    for on in ("1", "true", "True", "on", "{}"):
+        monkeypatch.setenv("CRUSHKV_VLLM", on)
+        assert engine_config({}) == CrushConfig()
+    for off in ("0", "false", "off", ""):
+        monkeypatch.setenv("CRUSHKV_VLLM", off)
+        assert engine_config({}) is None
     monkeypatch.setenv("CRUSHKV_VLLM", "budget=0.5")
     with pytest.raises(ConfigError, match="environment variable CRUSHKV_VLLM"):
         engine_config({})
@@ -206,7 +211,10 @@ def test_engine_config(monkeypatch: pytest.MonkeyPatch) -> None:
         engine_config({"crushkv": {"budget": 3.5}})
 
 
-@pytest.mark.parametrize(("given", "kept"), [("on", 100), (True, 100), (0.1, 40), ("10%", 40), (50, 50), ("90%", 100)])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("on", 100), (True, 100), ("1", 100), (0.1, 40), ("10%", 40), (50, 50), ("90%", 100)],
+)
 def test_request_budget(given: Any, kept: int) -> None:
     config = CrushConfig(budget=0.25, page_size=1)
     schedule = request_schedule(config, 400, {"crushkv": given}, 1)
@@ -217,8 +225,28 @@ def test_request_budget(given: Any, kept: int) -> None:
 
 def test_request_budget_off_and_wrong() -> None:
     config = CrushConfig()
-    for off in ("off", False, 0):
+    for off in ("off", False, 0, "false", "0", "OFF"):
         assert request_budget(config, {"crushkv": off}) is None
-    for wrong in ("of", 7.5, {"budget": 0.1}, [0.1], 3):
+    for wrong in ("of", 7.5, {"budget": 0.1}, [0.1], 3, "1B"):
         with pytest.raises(ConfigError, match="extra_args"):
-            request_budget(config, {"crushkv": wrong})
+            request_budget(config, {"crushkv": wrong}, bytes_per_token=100)
+    with pytest.raises(ConfigError, match="Did you mean 'crushkv'"):
+        request_budget(config, {"crush-kv": "off"})
+
+
+@pytest.mark.parametrize(("block_size", "kept"), [(1, 25), (32, 25), (64, 25), (100, None), (128, None)])
+def test_no_eviction_without_a_free_block(block_size: int, kept: int | None) -> None:
+    schedule = request_schedule(CrushConfig(budget=25, sink=2, window=8, page_size=1), 100, None, 1, block_size)
+    assert schedule is not None
+    eviction = schedule.eviction(100, 100)
+    assert (None if eviction is None else eviction.kept) == kept
+    assert schedule.most_held(100) == 100
+
+
+def test_a_fraction_leaves_short_prompts_alone() -> None:
+    for prompt, evicted in ((49, False), (50, True)):
+        for extra, always in ((None, False), ({"crushkv": 40}, True), ({"crushkv": 0.1}, False)):
+            config = CrushConfig(budget=0.9, min_tokens=50, page_size=1)
+            schedule = request_schedule(config, prompt, extra, 1)
+            assert schedule is not None
+            assert (schedule.eviction(prompt, prompt) is not None) == (evicted or always)

@@ -16,6 +16,7 @@ from .errors import ConfigError, nearest
 from .importance import Policy, make_policy
 from .presets import PRESETS
 from .storage import RAW, WIDEST, WIDTHS, Formats
+from .text import MOST_JSON, check_bounded, quoted, read_json
 
 Threshold = Literal["budget", "median"]
 Signature = Literal["per_head", "collapsed"]
@@ -83,7 +84,7 @@ class CrushConfig:
     """
 
     budget: float | int | str = 0.25
-    min_tokens: int = 256
+    min_tokens: int = 512
     policy: str = "readahead"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     sink: int = 4
@@ -111,8 +112,13 @@ class CrushConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            check_bounded(f.name, getattr(self, f.name))
         # JSON and the command line bring lists and strings
-        anchors = (self.anchors,) if isinstance(self.anchors, str) else tuple(self.anchors)
+        anchors = (self.anchors,) if isinstance(self.anchors, str) else self.anchors
+        if not isinstance(anchors, (list, tuple)) or not all(isinstance(anchor, str) for anchor in anchors):
+            raise ConfigError(f"anchors={anchors!r}: accepted are one or more different anchors")
+        anchors = tuple(anchors)
         object.__setattr__(self, "anchors", anchors)
         if isinstance(self.share_bounds, list):
             object.__setattr__(self, "share_bounds", tuple(self.share_bounds))
@@ -235,6 +241,8 @@ class CrushConfig:
             )
 
     def _check_policy(self) -> None:
+        if not isinstance(self.policy, str):
+            raise ConfigError(f"policy={quoted(self.policy)}: accepted is the name of a policy")
         policy = self.make_policy()
         if self.representative_share == "dynamic" and not policy.gives_mass:
             raise ConfigError(
@@ -305,7 +313,7 @@ class CrushConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise ConfigError(f"unknown field {name!r}.{nearest(name, known)}")
+                raise ConfigError(f"unknown field {quoted(name)}.{nearest(str(name), known)}")
         try:
             return cls(**values)
         except TypeError as error:
@@ -316,10 +324,7 @@ class CrushConfig:
 
     @classmethod
     def from_json(cls, text: str) -> CrushConfig:
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"configuration is no JSON: {error}") from None
+        values = read_json(text, "configuration")
         if not isinstance(values, dict):
             raise ConfigError("configuration: expected a JSON object of fields")
         return cls.from_dict(values)
@@ -330,14 +335,18 @@ class CrushConfig:
         if str(path) in PRESETS:
             return cls.preset(str(path))
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            with open(path, encoding="utf-8") as file:
+                text = file.read(MOST_JSON + 1)
         except FileNotFoundError:
             raise ConfigError(
-                f"configuration {str(path)!r}: no such file, and no such preset.{nearest(str(path), PRESETS)}"
+                f"configuration {quoted(str(path))}: no such file, and no such preset.{nearest(str(path), PRESETS)}"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration {str(path)!r}: {error}") from None
-        return cls.from_json(text)
+        except (OSError, ValueError) as error:  # also of a path with a zero in it, or text that is not UTF-8
+            raise ConfigError(f"configuration {quoted(str(path))}: {error}") from None
+        try:
+            return cls.from_json(text)
+        except ConfigError as error:
+            raise ConfigError(f"configuration {quoted(str(path))}: {error}") from None
 
 
 def _pair(bits: Bits) -> tuple[float, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,8 +13,11 @@ from .config import CrushConfig
 from .errors import ConfigError, nearest
 from .importance import check_loads, policies
 from .presets import PRESETS
+from .text import quoted, read_json
 
 FULL = "full"
+_LONGEST = 5_000  # characters
+_MOST_ALTERNATIVES = 1_000
 _FIELDS = frozenset(f.name for f in dataclasses.fields(CrushConfig))
 
 
@@ -28,6 +31,7 @@ def parse_config(text: str) -> CrushConfig | None:
     Raises:
         ConfigError: a name is unknown, or a value is not accepted; the message quotes the text.
     """
+    _check_length(text)
     name, rest = split_name(text)
     if name == FULL and not rest:
         return None
@@ -57,7 +61,7 @@ def parse_config(text: str) -> CrushConfig | None:
             values["policy_options"] = {**values.get("policy_options", base.get("policy_options", {})), **own}
         return CrushConfig.from_dict({**base, **values})
     except ConfigError as error:
-        raise ConfigError(f"configuration {text!r}: {error}") from None
+        raise ConfigError(f"configuration {quoted(text)}: {error}") from None
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -67,10 +71,22 @@ def split_name(text: str) -> tuple[str, str]:
 
 
 def expand(text: str) -> list[str]:
-    """Braces stand for each of their alternatives: `{h2o,snapkv}:budget={0.5,0.25}` is four configurations."""
+    """Braces stand for each of their alternatives: `{h2o,snapkv}:budget={0.5,0.25}` is four configurations.
+
+    Raises:
+        ConfigError: the text stands for more than a thousand.
+    """
+    _check_length(text)
     pieces = re.split(r"\{([^{}]*)\}", text)
     choices = [[piece] if i % 2 == 0 else [c.strip() for c in piece.split(",")] for i, piece in enumerate(pieces)]
+    if (count := math.prod(map(len, choices))) > _MOST_ALTERNATIVES:
+        raise ConfigError(f"{quoted(text)}: {quoted(count)} configurations; accepted are {_MOST_ALTERNATIVES}")
     return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _check_length(text: str) -> None:
+    if len(text) > _LONGEST:
+        raise ConfigError(f"configuration {quoted(text)}: accepted are at most {_LONGEST} characters")
 
 
 def read_field(name: str, text: str) -> Any:
@@ -97,10 +113,10 @@ def _flag(text: str) -> bool | str:
 
 
 def read_value(text: str) -> Any:
-    """What is no JSON value is a string."""
+    """A JSON value, or the text itself where it is none."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return read_json(text, "value")
+    except ConfigError:
         return text
 
 

@@ -33,11 +33,12 @@ def one_line(text: str, limit: int = 1000) -> str:
 
 
 _LISTED = 100  # names at most
+_COMPARED = 100  # characters at most: what is longer is nobody's misspelling, and takes long to compare
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` when a known name is close to `name`, and the list of what is known, unless it is long."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) if len(name) <= _COMPARED else []
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return guess if len(known) > _LISTED else f"{guess} Known: {', '.join(known)}."

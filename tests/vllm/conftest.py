@@ -19,6 +19,10 @@ from engines import Reference, small_model
 from crushkv.embedded import embedded_model_path
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-seconds", type=float, default=15, help="how long each soak test keeps an engine busy")
+
+
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """The embedded model."""

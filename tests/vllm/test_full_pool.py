@@ -15,7 +15,7 @@ def test_pool_without_a_free_block(small: Path, small_reference: Reference) -> N
     options = {"num_gpu_blocks_override": 45, "enable_prefix_caching": True, "skip_tokenizer_init": True}
     with engine(small, CONFIG, max_num_batched_tokens=256, **options) as e:
         name = e.add(long, 12)
-        while not e.crush.totals.compactions:
+        while not e.scheduler.counters.compactions:
             tables = list(e.manager.req_to_blocks.values())
             before = {block.block_id for block in tables[0]} if tables else set()
             free = e.pool.get_num_free_blocks()

@@ -20,6 +20,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from crushkv import ConfigError, CrushConfig, UnsupportedModelError
+from crushkv.vllm.settings import engine_config
 from crushkv.vllm.support import check_engine, check_groups, check_signature
 
 PROMPTS = random_prompts([200, 90, 330], seed=1)
@@ -117,10 +118,20 @@ def test_refused_formats(small: Path) -> None:
         ({"budget": 300}, "budget=300 tokens is above max_model_len=256"),
         ({"budget": 0}, "budget=0"),
         ("on", "accepted are an object"),
+        ({"window": 5000}, "window=5000: accepted are fewer than max_model_len=256"),
+        ({"sink": 256}, "sink=256"),
+        ({"budget": "1B"}, "smaller than the .* bytes of sink . window"),
     ],
 )
 def test_refused_configuration(small: Path, crush: Any, match: str) -> None:
     refused(small, match, crush, ConfigError)
+
+
+@pytest.mark.parametrize("additional", [{"CrushKV": {}}, {"crush_kv": True}, {"kvcrush": {}}, {"budget": 0.25}])
+def test_refused_keys(small: Path, additional: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="crushkv"):
+        LLM(str(small), additional_config=additional, skip_tokenizer_init=True, max_model_len=256)
+    assert engine_config({"somebody_else": {"budget": 3}}) is None
 
 
 SIZES: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from engines import Reference, engine, random_prompts
 
-SMALL: dict[str, Any] = {"budget": 0.3, "sink": 2, "window": 16, "interval": 16, "page_size": 8}
+SMALL: dict[str, Any] = {"budget": 0.3, "min_tokens": 0, "sink": 2, "window": 16, "interval": 16, "page_size": 8}
 CONFIGS: dict[str, dict[str, Any]] = {
     "pages": {},
     "tokens": {"page_size": 1},

@@ -11,7 +11,7 @@ from engines import BLOCK, Engine, Reference, engine, random_prompts
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.math_utils import cdiv
 
-CONFIG: dict[str, Any] = {"budget": 0.3, "sink": 2, "window": 16, "interval": 16, "page_size": 8}
+CONFIG: dict[str, Any] = {"budget": 0.3, "min_tokens": 0, "sink": 2, "window": 16, "interval": 16, "page_size": 8}
 PROMPTS = random_prompts([150, 300, 90, 60, 220, 260, 70, 180])
 NEW = 40
 
@@ -71,14 +71,14 @@ def test_aborted_in_the_step_of_its_eviction(running: Engine) -> None:
 
 
 def test_held_is_bounded(running: Engine) -> None:
-    """A long generation holds no more than budget + one interval."""
+    """A long generation holds no more than the blocks of its budget, and one interval."""
     prompt = PROMPTS[1]
 
     def after_step(e: Engine) -> None:
         for request in e.scheduler.running:
             seen = request.num_computed_tokens
             if seen > len(prompt):
-                bound = int(0.3 * seen) + CONFIG["interval"]
+                bound = cdiv(int(0.3 * seen), BLOCK) * BLOCK + CONFIG["interval"]
                 assert e.manager.held(request.request_id, seen) <= bound
                 assert len(e.manager.req_to_blocks[request.request_id]) <= cdiv(bound, BLOCK)
 

@@ -9,7 +9,7 @@ import pytest
 from engines import Reference, random_prompts
 from servers import server
 
-CONFIG = {"budget": 0.3, "sink": 2, "window": 16, "interval": 16, "page_size": 8}
+CONFIG = {"budget": 0.3, "min_tokens": 0, "sink": 2, "window": 16, "interval": 16, "page_size": 8}
 PROMPTS = random_prompts([150, 300, 90, 60, 220, 260, 70, 180])
 NEW = 40
 

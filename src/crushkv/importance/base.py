@@ -12,12 +12,18 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
+_MOST = 10**6
+
 
 def check_integer(name: str, value: object, odd: bool = False, least: int = 1) -> None:
-    """Raises `ConfigError` unless an option is an integer of at least `least` (and odd, where that is asked for)."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (odd and value % 2 == 0):
+    """Raises `ConfigError` unless an option is an integer of at least `least` (and odd, where that is asked for).
+
+    Options count tokens, so that none needs more than a million: memory is taken for them.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value <= _MOST or (odd and value % 2 == 0):  # type: ignore[operator]
         kind = "an odd integer" if odd else "an integer"
-        raise ConfigError(f"policy_options: {name}={value!r}: accepted is {kind} of at least {least}")
+        raise ConfigError(f"policy_options: {name}={value!r}: accepted is {kind} of at least {least}, at most {_MOST}")
 
 
 def check_number(name: str, value: object) -> None:

@@ -14,7 +14,7 @@ from .schedule import Eviction, EvictionSchedule
 
 @dataclass(frozen=True)
 class Compaction:
-    """What a worker is told: after this step, move what is kept into `blocks`, which are then all that is held."""
+    """What a worker is told: before this step, move what is kept into `blocks`, which are then all that is held."""
 
     eviction: Eviction
     blocks: list[int]
@@ -25,7 +25,6 @@ class _Reservation:
     eviction: Eviction
     target: list[KVCacheBlock]
     fresh: list[KVCacheBlock]  # the part of the target that was taken from the pool
-    freed: int = 0
 
     @property
     def in_place(self) -> bool:
@@ -35,9 +34,11 @@ class _Reservation:
 class CompactingManager(FullAttentionManager):
     """vLLM's manager of full-attention blocks, for requests that hold less than they have seen.
 
-    A request is compacted in the step that computes its tokens up to a point of its schedule. The blocks for what is
-    kept are reserved together with those of the step, so that vLLM's own ways of making room (a request waits, others
-    are preempted) apply to them, and a compaction is never put off. `commit` then ends the scheduler's step.
+    A request is compacted between the step that computes its tokens up to a point of its schedule and the next one, so
+    that the token of the first step does not wait for it. The blocks for what is kept are reserved together with those
+    of the first step, so that vLLM's own ways of making room (a request waits, others are preempted) apply to them.
+    `commit` then ends the scheduler's step: what does not fit into the reserved blocks is free for the next one. Its
+    workers move what is kept (`take_due`) before they write anything.
 
     Where prefix caching is on, what is kept is copied out into fresh blocks, and the old ones stay in the prefix
     cache. Where too few blocks are free, the request's own blocks take the rest, those that nobody shares, and leave
@@ -47,12 +48,13 @@ class CompactingManager(FullAttentionManager):
     schedules: dict[str, EvictionSchedule]
     dropped: dict[str, int]  # tokens seen and no longer held
     reservations: dict[str, _Reservation]
+    due: dict[str, Compaction]  # committed, and not yet taken
 
     @classmethod
     def adopt(cls, manager: FullAttentionManager) -> CompactingManager:
         """Turns vLLM's manager into this one. vLLM creates it deep inside, and keeps several references to it."""
         manager.__class__ = cls
-        manager.schedules, manager.dropped, manager.reservations = {}, {}, {}
+        manager.schedules, manager.dropped, manager.reservations, manager.due = {}, {}, {}, {}
         return manager
 
     def held(self, request_id: str, seen: int) -> int:
@@ -126,16 +128,22 @@ class CompactingManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.dropped.pop(request_id, None)
+        self.due.pop(request_id, None)  # nobody will read it
         reservation = self.reservations.pop(request_id, None)
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
         return blocks if reservation is None else blocks + reservation.fresh
 
-    def commit(self) -> tuple[dict[str, Compaction], int]:
-        """Ends a step of the scheduler: its compactions by request, and how many blocks they free.
+    def take_due(self) -> dict[str, Compaction]:
+        """The compactions of the step before, without those of requests that have ended or start anew."""
+        due, self.due = self.due, {}
+        return due
+
+    def commit(self) -> tuple[list[Eviction], int]:
+        """Ends a step of the scheduler: its evictions, and how many blocks they free.
 
         The blocks are free at once: whoever gets them next writes to them in a later step, behind the compaction.
         """
-        compactions, freed = {}, 0
+        evictions, freed = [], 0
         for request_id, reservation in self.reservations.items():
             old, target = self.req_to_blocks[request_id], reservation.target
             ids = [block.block_id for block in target]
@@ -145,6 +153,7 @@ class CompactingManager(FullAttentionManager):
             eviction = reservation.eviction
             self.dropped[request_id] = eviction.seen - eviction.kept
             freed += len(old) - len(target)
-            compactions[request_id] = Compaction(eviction, ids)
+            evictions.append(eviction)
+            self.due[request_id] = Compaction(eviction, ids)
         self.reservations.clear()
-        return compactions, freed
+        return evictions, freed

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import CrushConfig
 from ..core import layer_seed, select
+from ..errors import ScoreError
 from ..importance import GATHERED, LayerView, kept_mass
 from .layout import CacheLayout
 from .query_tails import QueryTails
@@ -122,6 +123,7 @@ class Compactor:
         self._scored = GATHERED if self.policy.streams else self.policy.queries(config.window)
         self._tails = QueryTails(len(layers), self._scored)
         self._mass: dict[str, _Mass] = {}
+        self._failed: dict[str, str] = {}  # why these requests cannot be compressed
         self._sources: Tensor | None = None  # of the step's queries, those to remember
         self._places: Tensor | None = None
         self._streamed: list[StepRow] = []
@@ -134,6 +136,8 @@ class Compactor:
         sources: list[int] = []
         places: list[int] = []
         for row in rows:
+            if row.request_id in self._failed:
+                continue
             start = self._stream(row) if self.policy.streams else self._needed(row)
             if start is not None and start < row.seen:
                 sources += range(row.first + start - row.computed, row.first + row.tokens)
@@ -173,12 +177,16 @@ class Compactor:
             self._accumulate(layer, row.request_id, row.blocks, row.held, gathered)
 
     def _accumulate(self, index: int, request_id: str, blocks: Tensor, held: int, queries: Tensor) -> None:
+        if request_id in self._failed:
+            return
         layer = self.layers[index]
         size = layer.block_size
-        keys, values = layer.decode(*layer.read(blocks[: -(-held // size)], held))
-        mass = self._mass[request_id].layers
-        view = self._view(layer, keys, values, queries, mass.get(index))
-        mass[index] = self.policy.accumulate(view)
+        try:
+            keys, values = layer.decode(*layer.read(blocks[: -(-held // size)], held))
+            mass = self._mass[request_id].layers
+            mass[index] = self.policy.accumulate(self._view(layer, keys, values, queries, mass.get(index)))
+        except Exception as error:  # the policy's, which may be anybody's: the others' answers do not depend on it
+            self._failed[request_id] = _reason(error)
 
     def _view(
         self,
@@ -199,23 +207,37 @@ class Compactor:
             seed=layer_seed(self.config.seed, layer.index, seen),
         )
 
-    @torch.no_grad()
-    def end(self, compactions: Mapping[str, Compaction], tables: Mapping[str, Tensor]) -> None:
-        """After the model has run: compacts what the scheduler says.
-
-        Args:
-            tables: block tables of these requests, int64, as they were during the step.
-        """
+    def end(self) -> None:
+        """After the model has run."""
         for row in self._flushed:
             self._mass[row.request_id].pending = 0
         self._sources = self._places = None
         self._streamed, self._flushed = [], []
-        if not compactions:
-            return
+
+    @torch.no_grad()
+    def compact(self, compactions: Mapping[str, Compaction], tables: Mapping[str, Tensor]) -> dict[str, str]:
+        """Between two steps: compacts what the scheduler says.
+
+        Args:
+            tables: block tables of these requests, int64, as they were during the step before.
+
+        Returns:
+            The requests whose tokens cannot be ranked (the scores are NaN, or the policy fails), and why. Their blocks
+            hold nothing of use afterwards. They are not observed again until `forget`.
+        """
         start = time.perf_counter()
         for request_id, compaction in compactions.items():
-            self._compact(request_id, compaction, tables[request_id])
+            if request_id in self._failed:
+                continue
+            try:
+                self._compact(request_id, compaction, tables[request_id])
+            except Exception as error:  # a policy may be anybody's, and the engine has other requests
+                self._failed[request_id] = _reason(error)
+        failed = {name: self._failed[name] for name in compactions if name in self._failed}
+        for request_id in failed:
+            self._release(request_id)
         self.totals.seconds += time.perf_counter() - start
+        return failed
 
     def _compact(self, request_id: str, compaction: Compaction, table: Tensor) -> None:
         eviction = compaction.eviction
@@ -224,6 +246,7 @@ class Compactor:
             source = table[: -(-eviction.held // layer.block_size)]
             keys, values = layer.read(source, eviction.held)
             chosen = self._select(index, request_id, eviction, *layer.decode(keys, values))  # [Hkv, kept]
+            layer.cache[target[-1]].zero_()  # behind the last token may lie what others have left
             layer.layout.write(layer.cache, target, _gather(keys, chosen), _gather(values, chosen))
         self.totals.compactions += 1
         self.totals.tokens_dropped += eviction.held - eviction.kept
@@ -250,21 +273,33 @@ class Compactor:
         seed = layer_seed(self.config.seed, layer.index, eviction.seen)
         selection = select(head_score, layer.kv_heads, budget, self.config.selection, seed=seed)
         chosen = selection.indices[0]
-        assert chosen.shape[1] == eviction.kept, "scheduler and worker disagree on how many tokens are kept"
+        if chosen.shape[1] != eviction.kept:
+            raise ScoreError(f"{chosen.shape[1]} tokens were selected, and the scheduler has room for {eviction.kept}")
         if mass is not None:
             self._mass[request_id].layers[index] = kept_mass(mass, selection.indices)
         return chosen
 
     def forget(self, request_id: str) -> None:
-        """A request has ended, or will start anew."""
+        """A request has ended."""
+        self._failed.pop(request_id, None)
+        self._release(request_id)
+
+    def restart(self, request_id: str) -> None:
+        """A request will be computed anew, from its first token."""
+        self._release(request_id)
+
+    def fail(self, request_id: str, reason: str) -> None:
+        """Another worker cannot rank the tokens of this request."""
+        self._failed[request_id] = reason
+        self._release(request_id)
+
+    def _release(self, request_id: str) -> None:
         self._tails.release(request_id)
         self._mass.pop(request_id, None)
 
-    @property
-    def state_nbytes(self) -> int:
-        """Bytes held besides the cache: last queries, attention mass."""
-        masses = sum(mass.nbytes for state in self._mass.values() for mass in state.layers.values())
-        return self._tails.nbytes + masses
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _gather(tokens: Tensor, chosen: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ SCHEDULER = "crushkv.vllm.scheduler.CrushScheduler"
 ASYNC_SCHEDULER = "crushkv.vllm.scheduler.CrushAsyncScheduler"
 CPU_WORKER = "crushkv.vllm.cpu_worker.CrushCPUWorker"
 GPU_WORKER = "crushkv.vllm.gpu_worker.CrushGPUWorker"
+CLIENT_SOURCE = f"vllm_xargs[{KEY!r}] (in Python: extra_args)"
 
 
 def register() -> None:
@@ -24,6 +25,8 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
+
+    from .support import bytes_per_token
 
     if hasattr(EngineArgs.create_engine_config, "crushkv"):  # plugins may be loaded more than once
         return
@@ -40,9 +43,11 @@ def register() -> None:
         config = engine_config(self.vllm_config.additional_config)
         if config is not None:
             try:
-                request_budget(config, getattr(params, "extra_args", None))
+                request_budget(
+                    config, getattr(params, "extra_args", None), bytes_per_token(self.vllm_config), CLIENT_SOURCE
+                )
             except ConfigError as error:  # as what vLLM's server answers with "bad request"
-                raise VLLMValidationError(str(error), parameter="extra_args") from None
+                raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
         return validate(self, params, *args, **kwargs)
 
     create_engine_config.crushkv = True  # type: ignore[attr-defined]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ..config import CrushConfig
-from .compactor import Compactor, PagedLayer, StepRow
+from .compactor import Compaction, Compactor, PagedLayer, StepRow
+from .log import logger
 from .schedule import EvictionSchedule
 from .settings import request_schedule
 from .support import bytes_per_token, check_layers, check_signature
+
+MOST_REASONS = 10  # in the log
 
 
 def check_signatures() -> None:
@@ -24,6 +30,34 @@ def check_signatures() -> None:
     check_signature(GPUModelRunner._prepare_inputs, "scheduler_output", "num_scheduled_tokens")
     check_signature(GPUModelRunner.execute_model, "scheduler_output", "intermediate_tensors")
     check_signature(GPUModelRunner.sample_tokens, "grammar_output")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker says with a step's tokens.
+
+    Attributes:
+        microseconds: spent on compactions since the last report.
+        failed: requests that could not be compacted before the step: their tokens of this step are of no use.
+    """
+
+    microseconds: int
+    failed: frozenset[str]
+
+
+def _with(output: ModelRunnerOutput, report: Report) -> ModelRunnerOutput:
+    output.crushkv = report
+    return output
+
+
+def _of_all_workers(flags: list[bool], names: list[str]) -> list[str]:
+    """The names whose flag is set in any worker of a tensor-parallel group."""
+    group = get_tp_group()
+    if group.world_size > 1:
+        shared = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+        flags = shared.bool().tolist()
+    return [name for name, flag in zip(names, flags, strict=True) if flag]
 
 
 class CompactingRunner(GPUModelRunner):
@@ -41,22 +75,26 @@ class CompactingRunner(GPUModelRunner):
         self.crush_reported = 0.0  # of the seconds spent, how many the scheduler has heard of
         self.crush_dropped: dict[str, int] = {}
         self.crush_schedules: dict[str, EvictionSchedule | None] = {}
+        self.crush_failed: set[str] = set()  # requests that the scheduler will start anew
+        self.crush_reasons: set[str] = set()  # why, as far as the log has been told
         modules = self.compilation_config.static_forward_context
         for index, name in enumerate(layers):
             watch(modules[name].impl, self.crush, index)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         if self.crush is not None:
-            resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
-            for request_id in (*scheduler_output.finished_req_ids, *resumed):
-                self._forget(request_id)
+            for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+                self.crush.restart(request_id)
+                self._start_anew(request_id)
+            for request_id in scheduler_output.finished_req_ids:
+                self.crush.forget(request_id)
+                self._start_anew(request_id)
         return super()._update_states(scheduler_output)
 
-    def _forget(self, request_id: str) -> None:
-        assert self.crush is not None
-        self.crush.forget(request_id)
+    def _start_anew(self, request_id: str) -> None:
         self.crush_dropped.pop(request_id, None)
         self.crush_schedules.pop(request_id, None)
+        self.crush_failed.discard(request_id)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -108,24 +146,64 @@ class CompactingRunner(GPUModelRunner):
         return self.crush_schedules[request_id]
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        if self.crush is None:
+            return super().execute_model(scheduler_output, intermediate_tensors)
+        # Those of the step before, whose tokens are on their way to the clients by now. Steps that vLLM makes without
+        # its scheduler bring none.
+        self._compact(self.crush, getattr(scheduler_output, "crushkv", {}))
         result = super().execute_model(scheduler_output, intermediate_tensors)
-        if self.crush is not None:
-            # Steps that vLLM makes without its scheduler bring none.
-            compactions = getattr(scheduler_output, "crushkv", {})
-            tables = {request_id: self._table(request_id) for request_id in compactions}
-            self.crush.end(compactions, tables)
-            for request_id, compaction in compactions.items():
-                self._replace_blocks(request_id, compaction.blocks)
-                self.crush_dropped[request_id] = compaction.eviction.seen - compaction.eviction.kept
+        self.crush.end()
         return result
 
+    def _compact(self, crush: Compactor, compactions: Mapping[str, Compaction]) -> None:
+        compactions = {name: compaction for name, compaction in compactions.items() if name in self.requests}
+        if not compactions:
+            return
+        failed = crush.compact(compactions, {request_id: self._table(request_id) for request_id in compactions})
+        for request_id in _of_all_workers([request_id in failed for request_id in compactions], list(compactions)):
+            reason = failed.get(request_id, "another worker cannot rank its tokens")
+            crush.fail(request_id, reason)
+            self.crush_failed.add(request_id)
+            if reason not in self.crush_reasons and len(self.crush_reasons) < MOST_REASONS:
+                self.crush_reasons.add(reason)
+                logger.warning("crushkv: a request cannot be compressed, and is left in full: %s", reason)
+        for request_id, compaction in compactions.items():
+            self._replace_blocks(request_id, compaction.blocks)
+            self.crush_dropped[request_id] = compaction.eviction.seen - compaction.eviction.kept
+
     def sample_tokens(self, grammar_output: Any) -> Any:
+        if self.crush is None:
+            return super().sample_tokens(grammar_output)
+        unused = self._without_unused_generators()
         result = super().sample_tokens(grammar_output)
-        if self.crush is not None and isinstance(result, ModelRunnerOutput):
-            seconds = self.crush.totals.seconds
-            result.crushkv_microseconds = round((seconds - self.crush_reported) * 1e6)
-            self.crush_reported = seconds
+        self.input_batch.generators.update(unused)
+        if isinstance(result, AsyncModelRunnerOutput):
+            get, report = result.get_output, self._report()
+            result.get_output = lambda: _with(get(), report)
+        elif isinstance(result, ModelRunnerOutput) and result is not EMPTY_MODEL_RUNNER_OUTPUT:
+            _with(result, self._report())
         return result
+
+    def _without_unused_generators(self) -> dict[int, torch.Generator]:
+        """Takes away, and returns, the generators of rows whose token nobody gets: they must not advance.
+
+        vLLM lets them advance and rewinds them afterwards, which generators of a CPU cannot. Without its generator such
+        a row draws from the common one.
+        """
+        generators = self.input_batch.generators
+        rows = set(np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist())
+        rows.update(
+            self.input_batch.req_id_to_index[name] for name in self.crush_failed & set(self.input_batch.req_ids)
+        )
+        return {row: generators.pop(row) for row in rows & generators.keys()}
+
+    def _report(self) -> Report:
+        """What the scheduler has to hear."""
+        assert self.crush is not None
+        seconds = self.crush.totals.seconds
+        report = Report(round((seconds - self.crush_reported) * 1e6), frozenset(self.crush_failed))
+        self.crush_reported = seconds
+        return report
 
     def _table(self, request_id: str) -> Tensor:
         blocks = self.requests[request_id].block_ids[0]

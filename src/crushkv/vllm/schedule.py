@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 
@@ -37,12 +38,14 @@ class EvictionSchedule:
         prompt: tokens of the prompt.
         budgets: each holds; the smallest decides.
         bytes_per_token: keys and values of one token in all layers, for budgets in bytes.
+        block_size: tokens in a block of vLLM's; an eviction that frees none does not take place.
     """
 
     config: CrushConfig
     prompt: int
     budgets: tuple[Budget, ...]
     bytes_per_token: int
+    block_size: int = 1
 
     def is_point(self, seen: int) -> bool:
         return self.next_point(seen - 1) == seen
@@ -56,16 +59,20 @@ class EvictionSchedule:
 
     def eviction(self, seen: int, held: int) -> Eviction | None:
         """What happens at the point `seen` to a request that holds `held` tokens; None where all are kept."""
-        count = torch.tensor([seen])
-        tokens = min(int(budget.tokens(count, self.bytes_per_token)) for budget in self.budgets)
-        budget = max(tokens, min(seen, self.config.sink + self.config.window))
+        config = self.config
+        budget = max(min(map(self._tokens, self.budgets, repeat(seen))), min(seen, config.sink + config.window))
         if held <= budget:
             return None
-        zones = divide(
-            torch.tensor([held]), torch.tensor([budget]), self.config.sink, self.config.window, self.config.page_size
-        )
-        kept = int(zones.kept(self.config.page_size))
+        zones = divide(torch.tensor([held]), torch.tensor([budget]), config.sink, config.window, config.page_size)
+        kept = int(zones.kept(config.page_size))
+        if -(-kept // self.block_size) == -(-held // self.block_size):
+            return None  # tokens would be lost, and no block would come free
         return Eviction(seen, held, budget, kept)
+
+    def _tokens(self, budget: Budget, seen: int) -> int:
+        if budget.kind == "fraction" and seen < self.config.min_tokens:
+            return seen
+        return int(budget.tokens(torch.tensor([seen]), self.bytes_per_token))
 
     def most_held(self, seen: int) -> int:
         """The most tokens that the request holds at a time until it has seen `seen`, from the beginning."""

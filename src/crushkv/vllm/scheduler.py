@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import RequestStatus
 
+from .._version import __version__
 from ..importance import Policy
 from .blocks import CompactingManager
-from .metrics import Counters
+from .log import logger
+from .metrics import Counters, Sender
 from .schedule import EvictionSchedule
 from .settings import engine_config, request_schedule
 from .support import bytes_per_token, check_groups, check_signature
-
-logger = init_logger(__name__)
 
 
 def check_signatures() -> None:
@@ -26,6 +28,8 @@ def check_signatures() -> None:
     check_signature(Scheduler._get_local_prefix_cache_hit, "request")
     check_signature(Scheduler._reserve_prefill_lookahead, "request", "num_computed_tokens", "num_new_tokens")
     check_signature(Scheduler._free_blocks, "request")
+    check_signature(Scheduler._preempt_request, "request", "timestamp", "drop_stale_output")
+    check_signature(Scheduler.update_from_output, "scheduler_output", "model_runner_output")
     check_signature(
         FullAttentionManager.get_num_blocks_to_allocate,
         "request_id",
@@ -55,15 +59,49 @@ class CrushScheduler(Scheduler):
         self.config = config
         self.policy = config.make_policy()
         self.counters = Counters()
+        self.sender = Sender(self.counters)
         self.bytes_per_token = bytes_per_token(self.vllm_config)
         self.blocks = CompactingManager.adopt(self.kv_cache_manager.coordinator.single_type_managers[0])
+        if current_platform.is_cpu():
+            # A CPU multiplies what lies behind a request's last token by zero: a NaN that another request left there
+            # would end up in its answer. vLLM clears new blocks for other kinds of models, and has all it takes.
+            self.needs_kv_cache_zeroing = self.blocks._record_new_block_ids = True
+        self._say_what_is_on()
+
+    def _say_what_is_on(self) -> None:
+        config, longest = self.config, self.max_model_len
+        logger.info(
+            "crushkv %s is on: budget=%s, min_tokens=%d, policy=%s, interval=%d, block_size=%d",
+            __version__,
+            config.budget,
+            config.untouched_below,
+            config.policy,
+            config.interval,
+            self.blocks.block_size,
+        )
+        whole = EvictionSchedule(config, longest, (config.parsed_budget,), self.bytes_per_token, self.blocks.block_size)
+        if whole.eviction(longest, longest) is None:
+            logger.warning(
+                "crushkv: nothing will be compressed: of a request of max_model_len=%d tokens, budget=%s frees no "
+                "block of %d tokens (min_tokens=%d, sink + window = %d)",
+                longest,
+                config.budget,
+                self.blocks.block_size,
+                config.untouched_below,
+                config.sink + config.window,
+            )
 
     def add_request(self, request: Any) -> None:
-        # A streaming session's prompt grows between its turns: where it ends is not known, so it is left alone.
-        if request.request_id not in self.requests and not request.resumable:
-            parameters = request.sampling_params
+        if request.resumable:
+            # Its prompt grows between its turns: where it ends is not known.
+            logger.warning_once("crushkv: sessions with streaming input are left uncompressed")
+        elif request.request_id not in self.requests:
             schedule = request_schedule(
-                self.config, request.num_prompt_tokens, parameters.extra_args, self.bytes_per_token
+                self.config,
+                request.num_prompt_tokens,
+                request.sampling_params.extra_args,
+                self.bytes_per_token,
+                self.blocks.block_size,
             )
             if schedule is not None:
                 self.blocks.schedules[request.request_id] = schedule
@@ -108,22 +146,36 @@ class CrushScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         output = super().schedule(throttle_prefills)
-        compactions, freed = self.blocks.commit()
-        output.crushkv = compactions
-        self.counters.compactions += len(compactions)
-        self.counters.tokens_dropped += sum(c.eviction.held - c.eviction.kept for c in compactions.values())
+        output.crushkv = self.blocks.take_due()
+        evictions, freed = self.blocks.commit()
+        self.counters.compactions += len(evictions)
+        self.counters.tokens_dropped += sum(eviction.held - eviction.kept for eviction in evictions)
         self.counters.blocks_freed += freed
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        # Workers that answer asynchronously do not say.
-        self.counters.microseconds += getattr(model_runner_output, "crushkv_microseconds", 0)
+        report = getattr(model_runner_output, "crushkv", None)
+        if report is not None:
+            self.counters.microseconds += report.microseconds
+            for request_id in report.failed:
+                self._leave_alone(request_id)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _leave_alone(self, request_id: str) -> None:
+        """A request could not be compacted, and its blocks are gone: it is computed anew, and left in full."""
+        if self.blocks.schedules.pop(request_id, None) is None:
+            return  # heard of before
+        request = self.requests.get(request_id)
+        if request is not None and request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            # What is computed of it in this step, or already scheduled for the next, is of no use.
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            self.prev_step_scheduled_req_ids.discard(request_id)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            self.counters.add_to(stats)
+            self.sender.add_to(stats)
         return stats
 
 

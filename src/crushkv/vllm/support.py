@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from ..config import CrushConfig
 from ..errors import ConfigError, UnsupportedModelError
+from .settings import check_budget
 
 VERSIONS = "0.32"
 UNTESTED = "CRUSHKV_VLLM_UNTESTED"
@@ -38,13 +39,19 @@ def check_engine(vllm_config: Any, config: CrushConfig) -> None:
         refuse(iter([f"vLLM {vllm.__version__}: this release of crushkv works with vLLM {VERSIONS}.x"]))
     refuse(_reasons(vllm_config, config))
     _check_sizes(config, vllm_config.model_config.max_model_len)
+    check_budget(config, bytes_per_token(vllm_config))
 
 
 def _check_sizes(config: CrushConfig, longest: int) -> None:
-    """Refuses a budget or a page of more tokens than a request can have: neither could ever do anything."""
+    """Refuses sizes beyond the tokens that a request can have: they could never do anything."""
     budget = config.parsed_budget
     if config.page_size > longest:
         raise ConfigError(f"page_size={config.page_size} tokens is above max_model_len={longest}")
+    if config.sink + config.window >= longest:
+        raise ConfigError(
+            f"sink={config.sink}, window={config.window}: accepted are fewer than max_model_len={longest} tokens in "
+            "all, as they are always kept"
+        )
     if budget.kind == "tokens" and budget.amount > longest:
         raise ConfigError(f"budget={int(budget.amount)} tokens is above max_model_len={longest}")
 
