@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,10 +32,19 @@ class Rope:
         return self._turn(x, positions, -1)
 
     def _turn(self, x: Tensor, positions: Tensor, sign: int) -> Tensor:
-        # The product in float32, as models have it: at far positions its rounding is a part of the angle.
-        angles = positions[..., None].to(x.device, torch.float32) * self.frequencies.to(x.device)
         x = x.float()
-        return x * angles.cos() + x[..., self.partner.to(x.device)] * (sign * angles.sin())
+        cosines, sines = self._angles(positions.to(x.device))
+        return torch.addcmul(x * cosines, x[..., self.partner.to(x.device)], sines, value=sign)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angles at `positions [...]`: `[..., D]` each."""
+        if positions.numel() >= 256 and int(positions.max()) < _TABLED:
+            reach = 1 << max(int(positions.max()), 1).bit_length()
+            tables = _table(tuple(self.frequencies.tolist()), reach, positions.device)
+            cosines, sines = (t.index_select(0, positions.flatten()).view(*positions.shape, -1) for t in tables)
+            return cosines, sines
+        angles = _product(positions, self.frequencies)
+        return angles.cos(), angles.sin()
 
     def to(self, device: torch.device) -> Rope:
         """The same on another device, which the keys' own saves a copy at each call."""
@@ -43,6 +53,24 @@ class Rope:
     def averaged(self, energy: Tensor) -> Tensor:
         """`energy [..., D]` with the mean of the two channels that are turned together in place of each."""
         return (energy + energy[..., self.partner.to(energy.device)]) / 2
+
+
+# Below this position, cosines and sines are looked up, since computing them takes several times as long. A table of so
+# many for heads of 128 channels takes 32 MiB.
+_TABLED = 32768
+
+
+def _product(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Angles `[..., D]`, in float32 as models have them: at far positions its rounding is a part of the angle."""
+    return positions[..., None].float() * frequencies.to(positions.device)
+
+
+@lru_cache(maxsize=2)
+def _table(frequencies: tuple[float, ...], reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine at every position below `reach`: `[reach, D]` each. Layers that turn alike share it."""
+    with torch.inference_mode(False):
+        angles = _product(torch.arange(reach, device=device), torch.tensor(frequencies))
+        return angles.cos(), angles.sin()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ are tried, and the one that makes the error of the logits least is taken: a fixe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,8 @@ _FACTORS = (0.8, 1.0, 1.25, 1.6, 2.2)
 # A scale is a power of 2 ** (1 / 16) in eight bits: finer than what the search is about.
 _OCTAVE, _UNIT = 16, 128
 _LEAST = 1e-6
+# Tokens that are quantized at a time: few enough for the numbers to stay in the processor's cache.
+_TOGETHER = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,28 +99,36 @@ def quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
     Args:
         spread: float `[B, Hkv, 1, D]`, the root mean square of each channel.
     """
-    z = x.float() / spread.float()
+    parts = [_quantize(part, spread.float(), form) for part in x.split(_TOGETHER, dim=2)]
+    return ChannelCodes(*(torch.cat([getattr(p, name) for p in parts], dim=2) for name in ("codes", "scale")))
+
+
+def _quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
+    unit = spread * form.steps
+    z = x.float() / unit  # in steps of each channel's quantizer
     # Channels without a width bring the same error whatever the scale.
-    weight = form.weight[:, None] * spread.float().square()
-    used = (form.widths > 0)[:, None]
-    size = (z.square() * used).sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
+    cost = (form.weight[:, None] * unit.square()).transpose(-1, -2)  # [B, Hkv, D, 1]
+    used = (form.widths > 0)[:, None] * form.steps.square()
+    size = (z.square() @ used.transpose(-1, -2)) / (form.widths > 0).sum(-1).clamp(min=1)[:, None, None]
     base = size.sqrt().clamp(min=_LEAST).log2()
-    best: tuple[ChannelCodes, Tensor] | None = None
+    best: tuple[Tensor, Tensor] | None = None
     for factor in _FACTORS:
-        logarithm = (base + torch.tensor(factor).log2()) * _OCTAVE
-        scale = (logarithm.round() + _UNIT).clamp(0, 255).to(torch.uint8)
-        y = z / scales(scale)
-        codes = (y / form.steps + (form.last + 1) / 2).floor_().clamp_(min=0).minimum(form.last)
-        error = ((codes - form.last / 2) * form.steps - y).square_().mul_(weight).sum(-1, keepdim=True)
-        error = error * scales(scale).square()
-        found = ChannelCodes(codes.to(torch.uint8), scale)
+        code = ((base + math.log2(factor)) * _OCTAVE).round().add_(_UNIT).clamp_(0, 255)
+        scale = scales(code)
+        y = z / scale
+        error = (_levels(y, form).sub_(form.last / 2).sub_(y).square_() @ cost) * scale.square()
         if best is None:
-            best = found, error
+            best = code, error
         else:
             better = error < best[1]
-            best = best[0].replaced(found, better[..., 0]), torch.where(better, error, best[1])
+            best = torch.where(better, code, best[0]), torch.where(better, error, best[1])
     assert best is not None
-    return best[0]
+    return ChannelCodes(_levels(z / scales(best[0]), form).to(torch.uint8), best[0].to(torch.uint8))
+
+
+def _levels(y: Tensor, form: ChannelFormat) -> Tensor:
+    """The codes of numbers in steps, as float32."""
+    return (y + (form.last + 1) / 2).floor_().clamp_(min=0).minimum(form.last)
 
 
 class ChannelTensor:
