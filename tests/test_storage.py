@@ -221,7 +221,7 @@ def test_keys_with_widths_by_channel_equal_the_plain_rounding(rope: Rope | None)
     formats = Formats((3, RAW), (1.5, RAW), by_channel=True)
     storage = TieredStorage(formats)
     storage.append(keys, keys)
-    storage.fit(None, rope, queries=queries)
+    storage.fit(None, rope, query_energy=queries.square().sum((0, 2)))
     storage.keep(torch.arange(40).expand(2, 3, -1), (20, 16, 4))
     (basis, _), (found, _) = storage.bases or (), storage.read()
     assert basis.centre is not None and basis.spread is not None

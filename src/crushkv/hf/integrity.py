@@ -52,6 +52,7 @@ def check_layer(layer: CrushLayer, tensors: Mapping[str, Tensor], input_ids: Ten
     _check(tensors, "real", torch.bool, (rows, length))
     _check(tensors, "evicted", torch.int64, (rows,))
     _check(tensors, "mass", torch.float32, (rows, heads, None))
+    _check(tensors, "query_energy", torch.float32, (None, keys.shape[-1]))
     # Queries look for the keys that a layer makes of latents (MLA), which have another size.
     _check(tensors, "queries", None, (rows, heads, None, None if layer.plan.latent else keys.shape[-1]))
     _check(tensors, "queries_real", torch.bool, (rows, _shape_of(tensors, "queries")[2]))

@@ -66,6 +66,7 @@ class CrushLayer(CacheLayerMixin):
         self._tiers: Tensor | None = None  # uint8 [B, Hkv, compressed part]
         self._hides: Tensor | None = None  # bool [B, Hkv, compressed part]: hidden by the mask of the present pass
         self.mass: Tensor | None = None  # float32 [B, Hq, P]
+        self.query_energy: Tensor | None = None  # float32 [Hq, D], where no profile of the model says it
         self.queries = QueryTail()
 
     # What Transformers reads
@@ -222,6 +223,11 @@ class CrushLayer(CacheLayerMixin):
     def remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
         """Gathers what the policy will read of this call's queries."""
         policy = self.plan.policy
+        if self.plan.measures_energy and self.storage.bases is None:
+            squares = call.queries.float().square()
+            squares = squares if new_real is None else squares * new_real[:, None, :, None]
+            energy = squares.sum((0, 2))
+            self.query_energy = energy if self.query_energy is None else self.query_energy + energy
         if call.mass is not None:
             self.mass = policy.accumulate(replace(self._view(call), queries=call.queries, received=call.mass))
         elif policy.streams:
@@ -279,7 +285,7 @@ class CrushLayer(CacheLayerMixin):
         count, seen = self.real_tokens()
         if bool(plan.untouched(seen).all()):
             return
-        budget = self._budget(seen, count, call.queries)
+        budget = self._budget(seen, count)
         if held <= int(budget.minimum(count).max()) and (plan.formats.raw or not self._contested):
             return
         if plan.policy.streams:
@@ -314,11 +320,12 @@ class CrushLayer(CacheLayerMixin):
         """Whether there is more than sink and window."""
         return self.storage.length > self.plan.config.sink + self.plan.config.window
 
-    def _budget(self, seen: Tensor, held: Tensor, queries: Tensor) -> Tensor:
+    def _budget(self, seen: Tensor, held: Tensor) -> Tensor:
         """Tokens that are kept of rows that have seen and hold so many real ones, `[B]`."""
         if self._contested:
             rope, forms = self.plan.key_formats(self.index, self.storage.device)
-            self.storage.fit(self.real, rope, forms, queries[:, :, -self.plan.config.window :])
+            self.storage.fit(self.real, rope, forms, self.query_energy)
+            self.query_energy = None
         return self.plan.layer_budget(self.index, seen, held, self.storage.sizes())
 
     def _text_order(self) -> Tensor:
@@ -335,6 +342,7 @@ class CrushLayer(CacheLayerMixin):
             "real": self.real,
             "evicted": self.evicted,
             "mass": self.mass,
+            "query_energy": self.query_energy,
             "queries": self.queries.queries,
             "queries_real": self.queries.real,
         }
@@ -349,6 +357,7 @@ class CrushLayer(CacheLayerMixin):
         self.real, self.evicted, self.mass = tensors.get("real"), tensors.get("evicted"), tensors.get("mass")
         if (queries := tensors.get("queries")) is not None:
             self.queries.append(queries, tensors.get("queries_real"))
+        self.query_energy = tensors.get("query_energy")
         self.since_eviction = counts["since_eviction"]
 
     def _move(self, device: torch.device) -> None:

@@ -53,6 +53,11 @@ class Plan:
         self.budget = self.config.parsed_budget
         self.formats = self.config.formats
 
+    @property
+    def measures_energy(self) -> bool:
+        """Whether the energy of each prompt's queries is needed, for lack of a profile."""
+        return self.formats.by_channel and self.profile is None
+
     def key_formats(self, layer: int, device: torch.device) -> tuple[Rope | None, Sequence[ChannelFormat | None]]:
         """How the keys of compressed layer number `layer` turn, and their formats where the profile says them."""
         rope = self.ropes[layer] if self.ropes else None

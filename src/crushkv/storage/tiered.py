@@ -158,14 +158,15 @@ class TieredStorage:
         real: Tensor | None,
         rope: Rope | None = None,
         forms: Sequence[ChannelFormat | None] = (),
-        queries: Tensor | None = None,
+        query_energy: Tensor | None = None,
     ) -> None:
         """Finds the coordinates for the blocks, once, from all tokens of which `real [B, P]` is not False.
 
         Args:
             rope: how the keys turn with their position; None: they do not, or it is not known.
             forms: formats of the keys where channels have widths of their own, one a block (None where they have not).
-            queries: `[B, Hq, T, D]`: where no forms are given, they are found from these and the prompt's keys.
+            query_energy: `[Hq, D]`, squares of the prompt's queries, summed. Where no forms are given, they are found
+                from this and the prompt's keys.
         """
         if self.bases is not None or self.formats.raw:
             return
@@ -175,7 +176,7 @@ class TieredStorage:
         if f.by_channel:
             of_keys = fit_channels(keys, positions, real, rope)
             self._own_forms = not forms
-            self.forms = forms or channel_formats(f, _energy(of_keys, queries))
+            self.forms = forms or channel_formats(f, _energy(of_keys, query_energy))
         else:
             of_keys = fit(keys, positions, real, centred=True, rotate=f.rotation, rank=f.rank, rope=rope)
         of_values = fit(values, positions, real, centred=False, rotate=f.rotation, rank=f.rank)
@@ -365,7 +366,7 @@ class TieredStorage:
             named |= {"rope.partner": rope.partner, "rope.frequencies": rope.frequencies}
         for number, form in enumerate(self.forms):
             if form is not None:
-                named |= {f"block{number}.widths": form.widths, f"block{number}.weight": form.weight}
+                named |= {f"block{number}.widths": form.widths, "weight.keys": form.weight}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def load_state(self, tensors: Mapping[str, Tensor], seen: int) -> None:
@@ -386,7 +387,7 @@ class TieredStorage:
             of_keys, of_values = (_of_prefix(tensors, f"block{number}.{name}.") for name in sides)
             form = None
             if (widths := tensors.get(f"block{number}.widths")) is not None:
-                form = ChannelFormat(widths, tensors[f"block{number}.weight"])
+                form = ChannelFormat(widths, tensors["weight.keys"])
             forms.append(form)
             if of_keys:
                 held = PackedTensor(int(bits[0]), of_keys) if form is None else ChannelTensor(form, of_keys)
@@ -411,12 +412,12 @@ def channel_formats(formats: Formats, energy: KeyEnergy) -> list[ChannelFormat |
 
 
 def _energy(basis: Basis, queries: Tensor | None) -> KeyEnergy:
-    """Of a prompt: of all its keys, and of the queries at hand `[B, Hq, T, D]`."""
+    """Of a prompt: of all its keys, and of its queries, whose squares sum up to `[Hq, D]`."""
     assert basis.spread is not None
     keys = basis.spread.float().square().mean((0, 2))
     if queries is None:
         return KeyEnergy(keys, torch.ones_like(keys))
-    heads = queries.float().square().mean((0, 2)).unflatten(0, (len(keys), -1)).mean(1)
+    heads = queries.unflatten(0, (len(keys), -1)).mean(1)
     return KeyEnergy(keys, heads if basis.rope is None else basis.rope.averaged(heads))
 
 
