@@ -15,7 +15,7 @@ import reference
 from crushkv.core import SelectionOptions, Tier, select
 from crushkv.rope import Rope
 from crushkv.split import split_bytes, split_tokens
-from crushkv.storage import RAW, Formats, LayerSizes, TieredStorage
+from crushkv.storage import RAW, Formats, KeyEnergy, LastQueries, LayerSizes, TieredStorage, channel_formats
 from crushkv.storage.basis import fit
 from crushkv.storage.packing import PLANES, pack, packed_bytes, unpack
 from crushkv.storage.quantization import dequantize, group_length, groups, narrowed, quantize, widened
@@ -259,6 +259,42 @@ def test_codes_of_a_block_move_and_are_not_made_anew() -> None:
     assert torch.allclose(after[:, :, :10], before[:, :, order[:10]], atol=1e-5)
     assert torch.allclose(after[:, :, 29:], before[:, :, order[29:]], atol=1e-5)
     assert (after[:, :, 10:29] - before[:, :, order[10:29]]).abs().max() > 0.1
+
+
+def test_a_layer_that_the_profile_has_not_foreseen_gets_wider_channels() -> None:
+    torch.manual_seed(2)
+    keys, values = torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16)
+    queries = torch.zeros(1, 4, 8, 16)
+    queries[..., 3] = 40.0  # all of the queries' energy is where the profile has none
+    last = LastQueries(queries, 16**-0.5, sink=4)
+    energy = torch.ones(2, 16)
+    energy[:, 3] = 1e-6
+    formats = Formats((2, 2), (2, 2), by_channel=True)
+
+    def held(last: LastQueries | None) -> TieredStorage:
+        storage = TieredStorage(formats)
+        storage.append(keys, values)
+        storage.fit(None, None, channel_formats(formats, KeyEnergy(energy, energy)), last=last)
+        storage.keep(torch.arange(300).expand(1, 2, -1), (264, 36))
+        return storage
+
+    def error(storage: TieredStorage) -> float:
+        rest = storage.read()[0][:, :, :264] - keys[:, :, :264]
+        logits = queries.view(1, 2, -1, 16) @ rest.transpose(-1, -2) * 16**-0.5
+        return float(logits.square().mean().sqrt())
+
+    storage, blind = held(last), held(None)
+    assert storage.widened_by >= 1 and storage.formats.important == (2 + storage.widened_by, 2)
+    assert error(storage) <= 1.1 < 5 < error(blind)
+    # It is counted, and comes back with the state.
+    assert storage.nbytes == storage.sizes().tiers(36, 264, 0)
+    again = TieredStorage(formats)
+    again.load_state(storage.state(), storage.seen)
+    assert again.widened_by == storage.widened_by and again.nbytes == storage.nbytes
+    assert torch.equal(again.read()[0], storage.read()[0])
+    # A layer as the profile has it is left as it was asked for.
+    usual = held(LastQueries(torch.randn(1, 4, 8, 16), 16**-0.5))
+    assert usual.widened_by == 0 and usual.formats == formats
 
 
 @settings(max_examples=50, deadline=None)

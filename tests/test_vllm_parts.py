@@ -216,7 +216,7 @@ def test_engine_config(monkeypatch: pytest.MonkeyPatch) -> None:
     [("on", 100), (True, 100), ("1", 100), (0.1, 40), ("10%", 40), (50, 50), ("90%", 100)],
 )
 def test_request_budget(given: Any, kept: int) -> None:
-    config = CrushConfig(budget=0.25, page_size=1)
+    config = CrushConfig(budget=0.25, min_tokens=0, page_size=1)
     schedule = request_schedule(config, 400, {"crushkv": given}, 1)
     assert schedule is not None
     eviction = schedule.eviction(400, 400)

@@ -29,7 +29,7 @@ def said(log: pytest.LogCaptureFixture) -> list[str]:
 def test_one_line_says_that_it_is_on(small: Path, log: pytest.LogCaptureFixture) -> None:
     with engine(small, {"budget": "12.5%"}, skip_tokenizer_init=True):
         (line,) = said(log)
-        assert line.startswith("crushkv ") and "is on: budget=12.5%, min_tokens=256, policy=readahead" in line
+        assert line.startswith("crushkv ") and "is on: budget=12.5%, min_tokens=512, policy=readahead" in line
     log.clear()
     with engine(small, None, skip_tokenizer_init=True):
         assert not said(log)

@@ -96,7 +96,7 @@ class _InspectedLayer(CrushLayer):
     def evict(self, call: AttentionCall) -> None:
         storage, plan = self.storage, self.plan
         seen = torch.full((storage.rows,), storage.length, device=storage.device)
-        budget = self._budget(seen, seen)
+        budget = self._budget(call, seen, seen)
         if storage.length > int(budget.max()):
             if plan.policy.streams:
                 self._accumulate(call)

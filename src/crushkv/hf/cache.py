@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,11 @@ class CacheReport:
         state_bytes: what KVCrush holds besides (positions, tiers, scores, last queries).
         bytes_fraction: `kv_bytes` as a part of `full_kv_bytes`, both with 16 bits for a number in the model's dtype, so
             that 4 bits are a quarter and not an eighth beside a model in float32.
+        rope_layers: compressed layers whose keys are held less their mean before RoPE. In others, how RoPE turns the
+            keys was not found, or there is none, and the mean is taken as they are.
+        widened_layers: compressed layers whose keys got more bits than asked for, and how many, because the error of
+            the attention logits would have been large.
+        profile: where the widths of key channels come from: a file, or "the prompt"; None: channels have equal widths.
     """
 
     tokens_seen: int
@@ -48,6 +54,9 @@ class CacheReport:
     full_kv_bytes: int
     state_bytes: int
     bytes_fraction: float
+    rope_layers: int = 0
+    widened_layers: Mapping[int, int] = field(default_factory=dict)
+    profile: str | None = None
 
 
 class CrushCache(Cache):
@@ -174,6 +183,12 @@ class CrushCache(Cache):
         """`nbytes`, with two bytes for each number in the model's dtype: what is compared, whatever that dtype is."""
         return sum(_bytes_at_16_bits(layer) for layer in self.layers)
 
+    def _profile_name(self) -> str | None:
+        if not self.plan.formats.by_channel:
+            return None
+        profile = self.plan.profile
+        return "the prompt" if profile is None else str(profile.path or "a profile without a file")
+
     def report(self) -> CacheReport:
         """Measures what is held now."""
         crushed = [layer for layer in self.crushed_layers if layer.seen]
@@ -199,6 +214,9 @@ class CrushCache(Cache):
             full_kv_bytes=full,
             state_bytes=sum(layer.state_nbytes for layer in crushed),
             bytes_fraction=self.nbytes_at_16_bits / full_at_16 if full_at_16 else 1.0,
+            rope_layers=sum(layer.storage.centred_before_rope for layer in crushed),
+            widened_layers={layer.index: layer.storage.widened_by for layer in crushed if layer.storage.widened_by},
+            profile=self._profile_name(),
         )
 
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..core import Tier, layer_seed, select, stage
 from ..errors import UnsupportedModelError
 from ..importance import GATHERED, LayerView, kept_mass, last_where_hidden
-from ..storage import TieredStorage
+from ..storage import LastQueries, TieredStorage
 from ..storage.buffers import take
 from .arrangement import arrange
 from .masks import Slots, physical_mask
@@ -285,7 +285,7 @@ class CrushLayer(CacheLayerMixin):
         count, seen = self.real_tokens()
         if bool(plan.untouched(seen).all()):
             return
-        budget = self._budget(seen, count)
+        budget = self._budget(call, seen, count)
         if held <= int(budget.minimum(count).max()) and (plan.formats.raw or not self._contested):
             return
         if plan.policy.streams:
@@ -320,11 +320,13 @@ class CrushLayer(CacheLayerMixin):
         """Whether there is more than sink and window."""
         return self.storage.length > self.plan.config.sink + self.plan.config.window
 
-    def _budget(self, seen: Tensor, held: Tensor) -> Tensor:
+    def _budget(self, call: AttentionCall, seen: Tensor, held: Tensor) -> Tensor:
         """Tokens that are kept of rows that have seen and hold so many real ones, `[B]`."""
         if self._contested:
             rope, forms = self.plan.key_formats(self.index, self.storage.device)
-            self.storage.fit(self.real, rope, forms, self.query_energy)
+            config = self.plan.config
+            last = LastQueries(call.queries[:, :, -config.window :], call.scaling, config.sink)
+            self.storage.fit(self.real, rope, forms, self.query_energy, last)
             self.query_energy = None
         return self.plan.layer_budget(self.index, seen, held, self.storage.sizes())
 

@@ -3,6 +3,7 @@
 from .channels import ChannelFormat
 from .dense import DenseStorage
 from .formats import RAW, WIDTHS, Formats, LayerSizes
+from .guard import LastQueries
 from .rotation import turn
 from .tiered import KeyEnergy, TieredStorage, channel_formats
 from .widths import WIDEST
@@ -16,6 +17,7 @@ __all__ = [
     "DenseStorage",
     "Formats",
     "KeyEnergy",
+    "LastQueries",
     "LayerSizes",
     "TieredStorage",
     "Workspace",

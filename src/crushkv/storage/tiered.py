@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ from .buffers import take
 from .channels import ChannelFormat, ChannelTensor
 from .dense import DenseStorage
 from .formats import RAW, Formats, LayerSizes
+from .guard import LIMIT, LastQueries, logit_error, sample_tokens, widened
 from .rotation import rotation, turn
-from .widths import allocate
+from .widths import WIDEST, allocate
 from .workspace import Workspace
 
 Part = PackedTensor | ChannelTensor
@@ -49,13 +50,15 @@ class TieredStorage:
     """
 
     def __init__(self, formats: Formats, growth: int = 64, workspace: Workspace | None = None) -> None:
-        self.formats = formats
+        self._formats = formats
         self.dense = DenseStorage(growth)
         self._workspace = workspace or Workspace()
         self.clear()
 
     def clear(self) -> None:
         self.dense.clear()
+        self.formats = self._formats
+        self.widened_by = 0  # bits a key's number more than was asked for
         self.seen = 0
         self.bases: tuple[Basis, Basis] | None = None
         self.forms: Sequence[ChannelFormat | None] = ()  # of the keys of each block, where channels have own widths
@@ -144,6 +147,11 @@ class TieredStorage:
         recent = recent.expand(self.rows, self.kv_heads, -1)
         return recent if self._positions is None else torch.cat([self._positions.long(), recent], dim=2)
 
+    @property
+    def centred_before_rope(self) -> bool:
+        """Whether keys are held less their mean before RoPE."""
+        return self.bases is not None and self.bases[0].rope is not None
+
     # What goes in
 
     def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> tuple[Tensor, Tensor]:
@@ -159,6 +167,7 @@ class TieredStorage:
         rope: Rope | None = None,
         forms: Sequence[ChannelFormat | None] = (),
         query_energy: Tensor | None = None,
+        last: LastQueries | None = None,
     ) -> None:
         """Finds the coordinates for the blocks, once, from all tokens of which `real [B, P]` is not False.
 
@@ -167,6 +176,8 @@ class TieredStorage:
             forms: formats of the keys where channels have widths of their own, one a block (None where they have not).
             query_energy: `[Hq, D]`, squares of the prompt's queries, summed. Where no forms are given, they are found
                 from this and the prompt's keys.
+            last: the prompt's last queries. Where the widths of `forms` make a large error in their logits, the layer's
+                formats get a bit more, until they do not; `widened_by` says so.
         """
         if self.bases is not None or self.formats.raw:
             return
@@ -176,11 +187,27 @@ class TieredStorage:
         if f.by_channel:
             of_keys = fit_channels(keys, positions, real, rope)
             self._own_forms = not forms
-            self.forms = forms or channel_formats(f, _energy(of_keys, query_energy))
+            if query_energy is None and last is not None:
+                query_energy = last.queries.float().square().sum((0, 2))
+            energy = _energy(of_keys, query_energy)
+            self.forms = forms or channel_formats(f, energy)
+            if last is not None:
+                sample = sample_tokens(keys.shape[2], real, last.sink, keys.device)
+                self._widen(lambda form: logit_error(keys, positions, sample, of_keys, form, last), energy)
         else:
             of_keys = fit(keys, positions, real, centred=True, rotate=f.rotation, rank=f.rank, rope=rope)
         of_values = fit(values, positions, real, centred=False, rotate=f.rotation, rank=f.rank)
         self.bases = of_keys, of_values
+
+    def _widen(self, error_of: Callable[[ChannelFormat], float], energy: KeyEnergy) -> None:
+        """Gives the keys a bit more as long as the first of their formats makes too large an error."""
+        while (form := next((form for form in self.forms if form is not None), None)) is not None:
+            if self.widened_by == WIDEST or error_of(form) <= LIMIT:
+                return
+            self.widened_by += 1
+            self.formats = widened(self._formats, self.widened_by)
+            # The profile has not foreseen this layer: the prompt itself is asked.
+            self.forms, self._own_forms = channel_formats(self.formats, energy), True
 
     @torch.no_grad()
     def keep(self, indices: Tensor, lengths: Sequence[int]) -> None:
@@ -200,6 +227,7 @@ class TieredStorage:
         self.dense.keep(dense)
         if not self.blocked:
             self._blocks, self.bases, self.forms = [], None, ()
+            self.formats, self.widened_by = self._formats, 0
 
     def _moved_keys(self, parts: Sequence[Tensor]) -> Sequence[Part]:
         return self._recoded(parts) if self.formats.by_channel else self._moved(0, parts)
@@ -362,6 +390,8 @@ class TieredStorage:
             if self.bases is not None:
                 basis = self.bases[which]
                 named |= {f"{part}.{name}": getattr(basis, part) for part in ("centre", "projection", "spread")}
+        if self.widened_by:
+            named["widened_by"] = torch.tensor(self.widened_by)
         if self.bases is not None and (rope := self.bases[0].rope) is not None:
             named |= {"rope.partner": rope.partner, "rope.frequencies": rope.frequencies}
         for number, form in enumerate(self.forms):
@@ -375,6 +405,8 @@ class TieredStorage:
         self.dense.append(tensors["keys"], tensors["values"])
         self.seen = seen
         self._positions = tensors.get("positions")
+        self.widened_by = int(tensors.get("widened_by", torch.zeros(())))
+        self.formats = widened(self._formats, self.widened_by)
         if self.formats.raw or "centre.keys" not in tensors:
             return
         sides = ("keys", "values")
