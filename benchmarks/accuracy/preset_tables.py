@@ -43,7 +43,7 @@ LABELS = {
     PRESETS["0.25"]: "`balanced`",
     PRESETS["0.125"]: "`small`",
     PRESETS["0.0625"]: "`small:budget=0.0625`",
-    **{raw(b): f"16 bits, {size}" for b, size in SIZES.items()},
+    **{raw(b): f"readahead, 16 bits, {size}" for b, size in SIZES.items()},
     PUBLISHED: "SnapKV as published, 16 bits, a quarter",
     **{equal(b): f"equal widths, 4 and 2 bits, {size}" for b, size in SIZES.items()},
 }
