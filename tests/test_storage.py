@@ -266,7 +266,7 @@ def test_a_layer_that_the_profile_has_not_foreseen_gets_wider_channels() -> None
     keys, values = torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16)
     queries = torch.zeros(1, 4, 8, 16)
     queries[..., 3] = 40.0  # all of the queries' energy is where the profile has none
-    last = LastQueries(queries, 16**-0.5, sink=4)
+    last = LastQueries(queries, 16**-0.5, limit=1.0, sink=4)
     energy = torch.ones(2, 16)
     energy[:, 3] = 1e-6
     formats = Formats((2, 2), (2, 2), by_channel=True)
@@ -293,7 +293,7 @@ def test_a_layer_that_the_profile_has_not_foreseen_gets_wider_channels() -> None
     assert again.widened_by == storage.widened_by and again.nbytes == storage.nbytes
     assert torch.equal(again.read()[0], storage.read()[0])
     # A layer as the profile has it is left as it was asked for.
-    usual = held(LastQueries(torch.randn(1, 4, 8, 16), 16**-0.5))
+    usual = held(LastQueries(torch.randn(1, 4, 8, 16), 16**-0.5, limit=1.0))
     assert usual.widened_by == 0 and usual.formats == formats
 
 

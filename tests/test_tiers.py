@@ -15,7 +15,7 @@ from crushkv.fingerprint import fingerprint
 from crushkv.hf import CrushCache, Recording, stack
 from crushkv.profile import Profile
 
-CHURN: dict[str, Any] = {"min_tokens": 0, "sink": 2, "window": 8, "page_size": 4, "interval": 8}
+CHURN: dict[str, Any] = {"min_tokens": 0, "logit_limit": None, "sink": 2, "window": 8, "page_size": 4, "interval": 8}
 TIERS: dict[str, dict[str, Any]] = {
     "4": {"bits": 4},
     "4, equal widths": {"bits": 4, "key_widths": "equal"},
@@ -229,7 +229,7 @@ def test_formats_survive_json() -> None:
 @pytest.mark.parametrize(("preset", "most"), [("safe", 0.5), ("balanced", 0.25), ("small", 0.125)])
 def test_presets_keep_their_promise(preset: str, most: float) -> None:
     model = small_model()
-    with KVCrush(preset, window=8, min_tokens=0)(model) as session:
+    with KVCrush(preset, window=8, min_tokens=0, logit_limit=None)(model) as session:
         model.generate(**prompts([480]), max_new_tokens=1, do_sample=False, pad_token_id=0)
     assert session.cache is not None
     assert session.cache.report().bytes_fraction <= most

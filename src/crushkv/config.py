@@ -69,6 +69,10 @@ class CrushConfig:
             chosen so that the attention logits suffer least; a profile of the model says how much each channel matters
             (`crushkv profile`). `"equal"`: all channels have the same width, and keys are rotated first, as values
             always are. Keys in 8 bits and projected keys (`rank`) have equal widths in any case.
+        logit_limit: where the widths of a layer's key channels change the logits of the prompt's last queries by more
+            than so many nats (root mean square), the layer gets a bit more for each key number, until they do not, and
+            keeps fewer tokens for it. None: never. At 2.25 bits the worst layers of SmolLM2-135M and
+            Qwen2.5-Coder-0.5B have 0.4 and 0.6; prompts are lost where a layer has several.
         profile: file with the model's profile. None: it is looked for, and made once where there is none.
         group_size: numbers of one token that share a scale, at most.
         rotation: rotate values, and keys of equal widths, before they are quantized.
@@ -103,6 +107,7 @@ class CrushConfig:
     representative_bits: Bits | None = None
     recent_bits: int = RAW
     key_widths: KeyWidths = "by_channel"
+    logit_limit: float | None = 1.0
     profile: str | None = None
     group_size: int = 64
     rotation: bool = True
@@ -187,6 +192,9 @@ class CrushConfig:
                 raise ConfigError(f"anchors: unknown anchor {anchor!r}.{nearest(str(anchor), ANCHORS)}")
 
     def _check_formats(self) -> None:
+        limit = self.logit_limit
+        if limit is not None and not (_is_number(limit) and limit > 0):
+            raise ConfigError(f"logit_limit={limit!r}: accepted is a number above 0, or null")
         if self.profile is not None and (not isinstance(self.profile, str) or not self.profile):
             raise ConfigError(f"profile={self.profile!r}: accepted is the path of a file")
         formats = self.formats

@@ -130,4 +130,5 @@ _READ: Mapping[str, Callable[[str], Any]] = {
     "shared_representatives": _flag,
     "rotation": _flag,
     "rank": _optional_number,
+    "logit_limit": _optional_number,
 }

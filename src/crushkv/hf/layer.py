@@ -325,7 +325,8 @@ class CrushLayer(CacheLayerMixin):
         if self._contested:
             rope, forms = self.plan.key_formats(self.index, self.storage.device)
             config = self.plan.config
-            last = LastQueries(call.queries[:, :, -config.window :], call.scaling, config.sink)
+            queries, limit = call.queries[:, :, -config.window :], config.logit_limit
+            last = None if limit is None else LastQueries(queries, call.scaling, limit, config.sink)
             self.storage.fit(self.real, rope, forms, self.query_energy, last)
             self.query_energy = None
         return self.plan.layer_budget(self.index, seen, held, self.storage.sizes())

@@ -13,21 +13,23 @@ from .channels import ChannelFormat, ChannelTensor, quantize
 from .formats import Formats
 from .widths import WIDEST
 
-LIMIT = 1.0
-"""A layer gets wider channels where the root mean square of the logits' error is above so many nats. At 2.25 bits the
-worst layers of SmolLM2-135M and Qwen2.5-Coder-0.5B have 0.4 and 0.6. Prompts are lost where a layer has several."""
 _SAMPLE = 256  # tokens that are looked at
 
 
 @dataclass(frozen=True)
 class LastQueries:
-    """Queries at the end of what was read, `[B, Hq, T, D]`, and the scaling of the logits.
+    """The queries at the end of what was read, and how far from the truth their logits may be.
 
-    sink: tokens at the beginning that do not count, since they are held in a format of their own.
+    Attributes:
+        queries: `[B, Hq, T, D]`.
+        scaling: of the logits.
+        limit: of the root mean square of the logits' error, in nats.
+        sink: tokens at the beginning that do not count, since they are held in a format of their own.
     """
 
     queries: Tensor
     scaling: float
+    limit: float
     sink: int = 0
 
 

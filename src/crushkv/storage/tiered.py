@@ -16,7 +16,7 @@ from .buffers import take
 from .channels import ChannelFormat, ChannelTensor
 from .dense import DenseStorage
 from .formats import RAW, Formats, LayerSizes
-from .guard import LIMIT, LastQueries, logit_error, sample_tokens, widened
+from .guard import LastQueries, logit_error, sample_tokens, widened
 from .rotation import rotation, turn
 from .widths import WIDEST, allocate
 from .workspace import Workspace
@@ -193,16 +193,18 @@ class TieredStorage:
             self.forms = forms or channel_formats(f, energy)
             if last is not None:
                 sample = sample_tokens(keys.shape[2], real, last.sink, keys.device)
-                self._widen(lambda form: logit_error(keys, positions, sample, of_keys, form, last), energy)
+                self._widen(
+                    lambda form: logit_error(keys, positions, sample, of_keys, form, last) <= last.limit, energy
+                )
         else:
             of_keys = fit(keys, positions, real, centred=True, rotate=f.rotation, rank=f.rank, rope=rope)
         of_values = fit(values, positions, real, centred=False, rotate=f.rotation, rank=f.rank)
         self.bases = of_keys, of_values
 
-    def _widen(self, error_of: Callable[[ChannelFormat], float], energy: KeyEnergy) -> None:
-        """Gives the keys a bit more as long as the first of their formats makes too large an error."""
+    def _widen(self, is_near: Callable[[ChannelFormat], bool], energy: KeyEnergy) -> None:
+        """Gives the keys a bit more as long as the first of their formats is not near enough."""
         while (form := next((form for form in self.forms if form is not None), None)) is not None:
-            if self.widened_by == WIDEST or error_of(form) <= LIMIT:
+            if self.widened_by == WIDEST or is_near(form):
                 return
             self.widened_by += 1
             self.formats = widened(self._formats, self.widened_by)
