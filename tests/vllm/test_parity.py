@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from engines import Engine, Reference, document_prompts, engine
 
-# Longer prompts are evicted at their end and once while decoding, shorter ones while decoding or not at all.
-CONFIG: dict[str, Any] = {"interval": 64, "min_tokens": 256}
+# Evicts at the end of each prompt and once while decoding.
+CONFIG: dict[str, Any] = {"interval": 64, "min_tokens": 0}
 LENGTHS = [500, 420, 160, 233, 512, 150, 340, 177]
 NEW = 70
 TIGHT: dict[str, Any] = {"num_gpu_blocks_override": 20, "max_model_len": 608, "max_num_batched_tokens": 300}
