@@ -94,7 +94,7 @@ def test_a_request_is_measured(batch: int) -> None:
     model = small_model()
     prompt = torch.randint(1, 100, (batch, 200))
     full = measure_request(model, prompt, 5, None)
-    config = CrushConfig(budget=0.25, sink=2, window=8, page_size=4, representative_share=0.5)
+    config = CrushConfig(budget=0.25, min_tokens=0, sink=2, window=8, page_size=4, representative_share=0.5)
     ours = measure_request(model, prompt, 5, config, "snapkv", 2)
     assert (full.method, ours.method, ours.repeat, ours.budget) == ("full", "snapkv", 2, 0.25)
     for made in (full, ours):

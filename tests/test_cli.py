@@ -372,7 +372,7 @@ def generate(crushkv: Any, tiny: Path, *args: object) -> dict[str, Any]:
 
 
 def test_json_holds_what_was_measured(crushkv: Any, tiny: Path) -> None:
-    result = generate(crushkv, tiny, "--prompt", TEXT * 4, "--compare")
+    result = generate(crushkv, tiny, "--prompt", TEXT * 4, "--compare", "--min-tokens", "0")
     full = result["full"]
     per_token = LAYERS * KV_HEADS * HEAD_SIZE * 2 * 4
     for run in (result, full):
@@ -392,7 +392,7 @@ def test_json_holds_what_was_measured(crushkv: Any, tiny: Path) -> None:
     assert result["tokens_held"] * per_token <= result["kv_bytes"] < full["kv_bytes"] / 2
     assert result["answers_equal"] == (result["answer"] == full["answer"]) == (result["equal_tokens"] == 20)
     assert result["model"]["name"] == str(tiny)
-    assert result["config"] == CrushConfig().to_dict()
+    assert result["config"] == CrushConfig(min_tokens=0).to_dict()
     assert set(result["versions"]) == {"crushkv", "python", "torch", "transformers", "tokenizers"}
 
 
@@ -427,6 +427,9 @@ def test_every_field_of_the_configuration_is_an_option(crushkv: Any, tiny: Path,
         "bits": (["--bits", "4/3"], "4/3"),
         "representative_bits": (["--representative-bits", "4/3"], "4/3"),
         "recent_bits": (["--recent-bits", "8"], 8),
+        "key_widths": (["--key-widths", "equal"], "equal"),
+        "logit_limit": (["--logit-limit", "2.5"], 2.5),
+        "profile": (["--profile", "a.safetensors"], "a.safetensors"),
         "group_size": (["--group-size", "32"], 32),
         "rotation": (["--rotation", "false"], False),
         "rank": (["--rank", "0.9"], 0.9),
@@ -563,7 +566,20 @@ def test_comparison_is_a_table(crushkv: Any, tiny: Path) -> None:
 
 
 def test_warnings_of_crushkv_are_one_line(crushkv: Any, tiny: Path) -> None:
-    outcome = crushkv("generate", "--model", tiny, "--json", "--prompt", TEXT, "--budget", "1%", "--max-new-tokens", 2)
+    outcome = crushkv(
+        "generate",
+        "--model",
+        tiny,
+        "--json",
+        "--prompt",
+        TEXT,
+        "--budget",
+        "1%",
+        "--min-tokens",
+        0,
+        "--max-new-tokens",
+        2,
+    )
     warned = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
     assert len(warned) == 1
     assert "sink + window" in warned[0]

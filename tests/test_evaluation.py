@@ -483,8 +483,8 @@ def test_likelihoods_at_a_full_budget_are_the_harness_own(subject: Subject, harn
     ours = harness(subject.model, budget=1.0, **options).loglikelihood(requests, disable_tqdm=True)
     for (a, greedy_a), (b, greedy_b) in zip(own, ours, strict=True):
         assert b == pytest.approx(a, rel=1e-4) and greedy_a == greedy_b
-    crushed = harness(subject.model, budget="0.2", sink="2", window="8", page_size="1", **options)
-    assert crushed.crush_config == CrushConfig(budget=0.2, sink=2, window=8, page_size=1)
+    crushed = harness(subject.model, budget="0.2", min_tokens="0", sink="2", window="8", page_size="1", **options)
+    assert crushed.crush_config == CrushConfig(budget=0.2, min_tokens=0, sink=2, window=8, page_size=1)
     less = crushed.loglikelihood(requests, disable_tqdm=True)
     assert less[0][0] != pytest.approx(own[0][0], rel=1e-4)
     with pytest.raises(CrushError, match="rolling"):

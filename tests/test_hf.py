@@ -182,7 +182,7 @@ def test_the_peak_of_the_prefill_is_one_full_layer(model: Any) -> None:
 def test_the_peak_of_the_prefill_in_bytes(model: Any, policy: str) -> None:
     """No moment of it holds more keys and values than the compressed cache and one full layer."""
     peak = 0
-    cache = KVCrush(policy=policy, budget=0.25, sink=2, window=8, interval=8, page_size=4).cache(model)
+    cache = KVCrush(policy=policy, budget=0.25, min_tokens=0, sink=2, window=8, interval=8, page_size=4).cache(model)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -36,7 +36,7 @@ WORDS = ["lighthouse", "keeper", "wrote", "weather", "morning", "wind", "sea", "
 HOSTILE = (
     "</script><script>document.title='hacked'</script>\n<img src=x onerror=\"document.title='hacked'\"> &lt; é 😀\n"
 )
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "pages": {"budget": 0.3, "page_size": 8, "window": 8, "representative_share": 0.3},
     "tokens": {"budget": 0.3, "page_size": 1, "window": 8, "representative_share": 0.3, "threshold": "median"},
     "best": {"budget": 90, "page_size": 4, "window": 8, "representative_share": 0.5, "representative": "best"},
@@ -47,6 +47,8 @@ CONFIGS = {
     "pyramid": {"policy": "pyramidkv", "budget": 0.3, "page_size": 4, "representative_share": 0.2},
     "none": {"budget": 0.3, "page_size": 8, "window": 8, "representative_share": 0},
 }
+for fields in CONFIGS.values():
+    fields["min_tokens"] = 0
 
 
 def prompt(tokens: int, seed: int = 0) -> str:
@@ -231,7 +233,9 @@ def test_notes_say_when_there_is_nothing_to_see(model: Any, tokenizer: Any, insp
     assert "representative_share is 0" in inspected("none").notes[0]
     assert (
         "no room for representatives"
-        in inspect_prompt(model, tokenizer, prompt(300), CrushConfig(budget=0.3, representative_share=0.01)).notes[0]
+        in inspect_prompt(
+            model, tokenizer, prompt(300), CrushConfig(budget=0.3, representative_share=0.01, min_tokens=0)
+        ).notes[0]
     )
     for text in ("a", prompt(30)):
         inspection = inspect_prompt(model, tokenizer, text, CrushConfig())
@@ -449,7 +453,20 @@ def folder(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory)
 def test_the_command_writes_a_page(command: Any, folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("an older page")
-    args = ("--model", folder, "--prompt", prompt(300), "--page-size", 4, "--prefill-chunk-size", 100, "-o", page)
+    args = (
+        "--model",
+        folder,
+        "--prompt",
+        prompt(300),
+        "--page-size",
+        4,
+        "--min-tokens",
+        0,
+        "--prefill-chunk-size",
+        100,
+        "-o",
+        page,
+    )
     done = command(*args)
     assert done.exit_code == 0, done.output
     assert "72 of 300 tokens are kept" in " ".join(done.output.split())

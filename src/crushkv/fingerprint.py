@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ConfigError
+
 # Enough of each parameter to tell weights apart, little enough to be read in a moment.
 _SAMPLED = 64
 
@@ -22,6 +24,9 @@ def fingerprint(model: Any, any_dtype: bool = False) -> str:
         any_dtype: False: weights in another dtype are another model. True: they are the same one, since of each number
             only the sign is read, which no cast changes. Signs tell fine-tuned weights apart all the same: among many
             thousands, some are of numbers near zero.
+
+    Raises:
+        ConfigError: weights are nowhere to be found, unless with `any_dtype`, where names and shapes have to do.
     """
     digest = hashlib.sha256()
     for path, module in model.named_modules():
@@ -30,7 +35,12 @@ def fingerprint(model: Any, any_dtype: bool = False) -> str:
             digest.update(f"{name} {tuple(parameter.shape)}{dtype}".encode())
             value = _offloaded(module, name.rpartition(".")[2]) if parameter.is_meta else parameter
             if value is None:
-                continue  # the names and shapes have to do
+                if any_dtype:
+                    continue  # the names and shapes have to do
+                raise ConfigError(
+                    f"model: its parameter {name!r} is on the meta device, and no hook of accelerate says where its "
+                    "numbers are: load the model before its caches are saved or read"
+                )
             sample = value.detach().flatten()[:: max(1, value.numel() // _SAMPLED)].contiguous().cpu()
             if any_dtype and sample.is_floating_point():
                 sample = sample.signbit()

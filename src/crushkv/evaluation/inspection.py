@@ -96,8 +96,7 @@ class _InspectedLayer(CrushLayer):
     def evict(self, call: AttentionCall) -> None:
         storage, plan = self.storage, self.plan
         seen = torch.full((storage.rows,), storage.length, device=storage.device)
-        budget = self._budget(call, seen, seen)
-        if storage.length > int(budget.max()):
+        if not plan.untouched(seen).all() and storage.length > int((budget := self._budget(call, seen, seen)).max()):
             if plan.policy.streams:
                 self._accumulate(call)
             head_score = plan.policy.score(self._view(call))
