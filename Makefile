@@ -75,7 +75,7 @@ $(READY_VLLM): requirements-vllm.lock pyproject.toml
 	@$(BIN_VLLM)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test-vllm: $(READY_VLLM)  ## tests of the vLLM plugin (14 minutes on one core; longer soaks: ARGS=--soak-seconds=600)
+test-vllm: $(READY_VLLM)  ## tests of the vLLM plugin (20 minutes on one core; longer soaks: ARGS=--soak-seconds=600)
 	$(VLLM_ENV) $(BIN_VLLM)/pytest tests/vllm tests/test_vllm_parts.py $(ARGS)
 
 serve: $(READY_VLLM)  ## OpenAI-compatible server with the embedded model and KVCrush at a quarter (PORT=8000)
