@@ -23,7 +23,8 @@ from crushkv import CrushError, KVCrush, Profile, ProfileError, UnsupportedModel
 from crushkv.files import cache_folder
 from crushkv.fingerprint import digest_of, fingerprint
 from crushkv.hf import Recording, find_profile, obtain_profile
-from crushkv.hf.profiling import FILE, SINK, TEXTS, UNSETTLED, kept_profile
+from crushkv.hf.energies import SINK, UNSETTLED
+from crushkv.hf.profiling import FILE, TEXTS, kept_profile
 from crushkv.hf.rope import find_ropes
 from crushkv.hf.support import cache_layers
 

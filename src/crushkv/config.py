@@ -192,6 +192,8 @@ class CrushConfig:
                 raise ConfigError(f"anchors: unknown anchor {anchor!r}.{nearest(str(anchor), ANCHORS)}")
 
     def _check_formats(self) -> None:
+        if isinstance(self.recent_bits, bool) or self.recent_bits not in WIDTHS:
+            raise ConfigError(f"recent_bits={quoted(self.recent_bits)}: accepted are {', '.join(map(str, WIDTHS))}")
         limit = self.logit_limit
         if limit is not None and not (_is_number(limit) and limit > 0):
             raise ConfigError(f"logit_limit={limit!r}: accepted is a number above 0, or null")
@@ -220,8 +222,6 @@ class CrushConfig:
                     "that goes from one tier to the other and back would be quantized again and again. Use "
                     "bits=8, which loses next to nothing"
                 )
-        if not isinstance(self.recent_bits, int) or self.recent_bits not in WIDTHS:
-            raise ConfigError(f"recent_bits={self.recent_bits!r}: accepted are {', '.join(map(str, WIDTHS))}")
         if self.recent_bits < max(formats.important):
             raise ConfigError(f"recent_bits={self.recent_bits}: accepted is no less than bits={self.bits!r}")
         if self.grouping == "score" and self.shared_representatives:

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers import cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+# The kind of layers that hold nothing. Transformers before 5.20, which vLLM 0.32 needs, does not have it: None there.
+DummyLayer: type | None = getattr(cache_utils, "DummyLayer", None)
 
 
 class CrossAttentionLayer(DynamicLayer):

@@ -20,7 +20,7 @@ from ..files import OutputError, cache_folder
 from ..fingerprint import fingerprint
 from ..profile import Profile, ProfileError
 from .rope import find_ropes
-from .support import position_limit
+from .support import trained_positions
 
 TEXTS = ("essay", "code", "news", "dialogue")
 TOKENS = 1200  # of each text
@@ -42,7 +42,7 @@ def profile_model(model: Any, tokenizer: Any, progress: Progress | None = None) 
         UnsupportedModelError: the model's cache cannot be compressed, or its layers' heads differ in size.
     """
     say = progress or (lambda line: None)
-    limit = position_limit(model.config) or TOKENS
+    limit = trained_positions(model.config) or TOKENS
     if limit < LEAST_TOKENS:
         raise UnsupportedModelError(f"a profile needs {LEAST_TOKENS} tokens of text, the model has {limit} positions")
     from .energies import energies_of  # its caches look for profiles

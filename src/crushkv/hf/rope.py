@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..rope import Finding, PlacedKeys, Rope, fit_ropes, misfit_of
-from .support import cache_layers, input_device, position_limit
+from .support import cache_layers, input_device, trained_positions
 
 # A pass reaches at least so many positions: in fewer, no pair of channels turns visibly.
 _LEAST = 32
@@ -83,7 +83,7 @@ _asking = threading.RLock()  # two passes at a time would restore each other's s
 
 def _survey(model: Any, key: tuple[torch.dtype, str]) -> _Known:
     """Fits the longest pass, and sees whether a short one turns keys as it does."""
-    reach = position_limit(model.config) or _MOST
+    reach = trained_positions(model.config) or _MOST
     try:
         findings, keys, level = _ask(model, reach)
         near = _keys(model, [0, min(reach, _LEAST) - 1], _TOKENS[:1], level)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -16,7 +16,7 @@ from ..core import Budget
 from ..errors import ConfigError, UnsupportedModelError
 from ..storage import Formats
 from .interface import CACHE
-from .left_alone import LEFT_ALONE, CrossAttentionLayer
+from .left_alone import LEFT_ALONE, CrossAttentionLayer, DummyLayer
 
 # Models whose attention does something else with the keys and values than attend to them once.
 _REFUSED_KINDS = {
