@@ -135,7 +135,7 @@ def name(policy: str, budget: str, page: int, share: str, more: str = "") -> str
 
 
 def short(table: Table) -> None:
-    """The README's."""
+    """Rows in short."""
     needles = ("retrieval_single_2k", "retrieval_multikey_2k")
     labels = {
         "full": "full cache",

@@ -85,7 +85,8 @@ def test_left_in_full(
         caplog.set_level(logging.WARNING, "vllm.crushkv")
         assert e.generate(PROMPTS, NEW, lambda e: e.check_blocks()) == expected
         assert e.generate(PROMPTS, NEW, lambda e: e.check_blocks()) == expected, "and again"
-        said = [r.getMessage() for r in caplog.records if "left in full" in r.getMessage()]
+        # A record may be captured by more than one logger on its way up.
+        said = list({id(r): r.getMessage() for r in caplog.records if "left in full" in r.getMessage()}.values())
         assert len(said) == 1 and message in said[0]
         e.check_empty()
 

@@ -263,7 +263,7 @@ class TieredStorage:
         """Keys of the tokens in the slots of each part, in the format of its block.
 
         A token that stays in its block keeps its codes. One that moves to another is coded from what its codes stand
-        for: codes of fewer levels that nest in those of more would make a larger error (docs/research.md).
+        for. Codes of fewer levels that nest in those of more have been tried: their range fits no width well.
         """
         if not parts:
             return []
