@@ -120,7 +120,7 @@ QUANTIZED |= {
     },
 }
 # Two runs make a number that lies on the border of two cells fall into one or the other: one channel of one token is
-# then off by a cell.
+# then off by a cell, in one row, for as long as the token is held.
 BORDERLINE = 0.02
 
 
@@ -132,8 +132,8 @@ def test_quantized_tiers(architecture: str, fields: dict[str, Any]) -> None:
     model = shared_model(architecture)
     recording = record(model, config, prompts([120, 77, 31]), max_new_tokens=20, prefill_chunk_size=50)
     expected = replay(model, recording)
-    errors = torch.stack([(a - b).abs().amax() for a, b in zip(recording.logits, expected, strict=True)])
-    assert errors.median() < 10 * TOLERANCE
+    errors = torch.stack([(a - b).abs().amax(-1) for a, b in zip(recording.logits, expected, strict=True)])
+    assert errors.median() < 10 * TOLERANCE  # over passes and rows
     assert errors.max() < BORDERLINE * max(float(logits.abs().max()) for logits in expected)
     assert any(layer.storage.blocked for layer in recording.cache.crushed_layers)
 

@@ -48,6 +48,8 @@ class CachePlan:
 def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int, raw_bytes: int = 2) -> CachePlan:
     """How a budget is split between tiers and layers, before anything runs: exact, to the byte.
 
+    What a layer's keys need besides (`logit_limit`) is known once a prompt was read, and not counted.
+
     Args:
         model_config: of the model that will run.
         config: what to keep.
