@@ -307,7 +307,7 @@ class CrushConfig:
 
     @classmethod
     def preset(cls, name: str) -> CrushConfig:
-        """One of the presets, `safe`, `balanced` and `small`.
+        """One of the presets, `safe`, `balanced`, `small` and `tiny`.
 
         Raises:
             ConfigError: there is none of that name.

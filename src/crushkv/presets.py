@@ -9,7 +9,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "safe": {"policy": "readahead", "budget": 0.5, "bits": 8, "recent_bits": 8},
     # A quarter has room for every token of a prompt of about a thousand tokens and more.
     "balanced": {"policy": "readahead", "budget": 0.25, "bits": "4.25/3", "recent_bits": 8},
-    # About a sixth of the tokens is evicted. In 8 bits, sink and window would take bytes that serve more tokens in few.
-    "small": {"policy": "readahead", "budget": 0.125, "bits": "2.25/2", "recent_bits": 4},
+    # The better half of what is kept in more bits, the next best half in few; about a third of the tokens is evicted.
+    "small": {
+        "policy": "readahead",
+        "budget": 0.125,
+        "bits": "4/3",
+        "representative_bits": 2,
+        "representative_share": 0.5,
+        "grouping": "score",
+        "recent_bits": 8,
+    },
+    # So few bytes serve more tokens in one narrow format better, sink and window included.
+    "tiny": {"policy": "readahead", "budget": 0.0625, "bits": "2.25/2", "recent_bits": 4},
 }
-"""Fields of `CrushConfig`; at most a half, a quarter and an eighth of the full cache's bytes."""
+"""Fields of `CrushConfig`; at most a half, a quarter, an eighth and a sixteenth of the full cache's bytes."""

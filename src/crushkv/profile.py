@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ._version import __version__
 from .errors import CrushError
-from .files import replacing
-from .fingerprint import digest_of, fingerprint
-
-FORMAT = "crushkv profile"
-FORMAT_VERSION = "1"  # changes whenever older code could not read a file, or newer code an older one
+from .fingerprint import fingerprint
+from .tensor_file import FileKind
 
 
 class ProfileError(CrushError):
     """A file holds no profile that this model and this version of crushkv can use, or none can be made."""
+
+
+FILE = FileKind("profile", "1", "`crushkv profile`", "make it again with `crushkv profile`", ProfileError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +65,8 @@ class Profile:
         Raises:
             OutputError: the file cannot be written.
         """
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("keys", "queries")}
-        metadata = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "crushkv": __version__,
-            "model": self.model,
-            "model_type": self.model_type,
-            "texts": json.dumps(self.texts),
-        }
-        with replacing(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata | {"digest": digest_of(tensors, _text(metadata))})
+        metadata = {"model": self.model, "model_type": self.model_type, "texts": json.dumps(self.texts)}
+        FILE.write(Path(path), {"keys": self.keys, "queries": self.queries}, metadata)
         return replace(self, path=Path(path))
 
     @classmethod
@@ -89,10 +77,7 @@ class Profile:
             ProfileError: it cannot be read, is damaged, or comes from another version.
         """
         path = Path(path)
-        metadata, tensors = _read(path)
-        digest = metadata.pop("digest", None)
-        if digest != digest_of(tensors, _text(metadata)):
-            raise ProfileError(f"{path}: damaged: its contents are not those that were written")
+        metadata, tensors = FILE.read(path)
         try:
             texts = tuple(json.loads(metadata["texts"]))
             keys, queries = tensors["keys"], tensors["queries"]
@@ -112,24 +97,3 @@ class Profile:
                 f"{self._where}the profile was made from another model ({self.model_type}) or from other weights: make "
                 "one with `crushkv profile`"
             )
-
-
-def _text(metadata: dict[str, str]) -> str:
-    return json.dumps(metadata, sort_keys=True)
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
-            if metadata.get("format") != FORMAT:
-                raise ProfileError(f"{path}: this is no profile of crushkv")
-            if metadata.get("format_version") != FORMAT_VERSION:
-                raise ProfileError(
-                    f"{path}: written by crushkv {metadata.get('crushkv')} in format "
-                    f"{metadata.get('format_version')}, this is crushkv {__version__} with format {FORMAT_VERSION}: "
-                    "make it again with `crushkv profile`"
-                )
-            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ProfileError(f"{path}: {error}") from None

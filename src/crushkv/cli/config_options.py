@@ -78,7 +78,7 @@ _CONFIG_FILE = option(
     None,
     flag="--config",
     metavar="NAME|FILE",
-    help="safe, balanced, small, or a JSON file of these settings; options given beside it win.",
+    help="safe, balanced, small, tiny, or a JSON file of these settings; options given beside it win.",
     rich_help_panel=PANEL,
 )
 

@@ -9,27 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._version import __version__
 from ..config import CrushConfig
 from ..errors import ConfigError, CrushError, UnsupportedModelError, one_line
-from ..files import looks_like, replacing
-from ..fingerprint import digest_of, fingerprint
+from ..fingerprint import fingerprint
+from ..tensor_file import FileKind
 from . import left_alone
 from .cache import CrushCache
 from .integrity import Damaged, check_counts, check_layer
 from .layer import CrushLayer
 
-FORMAT = "crushkv cache"
-FORMAT_VERSION = "3"  # changes whenever older code could not read a file, or newer code an older one
-
 
 class SavedCacheError(CrushError):
     """A file holds no cache that this model and this version of crushkv can use."""
+
+
+FILE = FileKind("cache", "3", "`crushkv build` or save_cache", "build it again", SavedCacheError)
 
 
 @dataclass(frozen=True)
@@ -82,25 +79,20 @@ def save_cache(
     seen = cache.get_seq_length()
     if not seen or seen != input_ids.shape[-1]:
         raise ConfigError(f"input_ids of {input_ids.shape[-1]} tokens: the cache has seen {seen}")
-    tensors = {"input_ids": input_ids.cpu().contiguous()}
+    tensors = {"input_ids": input_ids}
     counts = []
     for index, layer in enumerate(cache.layers):
         state, numbers = layer.state() if isinstance(layer, CrushLayer) else (left_alone.state(layer), {"seen": seen})
-        tensors |= {f"{index}.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        tensors |= {f"{index}.{name}": tensor for name, tensor in state.items()}
         counts.append(numbers)
     metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "crushkv": __version__,
         "model": fingerprint(model),
         "model_type": str(model.config.model_type),
         "config": cache.config.to_json(),
         "layers": json.dumps(counts),
         "notes": json.dumps(dict(notes or {})),
     }
-    metadata["digest"] = _digest(tensors, metadata)
-    with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata)
+    FILE.write(Path(path), tensors, metadata)
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
@@ -109,15 +101,12 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> SavedCache:
     Raises:
         SavedCacheError: it cannot be read, is damaged, or comes from another model or another version.
     """
-    metadata, tensors = _read(Path(path), with_tensors=True)
+    metadata, tensors = FILE.read(Path(path))
     try:
         counts = json.loads(metadata["layers"])
         config, notes = CrushConfig.from_json(metadata["config"]), dict(json.loads(metadata["notes"]))
-        same = metadata["digest"] == _digest(tensors, metadata)
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise SavedCacheError(f"{path}: damaged ({error})") from None
-    if not same:
-        raise SavedCacheError(f"{path}: damaged: its contents are not those that were written")
     if metadata.get("model") != fingerprint(model):
         raise SavedCacheError(
             f"{path}: it was built with another model ({metadata.get('model_type')}), other weights or another dtype"
@@ -171,42 +160,7 @@ def read_notes(path: str | Path) -> dict[str, Any]:
     Raises:
         SavedCacheError: see `load_cache`.
     """
-    metadata, _ = _read(Path(path), with_tensors=False)
     try:
-        return dict(json.loads(metadata["notes"]))
+        return dict(json.loads(FILE.read_header(Path(path))["notes"]))
     except (KeyError, ValueError, TypeError) as error:
         raise SavedCacheError(f"{path}: damaged ({error})") from None
-
-
-def _read(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise SavedCacheError(f"{path}: this is no cache of crushkv")
-            if metadata.get("format_version") != FORMAT_VERSION:
-                raise SavedCacheError(
-                    f"{path}: written by crushkv {metadata.get('crushkv')} in format "
-                    f"{metadata.get('format_version')}, this is crushkv {__version__} with format {FORMAT_VERSION}: "
-                    "build it again"
-                )
-            names = file.keys() if with_tensors else []
-            return metadata, {name: file.get_tensor(name) for name in names}
-    except CrushError:
-        raise
-    except OSError as error:
-        raise SavedCacheError(f"{path}: {error}") from None
-    except Exception as error:
-        try:
-            looks = looks_like(path)
-        except OSError:
-            looks = "nothing that can be read"
-        raise SavedCacheError(
-            f"{path}: expected a file that `crushkv build` or save_cache has written; this looks like {looks} "
-            f"({one_line(str(error))})"
-        ) from None
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of everything that a file holds, but for the digest itself."""
-    return digest_of(tensors, json.dumps({k: v for k, v in metadata.items() if k != "digest"}, sort_keys=True))
