@@ -683,6 +683,41 @@ def test_help_and_version(crushkv: Any) -> None:
     assert re.fullmatch(r"crushkv \d+\.\d+\.\d+\S*\n", crushkv("--version").out)
 
 
+COMMANDS = [
+    "run",
+    "generate",
+    "build",
+    "ask",
+    "plan",
+    "profile",
+    "inspect",
+    "fidelity",
+    "sweep",
+    "report",
+    "bench",
+    "policies",
+    "doctor",
+    "eval",
+]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["--version"], ["generat"], ["generate", "--bugdet", "1"], *([name, "--help"] for name in COMMANDS)],
+    ids=" ".join,
+)
+def test_help_and_typos_are_answered_without_torch(args: list[str]) -> None:
+    """Importing torch and Transformers takes seconds, which an answer about the command line has no use for."""
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'lm_eval'}"
+    program = (
+        "import sys\nfrom crushkv.cli import main\n"
+        f"try:\n    main({args!r})\nfinally:\n    print('heavy:', *({heavy} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "heavy:"
+    assert done.returncode == (0 if args[-1].startswith("--") else 2), done.stderr
+
+
 def test_debug_shows_the_traceback(crushkv: Any, tmp_path: Path) -> None:
     outcome = crushkv("generate", "--model", tmp_path, "--prompt", "x", "--debug")
     assert outcome.code == 1

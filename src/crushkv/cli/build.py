@@ -18,10 +18,10 @@ from .prompts import check_room, read_prompt
 # The questions are not known yet. Whatever is evicted now is evicted blind, and so far every policy loses about as many
 # answers by that as chance does (benchmarks/accuracy/blind.py), where 8 bits lose nothing: by default every token is
 # kept, in 8 bits. A policy that scores with the last tokens' queries would keep what the end of the document asks for.
-BLIND = CrushConfig(budget=1.0, bits=8, policy="expected_attention")
+BLIND = {"budget": 1.0, "bits": 8, "policy": "expected_attention"}
 
 
-@with_options(config=config_group(BLIND), model=MODEL)
+@with_options(config=config_group(**BLIND), model=MODEL)
 def build(
     document: Annotated[str, typer.Argument(help="A text file; - is standard input.", metavar="DOCUMENT")],
     *,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import CrushConfig
-from ..config_text import read_field, read_value
 from ..errors import ConfigError
 from .options import Group, option
 
@@ -26,8 +27,8 @@ class _Field:
     help: str
     flag: str | None = None
 
-    def option(self, defaults: CrushConfig) -> inspect.Parameter:
-        value, text = getattr(defaults, self.name), self.help
+    def option(self, defaults: Mapping[str, Any]) -> inspect.Parameter:
+        value, text = defaults[self.name], self.help
         if value not in ({}, None):
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
             text += f" [dim]default: {shown}[/]"
@@ -83,13 +84,13 @@ _CONFIG_FILE = option(
 )
 
 
-def build_config(defaults: CrushConfig, config_file: Path | None = None, **given: Any) -> CrushConfig:
-    """The configuration of a file (or the defaults), with the options that were given in place of its fields.
+def build_config(changed: Mapping[str, Any], config_file: Path | None = None, **given: Any) -> CrushConfig:
+    """The configuration of a file (or the defaults, with `changed`), with the options that were given in its fields.
 
     Raises:
         ConfigError: names the file or the option.
     """
-    base = defaults
+    base = CrushConfig(**changed)
     if config_file is not None:
         try:
             base = CrushConfig.load(config_file)
@@ -103,6 +104,8 @@ def build_config(defaults: CrushConfig, config_file: Path | None = None, **given
 
 def _read(name: str, value: Any) -> Any:
     """Text as the field has it; checked by `CrushConfig`."""
+    from ..config_text import read_field
+
     if name == "policy_options":
         return _assignments(value)
     return read_field(name, value) if isinstance(value, str) else value
@@ -110,6 +113,8 @@ def _read(name: str, value: Any) -> Any:
 
 def _assignments(pairs: list[str]) -> dict[str, Any]:
     """`kernel=5` to `{"kernel": 5}`; what is no JSON value is a string."""
+    from ..config_text import read_value
+
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -119,9 +124,11 @@ def _assignments(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def config_group(defaults: CrushConfig) -> Group:
-    """The options, for a command with defaults of its own."""
-    return Group((*(field.option(defaults) for field in _FIELDS), _CONFIG_FILE), partial(build_config, defaults))
+def config_group(**changed: Any) -> Group:
+    """The options, for a command with some defaults of its own."""
+    defaults = {f.name: {} if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(CrushConfig)}
+    defaults |= changed
+    return Group((*(field.option(defaults) for field in _FIELDS), _CONFIG_FILE), partial(build_config, changed))
 
 
-CONFIG = config_group(CrushConfig())
+CONFIG = config_group()

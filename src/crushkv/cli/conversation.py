@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .prompts import apply_chat, uses_chat
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..importance import Policy, failed_policies
-from ..importance import policies as known_policies
 from .options import with_options
 from .output import print_json, result_console
+
+if TYPE_CHECKING:
+    from ..importance import Policy
 
 REQUIRED = "(required)"
 
@@ -21,6 +22,9 @@ REQUIRED = "(required)"
 @with_options()
 def policies(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
     """List the importance policies and their options."""
+    from ..importance import failed_policies
+    from ..importance import policies as known_policies
+
     found = [describe(policy) for policy in known_policies().values()]
     if as_json:
         print_json({"command": "policies", "policies": found, "failed": failed_policies()})
