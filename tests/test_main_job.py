@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crushkv import KVCrush
-from crushkv.cli.questions import load_questions
+from crushkv.demo import load_questions
 from crushkv.embedded import embedded_model_path
 
 pytestmark = pytest.mark.model

@@ -14,21 +14,14 @@ import typer
 
 from .._version import __version__
 from ..errors import ConfigError, CrushError, one_line
-from .ask import ask
 from .bench import bench
-from .build import build
 from .doctor import doctor
-from .eval import evaluate
-from .fidelity import fidelity
+from .documents import ask, build
+from .evaluate import evaluate, fidelity, lm_eval, report, sweep
 from .generate import generate
-from .inspect import inspect
-from .lm_eval import lm_eval
 from .plan import plan
-from .policies import policies
-from .profile import profile
-from .report import report
 from .run import run
-from .sweep import sweep
+from .show import inspect, policies, profile
 
 # Typer brings its own copy of Click or uses the package, depending on its release; the base class of what they
 # raise for a wrong command line is reached through a public name.

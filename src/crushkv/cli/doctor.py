@@ -11,9 +11,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .model_loader import load_config
+from .models import load_config
 from .options import with_options
-from .output import print_json, result_console, say, size
+from .output import print_json, result_console, size
 from .system import examine
 
 
@@ -51,7 +51,7 @@ def _examine_model(model: str, tokens: int) -> dict[str, Any]:
     from ..errors import UnsupportedModelError
     from ..hf.planning import check_supported, layer_kinds
 
-    name, config = load_config(model, say)
+    name, config = load_config(model)
     try:
         check_supported(config)
         kinds = layer_kinds(config, tokens)
