@@ -103,6 +103,9 @@ def _print(found: dict[str, Any]) -> None:
     table.add_row("features", Text(_yes_no(found["features"])))
     if "model" in found:
         table.add_row(Text(found["model"]["name"]), Text("\n".join(_model_lines(found["model"]))))
+    for extra, names in found["missing"].items():
+        if names:
+            table.add_row(f"extra {extra}", Text(f"missing: {', '.join(names)} (pip install 'crushkv[{extra}]')"))
     for problem in found["problems"]:
         table.add_row("problem", Text(problem, style="red"))
     console = result_console()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -94,10 +94,10 @@ def _run(
     from ..hf.measure import measure
 
     shown = TextStreamer(loaded.tokenizer, skip_special_tokens=True) if stream else None
-    with reading(loaded.model, ids.shape[-1], options.get("prefill_chunk_size")) as progress:
+    with reading(loaded.model, ids.shape[-1], options.get("prefill_chunk_size")) as stop:
 
         def on_token(token: Any) -> None:
-            progress.close()
+            stop()
             if shown is not None:
                 shown.put(token)
 
@@ -108,19 +108,24 @@ def _run(
 
 
 @contextlib.contextmanager
-def reading(model: Any, tokens: int, chunk: int | None) -> Iterator[Progress]:
-    """Shows how many layers have read their part of the prompt. A hook on each layer counts them."""
+def reading(model: Any, tokens: int, chunk: int | None) -> Iterator[Callable[[], None]]:
+    """Shows how many layers have read the prompt, until the function that it gives is called. Hooks count them."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = list(getattr(decoder, "layers", None) or [decoder])
     passes = -(-tokens // chunk) if chunk else 1
     with Progress([1.0] * (len(layers) * passes), lines=False) as progress:
         progress.begin(f"Reading {tokens} tokens")
         hooks = [layer.register_forward_hook(lambda *_: progress.done()) for layer in layers]
+
+        def stop() -> None:
+            progress.close()
+            while hooks:
+                hooks.pop().remove()
+
         try:
-            yield progress
+            yield stop
         finally:
-            for hook in hooks:
-                hook.remove()
+            stop()
 
 
 def figures(run: Measurement, answer: str) -> dict[str, Any]:
@@ -141,7 +146,9 @@ def figures(run: Measurement, answer: str) -> dict[str, Any]:
         "kv_bytes": run.kv_bytes,
         "full_kv_bytes": run.full_kv_bytes,
         "bytes_fraction": run.bytes_fraction,
+        "room_bytes": 0 if report is None else report.room_bytes,
         "state_bytes": 0 if report is None else report.state_bytes,
+        "memory_bytes": run.memory_bytes,
         "ttft_seconds": run.ttft,
         "tpot_seconds": run.tpot,
         "peak_memory_bytes": peak,
@@ -154,14 +161,15 @@ def rows(run: dict[str, Any]) -> dict[str, str]:
     """What a table shows of one run, or of a summary of several, by the name of the row."""
     tiers = run["tiers"] or {}
     return {
-        "KV cache": size(run["kv_bytes"]),
-        "  at 16 bits a number": f"{run['bytes_fraction']:.1%}",
+        "KV cache at 16 bits": f"{size(run['kv_bytes'])} ({run['bytes_fraction']:.1%})",
         "tokens per KV head": f"{run['tokens_held']:.0f} of {run['tokens_seen']:.0f}",
         **{
             f"  {name}": f"{tiers[name]:.0f}" if tiers else "-"
             for name in ("sink", "important", "representative", "recent")
         },
-        "scores, positions": size(run["state_bytes"]),
+        "  room to grow": size(run["room_bytes"]),
+        "  scores, positions": size(run["state_bytes"]),
+        "  allocated in all": size(run["memory_bytes"]),
         "first token (TTFT)": _time(run, "ttft"),
         "token after it (TPOT)": _time(run, "tpot"),
         "peak memory": size(run["peak_memory_bytes"]),

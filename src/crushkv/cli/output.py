@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..errors import ConfigError
+from ..text import size as size  # part of what commands write with
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,18 +98,6 @@ def versions(*others: str) -> dict[str, str | None]:
     """The versions of everything that a result depends on."""
     packages = {name: installed(name) for name in ("torch", "transformers", "tokenizers", *others)}
     return {"crushkv": __version__, "python": platform.python_version(), **packages}
-
-
-def size(count: float | None) -> str:
-    """Bytes for reading: `12.3 MiB`."""
-    if count is None:
-        return "not measured here"
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(amount) < 1024:
-            return f"{amount:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        amount /= 1024
-    return f"{amount:.2f} GiB"
 
 
 def seconds(time: float | None) -> str:
