@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..embedded import embedded_model_ready
 from ..errors import CrushError
 from .output import installed, missing, versions
 
@@ -126,6 +125,8 @@ def _memory() -> dict[str, int | None]:
 
 def _embedded_model() -> dict[str, Any]:
     """Whether the embedded model has been converted, and otherwise what to do. Converts nothing."""
+    from ..embedded import embedded_model_ready
+
     try:
         folder = embedded_model_ready()
     except CrushError as error:

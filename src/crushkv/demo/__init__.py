@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from ..errors import ConfigError
@@ -54,4 +53,6 @@ def load_questions(count: int) -> list[Question]:
 
 
 def _read(name: str) -> str:
+    from importlib.resources import files
+
     return (files(__name__) / name).read_text(encoding="utf-8")
