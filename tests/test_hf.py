@@ -120,8 +120,10 @@ def test_bytes_held_equal_the_budget_to_the_token(model: Any, budget: Any, page_
     assert [layer.storage.length for layer in cache.crushed_layers] == [held] * 3
     assert cache.nbytes == 3 * held * per_token
     report = cache.report()
-    assert report.kv_bytes == cache.nbytes
-    assert report.full_kv_bytes == 3 * 120 * per_token
+    assert report.kv_bytes == cache.nbytes // 2  # counted at 16 bits a number
+    assert report.full_kv_bytes == 3 * 120 * per_token // 2
+    assert report.room_bytes == 0
+    assert report.memory_bytes == cache.nbytes + report.state_bytes
     assert sum(report.tiers.values()) == held
 
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import reference
 from architectures import small_model
 from crushkv import CrushConfig
-from crushkv.cli.inspect import inspect
+from crushkv.cli.show import inspect
 from crushkv.core import ANCHORS, SelectionOptions, Tier, select
 from crushkv.core.buckets import stands_for
 from crushkv.errors import ConfigError

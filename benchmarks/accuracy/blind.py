@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crushkv.cli.conversation import Frame, frame
 from crushkv.embedded import embedded_model_path
 from crushkv.evaluation import parse_configurations
 from crushkv.evaluation.fidelity import continuation_logits
 from crushkv.hf import Recording
+from crushkv.prompts import Frame, frame
 
 CONFIGURATIONS = (
     "full",

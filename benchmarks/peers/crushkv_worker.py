@@ -29,7 +29,7 @@ def main() -> None:
             policy = request.method.removesuffix("-kvcrush")
             config = CrushConfig(policy=policy, budget=request.budget or 1.0, representative_share=SHARE)
         cache = KVCrush(config).cache(model)
-        return lambda: decode(model, request, cache, lambda cache: cache.report().kv_bytes)
+        return lambda: decode(model, request, cache, lambda cache: cache.nbytes)
 
     serve("crushkv", METHODS, {"crushkv": __version__, **versions("transformers", "torch")}, given.prompt, prepare)
 

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crushkv import CrushConfig
-from crushkv.cli.model_loader import ModelOptions, load
-from crushkv.cli.sweeping import evaluation_versions
+from crushkv.cli.models import load
+from crushkv.cli.options import ModelOptions
+from crushkv.cli.output import versions
 from crushkv.config_text import expand, parse_config
 from crushkv.core.seeds import layer_seed
 from crushkv.evaluation import Sample, TaskSource, by_model, read_report_samples
@@ -242,7 +243,7 @@ def distances(model: Any, reference: Reference, caches: list[CrushCache]) -> lis
 def run(arguments: Any) -> None:
     torch.set_num_threads(arguments.threads)
     configs = read_lists(arguments.lists)
-    loaded = load(ModelOptions(model=arguments.model, dtype="float32", device="cpu"), print)
+    loaded = load(ModelOptions(model=arguments.model, dtype="float32", device="cpu"))
     model, tokenizer = loaded.model, loaded.tokenizer
     chat = _chat(tokenizer) if arguments.chat else None
     settings = {"chat": arguments.chat, "measures": ["fidelity"], "answer_tokens": arguments.answer, "seed": 7}
@@ -250,8 +251,8 @@ def run(arguments: Any) -> None:
     streams = [
         chosen(task, name, tokenizer, chat, tuple(arguments.tokens), arguments.per_task) for name, task in tasks.items()
     ]
-    versions = evaluation_versions()
-    with ResultsFile(arguments.output, loaded.describe(), versions) as results:
+    environment = versions("lm_eval")
+    with ResultsFile(arguments.output, loaded.describe(), environment) as results:
         for prompt, ids in (found for turn in zip_longest(*streams) for found in turn if found is not None):
             hashed = prompt_hash(prompt.text)
             missing = [
@@ -283,7 +284,7 @@ def run(arguments: Any) -> None:
                             bytes_held=cache.nbytes_at_16_bits,
                             bytes_full=recording.nbytes_at_16_bits,
                             model=loaded.describe(),
-                            versions=versions,
+                            versions=environment,
                             kl=kl,
                             agreement=agreement,
                             answer_tokens=len(reference.answer) - 1,

@@ -9,14 +9,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .core import ANCHORS, Budget, SelectionOptions
 from .errors import ConfigError, nearest
-from .importance import Policy, make_policy
 from .presets import PRESETS
-from .storage import RAW, WIDEST, WIDTHS, Formats
 from .text import MOST_JSON, check_bounded, quoted, read_json
+
+# These import torch, which takes seconds. The command line reads the fields of `CrushConfig` for `--help` without it.
+if TYPE_CHECKING:
+    from .core import Budget, SelectionOptions
+    from .importance import Policy
+    from .storage import Formats
 
 Threshold = Literal["budget", "median"]
 Signature = Literal["per_head", "collapsed"]
@@ -103,9 +106,9 @@ class CrushConfig:
     grouping: Grouping = "signature"
     representative: Representative = "middle"
     shared_representatives: bool = False
-    bits: Bits = RAW
+    bits: Bits = 16
     representative_bits: Bits | None = None
-    recent_bits: int = RAW
+    recent_bits: int = 16
     key_widths: KeyWidths = "by_channel"
     logit_limit: float | None = 1.0
     profile: str | None = None
@@ -174,6 +177,8 @@ class CrushConfig:
             )
 
     def _check_choices(self) -> None:
+        from .core import ANCHORS
+
         for name, kind in (
             ("threshold", Threshold),
             ("signature", Signature),
@@ -192,6 +197,8 @@ class CrushConfig:
                 raise ConfigError(f"anchors: unknown anchor {anchor!r}.{nearest(str(anchor), ANCHORS)}")
 
     def _check_formats(self) -> None:
+        from .storage import RAW, WIDTHS
+
         if isinstance(self.recent_bits, bool) or self.recent_bits not in WIDTHS:
             raise ConfigError(f"recent_bits={quoted(self.recent_bits)}: accepted are {', '.join(map(str, WIDTHS))}")
         limit = self.logit_limit
@@ -235,7 +242,7 @@ class CrushConfig:
             )
 
     def _check_budget(self) -> None:
-        budget = Budget.parse(self.budget)
+        budget = self.parsed_budget
         always = self.sink + self.window
         if budget.kind == "tokens" and budget.amount < always:
             raise ConfigError(
@@ -260,10 +267,14 @@ class CrushConfig:
 
     def make_policy(self) -> Policy:
         """The importance policy that `policy` and `policy_options` name."""
+        from .importance import make_policy
+
         return make_policy(self.policy, self.policy_options)
 
     @property
     def parsed_budget(self) -> Budget:
+        from .core import Budget
+
         return Budget.parse(self.budget)
 
     @property
@@ -274,12 +285,16 @@ class CrushConfig:
     @property
     def selection(self) -> SelectionOptions:
         """The fields that `crushkv.core.select` reads."""
+        from .core import SelectionOptions
+
         names = (f.name for f in dataclasses.fields(SelectionOptions))
         return SelectionOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def formats(self) -> Formats:
         """The formats of the tiers, as `crushkv.storage` takes them."""
+        from .storage import WIDEST, Formats
+
         important = _pair(self.bits)
         representative = important if self.representative_bits is None else _pair(self.representative_bits)
         recent = _pair(self.recent_bits)
@@ -364,6 +379,8 @@ def _pair(bits: Bits) -> tuple[float, int]:
 
 def _as_bits(name: str, value: object) -> object:
     """A width, or two, checked: from 4, (3, 2), [2.25, 2] or "2.25/2"."""
+    from .storage import WIDEST, WIDTHS
+
     if value is None and name == "representative_bits":
         return None
     parts = value.split("/") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]

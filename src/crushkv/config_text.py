@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .config import CrushConfig
@@ -62,6 +62,15 @@ def parse_config(text: str) -> CrushConfig | None:
         return CrushConfig.from_dict({**base, **values})
     except ConfigError as error:
         raise ConfigError(f"configuration {quoted(text)}: {error}") from None
+
+
+def parse_configs(texts: Iterable[str]) -> dict[str, CrushConfig | None]:
+    """The configurations that texts stand for, by their names: braces are expanded, and each name is there once.
+
+    Raises:
+        ConfigError: as `parse_config`.
+    """
+    return {name: parse_config(name) for text in texts for name in expand(text)}
 
 
 def split_name(text: str) -> tuple[str, str]:

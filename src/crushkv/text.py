@@ -1,4 +1,4 @@
-"""Values that users and clients give: bounded before they are parsed, and quoted in short."""
+"""Values that users and clients give, bounded before they are parsed and quoted in short; and bytes for people."""
 
 from __future__ import annotations
 
@@ -65,3 +65,15 @@ def read_json(text: str, what: str) -> Any:
         raise ConfigError(f"{what} is no JSON that can be read: it is nested too deeply") from None
     except ValueError as error:  # besides what is malformed, integers of thousands of digits
         raise ConfigError(f"{what} is no JSON: {error}") from None
+
+
+def size(count: float | None) -> str:
+    """Bytes for reading: `12.3 MiB`."""
+    if count is None:
+        return "not measured here"
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(amount) < 1024:
+            return f"{amount:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        amount /= 1024
+    return f"{amount:.2f} GiB"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..demo import document
 
 
 def repeated_prompt(tokenizer: Any, tokens: int, batch: int = 1) -> Tensor:
@@ -14,7 +15,6 @@ def repeated_prompt(tokenizer: Any, tokens: int, batch: int = 1) -> Tensor:
 
     Each row begins at another place of it.
     """
-    text = (resources.files("crushkv") / "demo" / "document.txt").read_text(encoding="utf-8")
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(document())["input_ids"]
     starts = [row * len(ids) // batch for row in range(batch)]
     return torch.tensor([[ids[(start + i) % len(ids)] for i in range(tokens)] for start in starts])

@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Annotated, Any, NoReturn
 
@@ -14,33 +15,51 @@ import typer
 
 from .._version import __version__
 from ..errors import ConfigError, CrushError, one_line
-from .ask import ask
-from .bench import bench
-from .build import build
-from .doctor import doctor
-from .eval import evaluate
-from .fidelity import fidelity
-from .generate import generate
-from .inspect import inspect
-from .lm_eval import lm_eval
-from .plan import plan
-from .policies import policies
-from .profile import profile
-from .report import report
-from .run import run
-from .sweep import sweep
 
 # Typer brings its own copy of Click or uses the package, depending on its release; the base class of what they
 # raise for a wrong command line is reached through a public name.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-app = typer.Typer(
-    name="crushkv",
-    help="Makes the KV cache of a language model several times smaller (KVCrush, arXiv 2503.00022).",
-    add_completion=False,
-    rich_markup_mode="rich",
-)
+# The commands in the order of the help, each with its module and its function.
+COMMANDS = {
+    "run": "run.run",
+    "generate": "generate.generate",
+    "build": "documents.build",
+    "ask": "documents.ask",
+    "plan": "plan.plan",
+    "profile": "show.profile",
+    "inspect": "show.inspect",
+    "fidelity": "evaluate.fidelity",
+    "sweep": "evaluate.sweep",
+    "report": "evaluate.report",
+    "bench": "bench.bench",
+    "policies": "show.policies",
+    "doctor": "doctor.doctor",
+    "eval": "evaluate.evaluate",
+    "lm-eval": "evaluate.lm_eval",
+}
+# The harness reads the options of `lm-eval` itself.
+_FOREIGN: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+
+
+def _application(args: Sequence[str]) -> typer.Typer:
+    """The application with the command that is asked for, or with all: it takes time to make the options of each."""
+    app = typer.Typer(
+        help="Makes the KV cache of a language model several times smaller (KVCrush, arXiv 2503.00022).",
+        add_completion=False,
+        rich_markup_mode="rich",
+    )
+    app.callback(invoke_without_command=True)(_root)
+    first = args[0] if args else ""
+    for name in [first] if first in COMMANDS else [] if first == "--version" else COMMANDS:
+        module, function = COMMANDS[name].split(".")
+        command = getattr(import_module(f".{module}", __package__), function)
+        app.command(name, **(_FOREIGN if name == "lm-eval" else {}))(command)
+    return app
 
 
 def _show_version(asked: bool) -> None:
@@ -49,7 +68,6 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     version: Annotated[
@@ -58,14 +76,6 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-for _command in (run, generate, build, ask, plan, profile, inspect, fidelity, sweep, report, bench, policies, doctor):
-    app.command()(_command)
-app.command("eval")(evaluate)
-# Its options are the harness's.
-_FOREIGN = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command("lm-eval", add_help_option=False, context_settings=_FOREIGN)(lm_eval)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -77,8 +87,9 @@ def _run(args: Sequence[str] | None) -> int:
     state = SimpleNamespace(debug=False)  # set by --debug, which is an option of each command
     try:
         with _plain_warnings(state):
-            command = typer.main.get_command(app)
-            code = command.main(args, prog_name="crushkv", standalone_mode=False, obj=state)
+            args = sys.argv[1:] if args is None else args
+            command = typer.main.get_command(_application(args))
+            code = command.main(list(args), prog_name="crushkv", standalone_mode=False, obj=state)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:

@@ -13,16 +13,14 @@ import typer
 
 from ..config import CrushConfig
 from ..errors import ConfigError, one_line
-from .model_loader import LoadedModel, ModelOptions, load
-from .options import MODEL, with_options
-from .output import check_folder, only_result_on_stdout, say, seconds, versions
-from .prompts import check_room
-from .work_progress import WorkProgress
+from ..presets import PRESETS
+from .models import LoadedModel, load
+from .options import Configs, Json, ModelOptions, with_options
+from .output import check_output, only_result_on_stdout, plain_table, result_console, say, seconds, size
+from .progress import Progress
 
 if TYPE_CHECKING:
-    from ..benchmark import Record
-
-METHODS = ("full", "{snapkv,h2o}:representative_share=0.1")
+    from ..benchmark import Figure, Record, Spread
 
 
 @dataclass(frozen=True)
@@ -41,24 +39,11 @@ class _Request:
 
         return f"{self.tokens} tokens, batch of {self.batch}, {label(self.method, share(self.config))}"
 
-    def failed(self, new_tokens: int, error: str) -> Record:
-        from ..benchmark import ENGINE, Record, share
 
-        return Record(
-            engine=ENGINE,
-            method=self.method,
-            budget=share(self.config),
-            tokens=self.tokens,
-            batch=self.batch,
-            new_tokens=new_tokens,
-            repeat=self.repeat,
-            error=error,
-        )
-
-
-@with_options(model=MODEL)
+@with_options()
 def bench(
     *,
+    method: Configs = None,
     tokens: Annotated[
         str, typer.Option(help="Lengths of the prompt, separated by commas.", metavar="TOKENS,...")
     ] = "1024,2048,4096",
@@ -68,14 +53,6 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batch sizes.", metavar="ROWS,...")] = "1",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate in each row.", metavar="TOKENS", min=2)] = 32,
     repeats: Annotated[int, typer.Option(help="Rounds. Ratios are medians over them.", metavar="NUMBER", min=1)] = 3,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="full, a preset, POLICY:FIELD=VALUE,... or FIELD=VALUE,... Repeatable; {a,b} stands for both.",
-            metavar="TEXT",
-            show_default="full, and SnapKV and H2O with representatives",
-        ),
-    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write every request as a JSON line.", metavar="FILE")
     ] = None,
@@ -86,50 +63,57 @@ def bench(
         list[Path] | None,
         typer.Option(help="Measure nothing: show the results in this file. Repeatable.", metavar="FILE"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a request, and no table.")] = False,
+    as_json: Json = False,
     model: ModelOptions,
 ) -> None:
     """Measure time and memory of requests, against the full cache.
 
-    Methods take turns, so that a machine that is busy for a while is busy for all of them. Ratios are those of one
-    round.
+    Methods take turns, so that a machine that is busy for a while is busy for all of them. Each ratio compares two
+    requests of one round. Without --method: the full cache, and SnapKV and H2O with representatives.
     """
-    from ..benchmark import read_records
+    from ..benchmark import read_records, summarize, write_record
 
     if plots is not None:
-        _need_matplotlib()
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ConfigError("--plots needs matplotlib: pip install 'crushkv[eval]'") from None
     if show:
         records = read_records(show)
     else:
-        if output is not None:
-            check_folder(output)
-        methods = _methods(method or list(METHODS), budgets)
-        rounds = _requests(methods, _integers("--tokens", tokens), _integers("--batch", batch), repeats)
-        with only_result_on_stdout() if as_json else contextlib.nullcontext():
-            loaded = load(model, say)
-            for request in rounds:
-                check_room(request.tokens, new_tokens, loaded.model.config)
-            options = {} if model.prefill_chunk_size is None else {"prefill_chunk_size": model.prefill_chunk_size}
-            with contextlib.ExitStack() as stack:
-                file = None if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
-                records = _measure(loaded, rounds, new_tokens, options, file)
-    _present(records, as_json, plots)
+        check_output(output)
+        methods = _methods(method or ["full", "{snapkv,h2o}:representative_share=0.1"], budgets)
+        requests = _requests(methods, _integers("--tokens", tokens), _integers("--batch", batch), repeats)
+        with only_result_on_stdout(as_json), contextlib.ExitStack() as stack:
+            loaded = load(model)
+            for request in requests:
+                loaded.check_room(request.tokens, new_tokens)
+            file = None if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
+            records = _measure(loaded, requests, new_tokens, model.generation, file)
+    figures = summarize(records)
+    if as_json:
+        for record in records:
+            write_record(sys.stdout, record)
+    else:
+        _print(figures)
+    if plots is not None:
+        from ..benchmark.plots import plot, save
+
+        say(", ".join(map(str, save(plot(figures), plots))))
 
 
 def _methods(texts: Sequence[str], budgets: str) -> list[tuple[str, CrushConfig | None]]:
-    """Each method by its name, with each of the budgets unless it names one."""
-    from ..config_text import expand, parse_config, read_field
-    from ..presets import PRESETS
+    """Each method with its name, and with each of the budgets unless it has one of its own."""
+    from ..config_text import parse_configs, read_field
 
     amounts = [read_field("budget", amount.strip()) for amount in budgets.split(",")]
     methods: list[tuple[str, CrushConfig | None]] = []
-    for name in dict.fromkeys(name for text in texts for name in expand(text)):
-        config = parse_config(name)
+    for name, config in parse_configs(texts).items():
         if config is None or "budget=" in name or name.partition(":")[0] in PRESETS:
             methods.append((name, config))
             continue
         for amount in amounts:
-            # Shares of the full cache have a column of their own; tokens and bytes are told in the name.
+            # A share of the full cache has a column of its own. Tokens and bytes become a part of the name.
             told = "" if isinstance(amount, float) else f"{',' if ':' in name else ':'}budget={amount}"
             methods.append((name + told, config.replace(budget=amount)))
     return methods
@@ -148,7 +132,7 @@ def _integers(option: str, text: str) -> list[int]:
 def _requests(
     methods: Sequence[tuple[str, CrushConfig | None]], lengths: Sequence[int], batches: Sequence[int], repeats: int
 ) -> list[_Request]:
-    """Round by round; within a round the methods of one length follow each other, first another one each time."""
+    """All requests, round by round. Each round measures the methods in another order."""
     from ..benchmark import rotated
 
     return [
@@ -165,30 +149,36 @@ def _measure(
 ) -> list[Record]:
     import json
 
-    from ..benchmark import measure_request, repeated_prompt, write_record
+    from ..benchmark import ENGINE, Record, measure_request, repeated_prompt, share, write_record
     from ..hf.measure import warm_up
 
     if file is not None:
-        print(json.dumps({"kind": "machine", **machine(loaded)}), file=file, flush=True)
+        print(json.dumps({"kind": "machine", **_machine(loaded)}), file=file, flush=True)
     records: list[Record] = []
-    with WorkProgress([float(r.batch * (r.tokens + 20 * new_tokens)) for r in requests]) as progress:
+    with Progress([float(r.batch * (r.tokens + 20 * new_tokens)) for r in requests]) as progress:
         progress.begin("warming up")
         short = repeated_prompt(loaded.tokenizer, 256)
         for config in {r.method: r.config for r in requests}.values():
             warm_up(loaded.model, short, config)
-        sizes = {(r.tokens, r.batch) for r in requests}
-        prompts = {size: repeated_prompt(loaded.tokenizer, *size) for size in sizes}
+        prompts = {size: repeated_prompt(loaded.tokenizer, *size) for size in {(r.tokens, r.batch) for r in requests}}
         for request in requests:
             progress.begin(request.text)
-            prompt = prompts[request.tokens, request.batch]
+            prompt, what = prompts[request.tokens, request.batch], (request.config, request.method, request.repeat)
             try:
-                record = measure_request(
-                    loaded.model, prompt, new_tokens, request.config, request.method, request.repeat, **options
-                )
+                record = measure_request(loaded.model, prompt, new_tokens, *what, **options)
                 told = f"TTFT {seconds(record.ttft_seconds)}, TPOT {seconds(record.tpot_seconds)}"
-            except RuntimeError as error:  # out of memory, most often: a row that says so, and the next
+            except RuntimeError as error:  # most often, memory has run out: the record says so, and the next one begins
                 told = one_line(str(error), limit=200)
-                record = request.failed(new_tokens, told)
+                record = Record(
+                    engine=ENGINE,
+                    method=request.method,
+                    budget=share(request.config),
+                    tokens=request.tokens,
+                    batch=request.batch,
+                    new_tokens=new_tokens,
+                    repeat=request.repeat,
+                    error=told,
+                )
             records.append(record)
             if file is not None:
                 write_record(file, record)
@@ -196,7 +186,7 @@ def _measure(
     return records
 
 
-def machine(loaded: LoadedModel) -> dict[str, Any]:
+def _machine(loaded: LoadedModel) -> dict[str, Any]:
     """What a figure has to be read with."""
     import torch
 
@@ -206,29 +196,50 @@ def machine(loaded: LoadedModel) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-        "model": loaded.describe(),
-        "versions": versions(),
+        **loaded.conditions(),
     }
 
 
-def _present(records: Sequence[Record], as_json: bool, plots: Path | None) -> None:
-    from ..benchmark import summarize, write_record
-    from .bench_table import show
+def _print(figures: Sequence[Figure]) -> None:
+    """Time and memory for each length and batch size, and remarks about the rows below them."""
+    console = result_console()
+    for tokens, batch in dict.fromkeys((figure.tokens, figure.batch) for figure in figures):
+        found = [figure for figure in figures if (figure.tokens, figure.batch) == (tokens, batch)]
+        console.print(f"\n{tokens} tokens{'' if batch == 1 else f', batch of {batch}'}", style="bold")
+        times = plain_table("method", ("TTFT", "of full (range)", "TPOT", "of full (range)"))
+        memory = plain_table("method", ("KV cache", "of full", "peak MiB (range)", "tokens/s", "own"))
+        for figure in found:
+            times.add_row(
+                figure.name,
+                _median(figure.ttft, seconds),
+                _ranged(figure.ttft_ratio, 2, unit="x"),
+                _median(figure.tpot, seconds),
+                _ranged(figure.tpot_ratio, 2, unit="x"),
+            )
+            memory.add_row(
+                figure.name,
+                _median(figure.kv_bytes, size),
+                _median(figure.kv_share, "{:.1%}".format),
+                _ranged(figure.peak_above_start, 0, scale=2**20),
+                _median(figure.tokens_per_second, "{:.1f}".format),
+                f"{figure.own_share:.2%}" if figure.own_share else "-",
+            )
+        console.print(times)
+        console.print(memory)
+        for figure in found:
+            for remark in figure.remarks:
+                console.print(f"{figure.name}: {remark}", markup=False)
+    console.print("peak: the most memory in use during the request, less what was in use before it", style="dim")
+    if any(figure.own_share for figure in figures):
+        console.print("own: signatures, distances and grouping, as a share of the whole request", style="dim")
 
-    figures = summarize(records)
-    if as_json:
-        for record in records:
-            write_record(sys.stdout, record)
-    else:
-        show(figures)
-    if plots is not None:
-        from ..benchmark.plots import plot, save
 
-        say(", ".join(map(str, save(plot(figures), plots))))
+def _median(spread: Spread | None, show: Any) -> str:
+    return "-" if spread is None else str(show(spread.median))
 
 
-def _need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("--plots needs matplotlib: pip install 'crushkv[eval]'") from None
+def _ranged(spread: Spread | None, digits: int, scale: float = 1, unit: str = "") -> str:
+    if spread is None:
+        return "-"
+    median, low, high = (f"{value / scale:.{digits}f}" for value in (spread.median, spread.low, spread.high))
+    return f"{median}{unit} ({low}-{high})"

@@ -11,9 +11,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .model_loader import load_config
+from .models import load_config
 from .options import with_options
-from .output import print_json, result_console, say, size
+from .output import print_json, result_console, size
 from .system import examine
 
 
@@ -51,7 +51,7 @@ def _examine_model(model: str, tokens: int) -> dict[str, Any]:
     from ..errors import UnsupportedModelError
     from ..hf.planning import check_supported, layer_kinds
 
-    name, config = load_config(model, say)
+    name, config = load_config(model)
     try:
         check_supported(config)
         kinds = layer_kinds(config, tokens)
@@ -103,6 +103,9 @@ def _print(found: dict[str, Any]) -> None:
     table.add_row("features", Text(_yes_no(found["features"])))
     if "model" in found:
         table.add_row(Text(found["model"]["name"]), Text("\n".join(_model_lines(found["model"]))))
+    for extra, names in found["missing"].items():
+        if names:
+            table.add_row(f"extra {extra}", Text(f"missing: {', '.join(names)} (pip install 'crushkv[{extra}]')"))
     for problem in found["problems"]:
         table.add_row("problem", Text(problem, style="red"))
     console = result_console()

@@ -1,45 +1,174 @@
-"""Options that several commands take together, each as one argument."""
+"""How the parameters of a command become options, and the options that several commands take."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .model_loader import ModelOptions
+from ..config import CrushConfig
+from ..errors import ConfigError, one_line
+from ..files import text_of
+
+STDIN = "-"
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Use the chat template.")]
+Configs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config",
+        "--preset",
+        "--method",
+        metavar="TEXT",
+        help="full, a preset, POLICY:FIELD=VALUE,... or FIELD=VALUE,... Repeatable; {a,b} stands for both.",
+        show_default=False,
+    ),
+]
+_model = functools.partial(typer.Option, rich_help_panel="Model", show_default=False)
+_prompt = functools.partial(typer.Option, rich_help_panel="Prompt", show_default=False)
+_task = functools.partial(typer.Option, rich_help_panel="Tasks", show_default=False)
+
+ModelName = Annotated[
+    str | None,
+    _model(metavar="MODEL", help="Hugging Face id or folder. [dim]default: SmolLM2-135M-Instruct, embedded[/]"),
+]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Options that a command takes together, as one argument.
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which model runs, and how. `model` None is the embedded one."""
 
-    parameters: what Typer sees. build: makes the argument out of their values.
+    model: ModelName = None
+    dtype: Annotated[str, _model(metavar="NAME", help="auto (as saved), float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str, _model(metavar="NAME", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto"
+    attn_implementation: Annotated[
+        str, _model(metavar="NAME", help="sdpa, eager or flash_attention_2. [dim]default: sdpa[/]")
+    ] = "sdpa"
+    prefill_chunk_size: Annotated[
+        int | None, _model(metavar="TOKENS", help="Read prompts in pieces of this length.", min=1)
+    ] = None
+    trust_remote_code: Annotated[bool, _model("--trust-remote-code", help="Run code that comes with the model.")] = (
+        False
+    )
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The arguments of `generate` among these options."""
+        return {} if self.prefill_chunk_size is None else {"prefill_chunk_size": self.prefill_chunk_size}
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptOptions:
+    """Where the prompt comes from, and whether it goes through the chat template (None: if there is one)."""
+
+    prompt: Annotated[str | None, _prompt(metavar="TEXT", help="The prompt; - is standard input.")] = None
+    file: Annotated[
+        str | None, _prompt(metavar="FILE", help="A file that is read before --prompt; - is standard input.")
+    ] = None
+    chat: Annotated[
+        bool | None,
+        _prompt("--chat/--no-chat", help="Use the chat template. [dim]default: if the model has one[/]"),
+    ] = None
+    system: Annotated[str | None, _prompt(metavar="TEXT", help="System message.")] = None
+
+    def read(self) -> str:
+        """The text of `--prompt`, of `--file`, of both (the file first), or of standard input.
+
+        Raises:
+            ConfigError: there is no prompt, it is empty, or it cannot be read. The message names the option.
+        """
+        given = {"--file": self.file, "--prompt": self.prompt}
+        given = {option: value for option, value in given.items() if value is not None}
+        if not given:
+            if sys.stdin is None or sys.stdin.isatty():
+                raise ConfigError("--prompt: no prompt; give --prompt TEXT, --file FILE, or text on standard input")
+            given = {"--file": STDIN}
+        if list(given.values()) == [STDIN, STDIN]:
+            raise ConfigError("--prompt and --file: only one of them can be standard input")
+        parts = [
+            value if option == "--prompt" and value != STDIN else read_text(option, value)
+            for option, value in given.items()
+            if value is not None
+        ]
+        if not any(part.strip() for part in parts):
+            raise ConfigError(f"{' and '.join(given)}: the prompt is empty")
+        return "\n\n".join(parts)
+
+
+def read_text(option: str, name: str) -> str:
+    """The text of a file, or of standard input where its name is `-`.
+
+    Raises:
+        ConfigError: it cannot be read, or is no text in UTF-8.
+    """
+    try:
+        return text_of(sys.stdin.buffer.read() if name == STDIN else Path(name).expanduser().read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(str(error))
+        source = f"{option} (standard input)" if name == STDIN else f"{option} {name!r}"
+        raise ConfigError(f"{source}: {reason}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """Where the tasks of an evaluation come from."""
+
+    data_dir: Annotated[
+        Path | None,
+        _task(
+            metavar="DIR",
+            help="Folder of JSON lines in LongBench's format, a file a task. [dim]default: the harness's own data[/]",
+        ),
+    ] = None
+    haystack: Annotated[
+        Path | None,
+        _task(
+            metavar="PATH",
+            help="Text in which retrieval tasks hide facts: a file or a folder. [dim]default: bundled[/]",
+        ),
+    ] = None
+    prompt_seed: Annotated[int, _task(metavar="INT", min=0, help="Seed of the retrieval prompts.")] = 0
+
+
+def with_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a command: a parameter whose type is a dataclass becomes an option for each of its fields.
+
+    It adds `--debug`.
+
+    Args:
+        defaults: fields of `CrushConfig` that have another default in this command.
     """
 
-    parameters: tuple[inspect.Parameter, ...]
-    build: Callable[..., Any]
-
-
-def with_options(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: replaces each named parameter of a command by the options of a group, and adds `--debug`."""
-
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in groups]
-        shared = [p for group in groups.values() for p in group.parameters]
+        parameters: list[inspect.Parameter] = []
+        build: Any
+        groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            kind = parameter.annotation
+            if not dataclasses.is_dataclass(kind):
+                parameters.append(parameter)
+                continue
+            options, build = _dataclass_options(kind), kind
+            if kind is CrushConfig:
+                options, build = _config_options(defaults), functools.partial(_build_config, defaults)
+            groups[parameter.name] = build, [option.name for option in options]
+            parameters += options
 
         @functools.wraps(command)
         def wrapper(debug: bool, **values: Any) -> None:
-            built = {
-                name: group.build(**{p.name: values.pop(p.name) for p in group.parameters})
-                for name, group in groups.items()
-            }
+            built = {name: build(**{n: values.pop(n) for n in names}) for name, (build, names) in groups.items()}
             command(**values, **built)
 
-        parameters = [*own, *shared, _DEBUG]
+        parameters.append(_DEBUG)
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
         return wrapper
@@ -47,11 +176,13 @@ def with_options(**groups: Group) -> Callable[[Callable[..., None]], Callable[..
     return decorate
 
 
-def option(name: str, kind: Any, default: Any, **info: Any) -> inspect.Parameter:
-    """A keyword parameter that Typer turns into an option; its flag is its name unless `flag` says otherwise."""
-    flag = info.pop("flag", "--" + name.replace("_", "-"))
-    annotation = Annotated[kind, typer.Option(flag, **info)]
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _dataclass_options(kind: Any) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return [_option(field.name, hints[field.name], field.default) for field in dataclasses.fields(kind)]
 
 
 def _set_debug(context: typer.Context, value: bool) -> None:
@@ -59,31 +190,115 @@ def _set_debug(context: typer.Context, value: bool) -> None:
         context.find_root().obj.debug = True
 
 
-_DEBUG = option("debug", bool, False, callback=_set_debug, is_eager=True, help="Show tracebacks and all warnings.")
-
-
-def _model(name: str, kind: Any, default: Any, metavar: str | None, help: str, **info: Any) -> inspect.Parameter:
-    return option(
-        name, kind, default, help=help, metavar=metavar, rich_help_panel="Model", **{"show_default": False, **info}
-    )
-
-
-MODEL = Group(
-    (
-        _model(
-            "model",
-            str | None,
-            None,
-            "MODEL",
-            "Hugging Face id or folder. [dim]default: SmolLM2-135M-Instruct, embedded[/]",
-        ),
-        _model("dtype", str, "auto", "NAME", "auto (as saved), float32, bfloat16 or float16."),
-        _model("device", str, "auto", "NAME", "auto (a GPU where there is one), cpu, cuda, cuda:1, ..."),
-        _model("attn_implementation", str, "sdpa", "NAME", "sdpa, eager or flash_attention_2. [dim]default: sdpa[/]"),
-        _model("prefill_chunk_size", int | None, None, "TOKENS", "Read prompts in pieces.", min=1),
-        _model(
-            "trust_remote_code", bool, False, None, "Run code that comes with the model.", flag="--trust-remote-code"
-        ),
-    ),
-    ModelOptions,
+_DEBUG = _option(
+    "debug",
+    Annotated[
+        bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show tracebacks and all warnings.")
+    ],
+    False,
 )
+
+
+# The fields of `CrushConfig`. An option that is not given is None: then --config or the default holds.
+
+_config = functools.partial(typer.Option, rich_help_panel="KV cache", show_default=False)
+
+
+def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
+    """`--config`, and an option for each field of `CrushConfig`. Its help is the first sentence about the field."""
+    whole = _config(
+        "--config",
+        "--preset",
+        metavar="TEXT",
+        help="safe, balanced, small, tiny, PRESET:FIELD=VALUE,..., POLICY:FIELD=VALUE,..., FIELD=VALUE,... or a JSON file. "
+        "Options given beside it win.",
+    )
+    hints, documented = typing.get_type_hints(CrushConfig), _documentation(CrushConfig)
+    options = [_option("config_text", Annotated[str | None, whole], None)]
+    for field in dataclasses.fields(CrushConfig):
+        kind, metavar, choices = _kind(hints[field.name])
+        text = documented.get(field.name, "")
+        if choices:
+            text = f"{text.removesuffix('.')} ({', '.join(choices)})."
+        default = changed.get(field.name, field.default)
+        if default is not None and default is not dataclasses.MISSING:
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+            text += f" [dim]default: {shown}[/]"
+        flag = "--" + field.name.replace("_", "-")
+        info = _config(flag.removesuffix("s") if kind == list[str] else flag, metavar=metavar, help=text)
+        options.append(_option(field.name, Annotated[kind | None, info], None))
+    return options
+
+
+def _kind(hint: Any) -> tuple[Any, str, Iterable[str]]:
+    """How the command line takes a field of that type: as what, the name of its value, and what can be chosen."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return str, "NAME", typing.get_args(hint)
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return list[str], "NAME=VALUE", ()
+    if hint == tuple[str, ...]:
+        return list[str], "NAME", ()
+    return (int, "INT", ()) if hint is int else (str, "true|false" if hint is bool else "VALUE", ())
+
+
+def _documentation(kind: Any) -> dict[str, str]:
+    """The first sentence about each attribute in a docstring, as a sentence."""
+    found = re.findall(r"^    (\w+): (.+?)(?=\n    \S|\n\n|\Z)", inspect.getdoc(kind) or "", re.MULTILINE | re.DOTALL)
+    sentences = {}
+    for name, text in found:
+        sentence = re.split(r"(?<=[.;]) (?=[A-Z`0-9])", " ".join(text.split()), maxsplit=1)[0].rstrip(".;")
+        sentences[name] = f"{sentence[:1].upper()}{sentence[1:]}.".replace("[", r"\[")
+    return sentences
+
+
+def _build_config(changed: Mapping[str, Any], config_text: str | None, **given: Any) -> CrushConfig:
+    """The configuration of `--config`, or of the defaults with `changed`, with the options that were given.
+
+    Raises:
+        ConfigError: names the option or the field.
+    """
+    base = CrushConfig(**changed) if config_text is None else read_config(config_text)
+    changes = {name: _read(name, value) for name, value in given.items() if value not in (None, [])}
+    if "policy_options" in changes and changes.get("policy", base.policy) == base.policy:
+        changes["policy_options"] = {**base.policy_options, **changes["policy_options"]}
+    return base.replace(**changes)
+
+
+def read_config(text: str) -> CrushConfig:
+    """A configuration from a JSON file, or from text as `parse_config` reads it.
+
+    Raises:
+        ConfigError: it is neither, or it is the full cache.
+    """
+    from ..config_text import parse_config
+
+    try:
+        if text.endswith(".json") or Path(text).expanduser().is_file():
+            return CrushConfig.load(Path(text).expanduser())
+        config = parse_config(text)
+    except ConfigError as error:
+        raise ConfigError(f"--config {text!r}: {error}") from None
+    if config is None:
+        raise ConfigError(f"--config {text!r}: the full cache is not compressed, so it has no configuration")
+    return config
+
+
+def _read(name: str, value: Any) -> Any:
+    """An option's value as the field has it. `CrushConfig` checks it."""
+    from ..config_text import read_field, read_value
+
+    if name != "policy_options":
+        return read_field(name, value) if isinstance(value, str) else value
+    options: dict[str, Any] = {}
+    for pair in value:
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"--policy-option {pair!r}: accepted is NAME=VALUE, for example kernel=5")
+        options[key] = read_value(text)
+    return options
+
+
+def split_names(text: str) -> list[str]:
+    """The names in `a,b`."""
+    return [name.strip() for name in text.split(",") if name.strip()]

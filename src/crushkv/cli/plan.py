@@ -9,13 +9,12 @@ import typer
 from rich.table import Table
 
 from ..config import CrushConfig
-from .config_options import CONFIG
-from .model_loader import load_config
+from .models import load_config
 from .options import with_options
-from .output import print_json, result_console, say, size
+from .output import print_json, result_console, size
 
 
-@with_options(config=CONFIG)
+@with_options()
 def plan(
     tokens: Annotated[int, typer.Argument(help="Length of the prompt, in tokens.", metavar="TOKENS", min=1)],
     *,
@@ -36,7 +35,7 @@ def plan(
     """
     from ..hf import plan_cache
 
-    name, model_config = load_config(model, say)
+    name, model_config = load_config(model)
     found = plan_cache(model_config, config, tokens)
     layers = [{"layer": index, **dataclasses.asdict(split)} for index, split in enumerate(found.layers)]
     if as_json:

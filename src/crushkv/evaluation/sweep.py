@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from ..config import CrushConfig
-from ..config_text import expand, parse_config
+from ..config_text import parse_configs
 from ..errors import ConfigError, nearest
 
 Measure = Literal["fidelity", "score"]
@@ -106,12 +106,9 @@ class Sweep:
 
 def parse_configurations(texts: Sequence[str]) -> dict[str, CrushConfig | None]:
     """Name to configuration, braces expanded. Nothing is evicted while decoding: prompts are what is measured."""
-    found: dict[str, CrushConfig | None] = {}
-    for text in texts:
-        for name in expand(text):
-            config = parse_config(name)
-            found[name] = None if config is None else config.replace(interval=0)
-    return found
+    return {
+        name: None if config is None else config.replace(interval=0) for name, config in parse_configs(texts).items()
+    }
 
 
 def _strings(name: str, value: Any) -> list[str]:

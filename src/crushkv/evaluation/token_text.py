@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..prompts import render
+
 
 @dataclass(frozen=True)
 class TokenText:
@@ -27,16 +29,9 @@ def tokenize(tokenizer: Any, text: str, chat: bool | None = None, system: str | 
         chat: whether the text goes through the tokenizer's chat template; None: where it has one.
         system: the system message before it; only with the chat template.
     """
-    if chat is None:
-        chat = bool(getattr(tokenizer, "chat_template", None))
-    if chat:
-        messages = [{"role": "user", "content": text}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text, special = render(tokenizer, text, chat, system)
     fast = bool(getattr(tokenizer, "is_fast", False))
-    # A chat template writes the special tokens itself.
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, return_offsets_mapping=fast)
+    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=special, return_offsets_mapping=fast)
     ids = encoded["input_ids"]
     if fast:
         pieces = _slices(tokenizer, text, ids[0].tolist(), encoded["offset_mapping"][0].tolist())

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..config import CrushConfig
 from ..core import Tier
 from ..errors import UnsupportedModelError
+from ..text import size
 from .attention import install, mark
 from .autograd import full_precision, refuse_gradient, wants_gradient
 from .layer import CrushLayer
@@ -27,18 +28,21 @@ from .support import cache_layers, check_bits, check_model, check_prompt, check_
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a cache holds, measured from its tensors.
+    """What a cache holds, measured from its tensors. `print` shows it in three lines.
+
+    A number that is not quantized counts 16 bits in `kv_bytes`, `full_kv_bytes` and `room_bytes`, whatever the model's
+    dtype, so that 4 bits are a quarter of the full cache and not an eighth beside a model in float32.
 
     Attributes:
         tokens_seen: logical length, padding included.
         tokens_held: slots per layer and KV head, a mean over the compressed layers.
         tiers: tokens per tier, a mean over compressed layers, KV heads and rows.
         untouched_rows: rows that hold everything, because they have seen fewer real tokens than `min_tokens`.
-        kv_bytes: keys and values of all layers, room to grow included.
-        full_kv_bytes: what the full cache would hold of the same tokens in the same dtype.
+        kv_bytes: keys and values of the tokens held, in all layers.
+        full_kv_bytes: what the full cache would hold of all tokens seen.
+        room_bytes: room for the next tokens, allocated besides.
         state_bytes: what KVCrush holds besides (positions, tiers, scores, last queries).
-        bytes_fraction: `kv_bytes` as a part of `full_kv_bytes`, both with 16 bits for a number in the model's dtype, so
-            that 4 bits are a quarter and not an eighth beside a model in float32.
+        memory_bytes: all of this as it is allocated, in the model's dtype.
         rope_layers: compressed layers whose keys are held less their mean before RoPE. In others, how RoPE turns the
             keys was not found, or there is none, and the mean is taken as they are.
         widened_layers: compressed layers whose keys got more bits than asked for, and how many, because the error of
@@ -52,11 +56,27 @@ class CacheReport:
     untouched_rows: int
     kv_bytes: int
     full_kv_bytes: int
+    room_bytes: int
     state_bytes: int
-    bytes_fraction: float
+    memory_bytes: int
     rope_layers: int = 0
     widened_layers: Mapping[int, int] = field(default_factory=dict)
     profile: str | None = None
+
+    @property
+    def bytes_fraction(self) -> float:
+        """`kv_bytes` as a part of `full_kv_bytes`."""
+        return self.kv_bytes / self.full_kv_bytes if self.full_kv_bytes else 1.0
+
+    def __str__(self) -> str:
+        tiers = ", ".join(f"{count:,.0f} {name}" for name, count in self.tiers.items())
+        return (
+            f"{self.tokens_held:,.0f} of {self.tokens_seen:,} tokens per layer and KV head ({tiers})\n"
+            f"{size(self.kv_bytes)} of keys and values: {self.bytes_fraction:.1%} of the full cache's "
+            f"{size(self.full_kv_bytes)}, at 16 bits a number\n"
+            f"besides: {size(self.room_bytes)} of room to grow, {size(self.state_bytes)} of scores and positions; "
+            f"{size(self.memory_bytes)} allocated in all"
+        )
 
 
 class CrushCache(Cache):
@@ -180,8 +200,11 @@ class CrushCache(Cache):
 
     @property
     def nbytes_at_16_bits(self) -> int:
-        """`nbytes`, with two bytes for each number in the model's dtype: what is compared, whatever that dtype is."""
-        return sum(_bytes_at_16_bits(layer) for layer in self.layers)
+        """Bytes of the tokens held, with two bytes for each number in the model's dtype, and without room to grow.
+
+        This is what is compared, whatever the model's dtype is.
+        """
+        return kv_bytes_at_16_bits(self)
 
     def _profile_name(self) -> str | None:
         if not self.plan.formats.by_channel:
@@ -193,15 +216,16 @@ class CrushCache(Cache):
         """Measures what is held now."""
         crushed = [layer for layer in self.crushed_layers if layer.seen]
         others = [layer for layer in self.layers if not isinstance(layer, CrushLayer)]
-        full = sum(_layer_bytes(layer) for layer in others)
-        full_at_16 = sum(_bytes_at_16_bits(layer) for layer in others)
+        full = sum(_bytes_at_16_bits(layer) for layer in others)
+        room = state = 0
         tiers: dict[str, float] = defaultdict(float)
         held = 0.0
         for layer in crushed:
             rows, kv_heads = layer.storage.rows, layer.storage.kv_heads
             sizes = layer.storage.sizes()
-            full += rows * sizes.raw(layer.seen)
-            full_at_16 += rows * replace(sizes, raw_bytes=2).raw(layer.seen)
+            full += rows * replace(sizes, raw_bytes=2).raw(layer.seen)
+            room += layer.storage.dense.room_nbytes * 2 // sizes.raw_bytes
+            state += layer.state_nbytes
             held += layer.storage.length / len(crushed)
             for tier in (Tier.SINK, Tier.IMPORTANT, Tier.REPRESENTATIVE, Tier.RECENT):
                 tiers[tier.name.lower()] += int((layer.tiers == tier).sum()) / (len(crushed) * rows * kv_heads)
@@ -210,10 +234,11 @@ class CrushCache(Cache):
             tokens_held=held,
             tiers=dict(tiers),
             untouched_rows=int(self.plan.untouched(crushed[0].real_tokens()[1]).sum()) if crushed else 0,
-            kv_bytes=self.nbytes,
+            kv_bytes=self.nbytes_at_16_bits,
             full_kv_bytes=full,
-            state_bytes=sum(layer.state_nbytes for layer in crushed),
-            bytes_fraction=self.nbytes_at_16_bits / full_at_16 if full_at_16 else 1.0,
+            room_bytes=room,
+            state_bytes=state,
+            memory_bytes=self.nbytes + state,
             rope_layers=sum(layer.storage.centred_before_rope for layer in crushed),
             widened_layers={layer.index: layer.storage.widened_by for layer in crushed if layer.storage.widened_by},
             profile=self._profile_name(),
@@ -231,6 +256,11 @@ def _follow(layer: Any, device: torch.device) -> None:
 def kv_bytes(cache: Cache) -> int:
     """Bytes of keys and values that any cache of Transformers holds, room to grow included."""
     return sum(_layer_bytes(layer) for layer in cache.layers)
+
+
+def kv_bytes_at_16_bits(cache: Cache) -> int:
+    """As `CacheReport.kv_bytes`, of any cache of Transformers."""
+    return sum(_bytes_at_16_bits(layer) for layer in cache.layers)
 
 
 def _layer_bytes(layer: object) -> int:

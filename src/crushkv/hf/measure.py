@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import CrushConfig
-from .cache import CacheReport, CrushCache, kv_bytes
+from .cache import CacheReport, CrushCache, kv_bytes, kv_bytes_at_16_bits
 from .interface import CACHE
 from .kvcrush import KVCrush
 from .support import check_prompt
@@ -35,8 +35,10 @@ class Measurement:
         ttft: time to first token: from the call until the first token was there.
         tpot: time per output token after the first, a mean, so that what eviction takes counts; None for one token.
         tokens_seen: logical length of the cache at the end.
-        kv_bytes: keys and values held at the end, measured from their tensors.
-        full_kv_bytes: what the full cache holds of the same tokens.
+        kv_bytes: keys and values held at the end, measured from their tensors, with 16 bits for a number that is not
+            quantized; see `CacheReport`.
+        full_kv_bytes: what the full cache holds of the same tokens, counted in the same way.
+        memory_bytes: what the cache has allocated in the model's dtype, with all that KVCrush holds besides.
         peak_memory: most memory in use during the run: of the GPU's allocator, or the resident set of the process,
             model included; None where the platform does not tell.
         memory_before: the same at the start of the run.
@@ -50,14 +52,15 @@ class Measurement:
     tokens_seen: int
     kv_bytes: int
     full_kv_bytes: int
+    memory_bytes: int
     peak_memory: int | None
     memory_before: int | None
     report: CacheReport | None
 
     @property
     def bytes_fraction(self) -> float:
-        """`kv_bytes` as a part of `full_kv_bytes`; see `CacheReport`."""
-        return 1.0 if self.report is None else self.report.bytes_fraction
+        """`kv_bytes` as a part of `full_kv_bytes`."""
+        return self.kv_bytes / self.full_kv_bytes
 
 
 def measure(
@@ -102,7 +105,7 @@ def measure(
         peak = memory.peak()
     cache = output[CACHE]
     report = cache.report() if isinstance(cache, CrushCache) else None
-    held = kv_bytes(cache)
+    held = kv_bytes_at_16_bits(cache)
     return Measurement(
         token_ids=tuple(output.sequences[0, input_ids.shape[-1] :].tolist()),
         prompt_tokens=input_ids.shape[-1],
@@ -111,6 +114,7 @@ def measure(
         tokens_seen=cache.get_seq_length(),
         kv_bytes=held,
         full_kv_bytes=held if report is None else report.full_kv_bytes,
+        memory_bytes=kv_bytes(cache) if report is None else report.memory_bytes,
         peak_memory=peak,
         memory_before=memory.before,
         report=report,

@@ -12,6 +12,7 @@ from ..config import CrushConfig
 from ..errors import ConfigError
 from ..split import Split, split_tokens
 from ..storage import LayerSizes
+from ..text import size
 from .cache import CrushCache
 from .plan import Plan
 from .support import cache_layers, cached_shape, check_bits, check_prompt, check_sizes
@@ -43,6 +44,10 @@ class CachePlan:
     def fraction(self) -> float:
         """Of the full cache's bytes."""
         return self.nbytes / self.full_bytes
+
+    def __str__(self) -> str:
+        held = f"{size(self.nbytes)} of {size(self.full_bytes)}"
+        return f"{self.tokens:,} tokens: {held} ({self.fraction:.1%} of the full cache)"
 
 
 def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int, raw_bytes: int = 2) -> CachePlan:

@@ -37,6 +37,12 @@ class DenseStorage:
         """Bytes held, room to grow included."""
         return sum(t.untyped_storage().nbytes() for t in (self._keys, self._values) if t is not None)
 
+    @property
+    def room_nbytes(self) -> int:
+        """The part of `nbytes` that is room to grow: allocated, and not filled yet."""
+        used = (t[:, :, : self.length] for t in (self._keys, self._values) if t is not None)
+        return self.nbytes - sum(t.numel() * t.element_size() for t in used)
+
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> tuple[Tensor, Tensor]:
         """Adds tokens at the end, with room for `reserve` more; returns all keys and values."""

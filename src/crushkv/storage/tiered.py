@@ -117,12 +117,12 @@ class TieredStorage:
 
     @property
     def nbytes_at_16_bits(self) -> int:
-        """`nbytes`, were the model's dtype one of 16 bits: codes count as they are, all other numbers two bytes."""
+        """Bytes of what is held with two bytes for each number that is not quantized, and without room to grow."""
         if self.empty:
             return 0
         codes = sum(part.nbytes for pair in self._blocks for part in pair if part.bits != RAW)
         codes += sum(basis.spread.nbytes for basis in self.bases or () if basis.spread is not None)
-        return codes + (self.nbytes - codes) * 2 // self._dense_keys.element_size()
+        return codes + (self.nbytes - codes - self.dense.room_nbytes) * 2 // self._dense_keys.element_size()
 
     @property
     def state_nbytes(self) -> int:

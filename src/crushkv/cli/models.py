@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, CrushError, nearest, one_line
+from .options import ModelOptions
+from .output import say, versions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = "SmolLM2-135M-Instruct (embedded)"
@@ -16,18 +17,6 @@ EMBEDDED = "SmolLM2-135M-Instruct (embedded)"
 
 class ModelError(CrushError):
     """The model that was named cannot be loaded."""
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """What the options of the command line say about the model; `model` None is the embedded one."""
-
-    model: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    attn_implementation: str = "sdpa"
-    prefill_chunk_size: int | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +37,30 @@ class LoadedModel:
             "attn_implementation": config.get_text_config(decoder=True)._attn_implementation,
         }
 
+    def conditions(self, *packages: str) -> dict[str, Any]:
+        """The model and the versions of the packages: a result has to be read with both."""
+        return {"model": self.describe(), "versions": versions(*packages)}
 
-def load(options: ModelOptions, say: Callable[[str], None]) -> LoadedModel:
-    """Loads what the options name; `say` is told what takes long.
+    def check_room(self, prompt_tokens: int, new_tokens: int = 0) -> None:
+        """Refuses a prompt or an answer that the model has no positions for.
+
+        It warns where the model was made for fewer tokens.
+        """
+        from ..hf.support import check_prompt, position_limit, warn_beyond_training
+
+        config = self.model.config
+        check_prompt(prompt_tokens, config)
+        limit = position_limit(config)
+        if limit is not None and prompt_tokens + new_tokens > limit:
+            raise ConfigError(
+                f"--max-new-tokens {new_tokens}: the prompt of {prompt_tokens} tokens leaves {limit - prompt_tokens} "
+                f"of the model's {limit} positions"
+            )
+        warn_beyond_training(prompt_tokens + new_tokens, config)
+
+
+def load(options: ModelOptions) -> LoadedModel:
+    """Loads the model that the options name, and says what takes long.
 
     Raises:
         ConfigError: an option has a value that is not accepted here.
@@ -63,7 +73,7 @@ def load(options: ModelOptions, say: Callable[[str], None]) -> LoadedModel:
         raise ConfigError(f"--dtype {options.dtype!r}: unknown.{nearest(options.dtype, DTYPES)}")
     device = _device(options.device)
     _check_attention(options.attn_implementation)
-    source, name = _find(options.model, say)
+    source, name = _find(options.model)
     say(f"Loading {name}")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     try:
@@ -82,14 +92,14 @@ def load(options: ModelOptions, say: Callable[[str], None]) -> LoadedModel:
         raise ModelError(f"--device {options.device!r}: {one_line(str(error), limit=300)}") from error
 
 
-def load_config(model: str | None, say: Callable[[str], None]) -> tuple[str, Any]:
+def load_config(model: str | None) -> tuple[str, Any]:
     """The name of a model (None: the embedded one) and its configuration, without its weights.
 
     Raises:
         ModelError: it cannot be found or read.
         EmbeddedModelError: the embedded model cannot be prepared.
     """
-    source, name = _find(model, say)
+    source, name = _find(model)
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -99,7 +109,7 @@ def load_config(model: str | None, say: Callable[[str], None]) -> tuple[str, Any
         raise ModelError(f"--model {name!r}: {_reason(error)}") from error
 
 
-def _find(model: str | None, say: Callable[[str], None]) -> tuple[str, str]:
+def _find(model: str | None) -> tuple[str, str]:
     """Where to load from, and the name to show."""
     if model is None:
         from ..embedded import embedded_model_path
