@@ -17,6 +17,7 @@ import typer
 from ..config import CrushConfig
 from ..errors import ConfigError, one_line
 from ..files import text_of
+from ..presets import PRESETS
 
 STDIN = "-"
 
@@ -210,7 +211,7 @@ def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
         "--config",
         "--preset",
         metavar="TEXT",
-        help="safe, balanced, small, tiny, PRESET:FIELD=VALUE,..., POLICY:FIELD=VALUE,..., FIELD=VALUE,... or a JSON file. "
+        help=f"{', '.join(PRESETS)}, PRESET:FIELD=VALUE,..., POLICY:FIELD=VALUE,..., FIELD=VALUE,... or a JSON file. "
         "Options given beside it win.",
     )
     hints, documented = typing.get_type_hints(CrushConfig), _documentation(CrushConfig)
