@@ -29,6 +29,7 @@ from crushkv.cli.app import COMMANDS
 from crushkv.importance import policies
 from crushkv.presets import PRESETS
 from interrupts import heed_interrupts
+from model_zoo import build
 
 TEXT = (
     "The lighthouse keeper wrote down the weather every morning. On the third of May the wind came from the east, "
@@ -486,6 +487,20 @@ def test_a_plan_is_what_is_held(crushkv: Any, tiny: Path) -> None:
     assert shown.code == 0 and "0-1" in shown.out and "representative" in shown.out and "times smaller" in shown.out
 
 
+def test_a_plan_says_how_keys_turn_where_the_model_is_loaded(crushkv: Any, tiny: Path) -> None:
+    asked = ("plan", 600, "--model", tiny, "--config", "small")
+    found = crushkv(*asked, "--json").json
+    assert found["rope_layers"] is None and "--load" in found["keys_unknown"]
+    assert all(layer["rope"] is None for layer in found["layers"])
+    assert "keys: how RoPE turns them is known once the model is loaded" in " ".join(crushkv(*asked).out.split())
+    found = crushkv(*asked, "--load", "--json").json
+    assert found["rope_layers"] == LAYERS and found["keys_unknown"] is None
+    shown = " ".join(crushkv(*asked, "--load").out.split())
+    assert f"keys of layers 0-1: RoPE turns {HEAD_SIZE} of {HEAD_SIZE} channels, in half-split pairs" in shown
+    # Where keys are held as they are, that line would say nothing.
+    assert "RoPE" not in crushkv("plan", 600, "--model", tiny).out
+
+
 def test_a_plan_that_cannot_be_is_refused(crushkv: Any, tiny: Path) -> None:
     for options, said in (
         (["--rank", 0.5], "rank=0.5"),
@@ -680,7 +695,8 @@ def test_doctor(crushkv: Any) -> None:
 def test_doctor_of_a_model(crushkv: Any, tiny: Path, tmp_path: Path) -> None:
     found = crushkv("doctor", "--model", tiny, "--tokens", 500, "--json").json["model"]
     assert found["supported"] and found["compressed_share"] == 1
-    assert all(layer["compressed"] for layer in found["layers"])
+    assert all(layer["compressed"] and layer["rope"] for layer in found["layers"])
+    assert found["keys_unknown"] is None
     mixed = Gemma3TextConfig(
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -694,12 +710,52 @@ def test_doctor_of_a_model(crushkv: Any, tiny: Path, tmp_path: Path) -> None:
     found = crushkv("doctor", "--model", tmp_path, "--tokens", 500, "--json").json["model"]
     assert [layer["compressed"] for layer in found["layers"]] == [False, True] * 2
     assert found["compressed_share"] == 500 / 600
+    assert "has no weights" in found["keys_unknown"] and all(layer["keys"] is None for layer in found["layers"])
     shown = " ".join(crushkv("doctor", "--model", tmp_path).out.split())
     assert "layer 0: left alone, has a window of 100 tokens" in shown and "layer 1: compressed" in shown
+    assert "keys: how RoPE turns them is known once the model is loaded" in shown
     T5Config().save_pretrained(tmp_path)
     outcome = crushkv("doctor", "--model", tmp_path, "--json")
     assert outcome.code == 1
     assert "encoder-decoder" in json.loads(outcome.out)["model"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "said"),
+    [
+        (
+            "gpt2",
+            False,
+            "keys of layers 0-3: no RoPE: the keys' size depends on the position; few bits hold them less their ",
+        ),
+        ("gemma3_text", True, "keys of layers 1, 3: RoPE turns 16 of 16 channels, in half-split pairs; few bits hold "),
+        ("phi", True, "keys of layers 0-3: RoPE turns 8 of 16 channels"),
+        ("deepseek_v3", None, "keys of layers 0-3: latents (MLA), held in the model's dtype only"),
+    ],
+)
+def test_doctor_says_how_keys_turn(crushkv: Any, tmp_path: Path, kind: str, rope: bool | None, said: str) -> None:
+    build(kind).save_pretrained(tmp_path)
+    found = crushkv("doctor", "--model", tmp_path, "--json").json["model"]
+    assert [layer["rope"] for layer in found["layers"]] == [
+        rope if layer["compressed"] else None for layer in found["layers"]
+    ]
+    assert said in " ".join(crushkv("doctor", "--model", tmp_path).out.split())
+
+
+@pytest.mark.parametrize(
+    ("named", "loaded"),
+    [(None, True), ("crushkv", True), ("other,crushkv", True), ("other", False), ("", False), ("crushkv2", False)],
+)
+def test_doctor_says_when_vllm_leaves_the_plugin_out(
+    crushkv: Any, monkeypatch: pytest.MonkeyPatch, named: str | None, loaded: bool
+) -> None:
+    if named is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", named)
+    assert crushkv("doctor", "--json").json["vllm_plugin"]["loaded"] is loaded
+    shown = " ".join(crushkv("doctor").out.split())
+    assert (f"vLLM plugin VLLM_PLUGINS={named} leaves crushkv out" in shown) is not loaded
 
 
 def test_doctor_tells_an_unsupported_transformers(crushkv: Any, monkeypatch: pytest.MonkeyPatch) -> None:

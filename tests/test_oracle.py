@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from architectures import ARCHITECTURES, prompts, small_model
+from architectures import ARCHITECTURES, SMALL, prompts, small_model
 from crushkv import CrushConfig
 from crushkv.importance import policies
+from model_zoo import build
 from oracle import record, replay
 
 TOLERANCE = 1e-4
@@ -136,6 +138,46 @@ def test_quantized_tiers(architecture: str, fields: dict[str, Any]) -> None:
     assert errors.median() < 10 * TOLERANCE  # over passes and rows
     assert errors.max() < BORDERLINE * max(float(logits.abs().max()) for logits in expected)
     assert any(layer.storage.blocked for layer in recording.cache.crushed_layers)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"budget": 0.4}, {"budget": 1.0, "bits": 4}, {"budget": 0.2, "bits": "2.25/2"}], ids=str
+)
+def test_a_switch_of_long_rope_in_the_middle_of_a_text(fields: dict[str, Any]) -> None:
+    """Beyond the original positions all new keys are turned otherwise.
+
+    Those in the cache stay as they were turned, as in the full cache. Few bits hold the new ones less a mean that is
+    turned in the old way, which is added again just so.
+    """
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=rope | factors)).eval()
+    config = CrushConfig(**{"page_size": 4, **CHURN, **fields})
+    recording = record(model, config, prompts([120, 77, 31]), max_new_tokens=20)
+    assert recording.cache.get_seq_length() > 128
+    expected = replay(model, recording)
+    errors = torch.stack([(a - b).abs().amax(-1) for a, b in zip(recording.logits, expected, strict=True)])
+    assert errors.median() < 10 * TOLERANCE
+    assert errors.max() < BORDERLINE * max(float(logits.abs().max()) for logits in expected)
+    # The switch is there: keys turned with the factors of a long text from the start make other logits.
+    with torch.no_grad():
+        whole = model(recording.sequences, attention_mask=recording.inputs[-1]["attention_mask"].new_ones(3, 140))
+    assert (whole.logits[0, -2] - expected[-1][0]).abs().max() > 100 * errors.max()
+
+
+@pytest.mark.parametrize("policy", ["readahead", "h2o"])
+def test_attention_sinks(policy: str) -> None:
+    """gpt-oss: a logit of each head takes a part of the softmax, here the larger one."""
+    model = build("gpt_oss")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(15.0)
+    config = CrushConfig(policy=policy, budget=0.4, page_size=4, **CHURN)
+    check(model, config, [120, 77, 31])
+    recording = record(model, config, prompts([100]), max_new_tokens=1)
+    replay(model, recording)
+    assert recording.weights[1].sum(-1).mean() < 0.9, "sinks take so little that leaving them out would pass"
 
 
 def test_bfloat16() -> None:

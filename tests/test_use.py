@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Phi3Config
 from transformers.generation.streamers import BaseStreamer
 
 from architectures import SMALL as TINY
 from architectures import prompts, small_model
 from crushkv import ConfigError, CrushCache, CrushError, KVCrush, UnsupportedModelError
+from crushkv.hf import support
 from crushkv.hf.attachment import Attachment
 from crushkv.hf.interface import CACHE, passed
+from model_zoo import build
 
 SMALL: dict[str, Any] = {"budget": 0.4, "min_tokens": 0, "sink": 2, "window": 8, "interval": 8, "page_size": 4}
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 5}
@@ -299,6 +301,100 @@ def test_wrappers_of_torch(model: Any) -> None:
         KVCrush(**SMALL)(torch.nn.DataParallel(model))
 
 
+# PEFT
+
+
+def test_lora() -> None:
+    """Adapters are layers of the model: what it caches is compressed, as it is with their weights merged."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(small_model(), config).eval()
+    assert kind_of_cache(adapted) == "DynamicCache"
+    full = adapted.generate(**prompts([60]), **GREEDY)
+    with KVCrush(budget=1.0)(adapted) as session:
+        assert torch.equal(adapted.generate(**prompts([60]), **GREEDY), full)
+    with KVCrush(**SMALL)(adapted) as session:
+        found = adapted.generate(**prompts([60]), **GREEDY)
+    assert session.cache.report().bytes_fraction < 0.8
+    merged = adapted.merge_and_unload()
+    with KVCrush(**SMALL)(merged):
+        assert torch.equal(merged.generate(**prompts([60]), **GREEDY), found)
+    assert untouched(merged)
+
+
+def test_prompt_tuning() -> None:
+    """Trained embeddings before the prompt are tokens like others."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(
+        small_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
+    ).eval()
+    full = tuned.generate(**prompts([60]), **GREEDY)
+    with KVCrush(budget=1.0)(tuned) as session:
+        assert torch.equal(tuned.generate(**prompts([60]), **GREEDY), full)
+    assert session.cache.report().tokens_seen == 60 + 8 + GREEDY["max_new_tokens"] - 1
+    with KVCrush(**SMALL)(tuned) as session:
+        tuned.generate(**prompts([60]), **GREEDY)
+    assert session.cache.report().bytes_fraction < 0.8
+
+
+def test_prefix_tuning_is_refused() -> None:
+    """Trained keys and values in the cache belong to no token, and have no query that scores them."""
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(
+        small_model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
+    ).eval()
+    with pytest.raises(UnsupportedModelError, match="prefix tuning fills the cache with trained keys and values"):
+        KVCrush(**SMALL)(tuned)
+
+
+# Models that throw their cache away
+
+
+def phi3() -> Any:
+    """Beyond 64 tokens the factors of RoPE are others, and `generate` reads the whole text anew."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = Phi3Config(**TINY, original_max_position_embeddings=64, rope_parameters=rope | factors)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("fields", [SMALL, {**SMALL, "bits": 4}], ids=str)
+def test_a_cache_that_is_thrown_away_in_the_middle(fields: dict[str, Any]) -> None:
+    model, inputs = phi3(), prompts([60, 41])
+    longer: dict[str, Any] = {**GREEDY, "max_new_tokens": 20, "return_dict_in_generate": True}
+    full = model.generate(**inputs, **longer)
+    with KVCrush(budget=1.0)(model):
+        assert torch.equal(model.generate(**inputs, **longer).sequences, full.sequences)
+    with KVCrush(**fields)(model) as session:
+        found = model.generate(**inputs, **longer)
+        assert found[CACHE] is session.cache
+    assert session.cache.report().tokens_seen == 79
+    assert session.cache.report().bytes_fraction < 0.8
+    # The text at the switch is read as one prompt; what follows goes on from there.
+    switch = found.sequences[:, :65]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5, dtype=torch.long)], dim=1)
+    with KVCrush(**fields)(model):
+        again = model.generate(switch, attention_mask=mask, **{**longer, "max_new_tokens": 15})
+    assert torch.equal(again.sequences, found.sequences)
+
+
+def test_a_cache_of_ones_own_that_is_thrown_away_is_told() -> None:
+    """Outside of a block nobody can give the model another one."""
+    model, inputs = phi3(), prompts([60])
+    cache = KVCrush(**SMALL).cache(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(**inputs, **{**GREEDY, "max_new_tokens": 4}, **passed(cache))
+        with KVCrush(**SMALL)(model) as session:
+            model.generate(**inputs, **{**GREEDY, "max_new_tokens": 20}, **passed(KVCrush(**SMALL).cache(model)))
+        assert session.cache.report().tokens_seen == 79
+    with pytest.warns(UserWarning, match="throws its cache away when a text grows beyond 64 tokens"):
+        model.generate(**inputs, **{**GREEDY, "max_new_tokens": 20}, **passed(KVCrush(**SMALL).cache(model)))
+
+
 def test_only_the_new_tokens_of_a_second_turn(model: Any) -> None:
     cache = KVCrush(**SMALL).cache(model)
     with KVCrush(**SMALL)(model):
@@ -357,11 +453,37 @@ def test_gradients(model: Any) -> None:
 
 
 def test_attention_that_does_not_get_the_keys_of_the_cache() -> None:
-    from transformers import AutoModelForCausalLM, DiffLlamaConfig
+    from transformers import DiffLlamaConfig
 
     diff = AutoModelForCausalLM.from_config(DiffLlamaConfig(**TINY)).eval()
     with pytest.raises(UnsupportedModelError, match="each layer attends twice"), KVCrush(**SMALL)(diff):
         diff.generate(**prompts([60]), **GREEDY)
+
+
+def test_keys_that_are_repeated_after_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JetMoE is refused by its name when a block opens; one that nobody has named, in its first pass."""
+    jetmoe = build("jetmoe")
+    with pytest.raises(UnsupportedModelError, match="repeats its keys once for each chosen expert"):
+        KVCrush(**SMALL)(jetmoe)
+    monkeypatch.delitem(support._REFUSED_KINDS, "jetmoe")
+    torch.manual_seed(0)
+    unnamed = AutoModelForCausalLM.from_config(jetmoe.config).eval()
+    with pytest.raises(UnsupportedModelError, match="it changes the keys after the cache"), KVCrush(**SMALL)(unnamed):
+        unnamed.generate(**prompts([60]), **GREEDY)
+
+
+@pytest.mark.parametrize("policy", ["readahead", "h2o"])
+def test_attention_to_later_tokens_without_a_mask_is_refused(policy: str) -> None:
+    """In sdpa and flash attention, a module says itself whether it is causal where there is no mask."""
+    both_ways = small_model()
+    for layer in both_ways.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="is_causal is False"), KVCrush(**SMALL, policy=policy)(both_ways):
+        both_ways.generate(**prompts([60]), **GREEDY)
+    # With padding there is a mask, which says it.
+    padded = prompts([60, 41])
+    with KVCrush(budget=1.0, policy=policy)(both_ways):
+        assert torch.equal(both_ways.generate(**padded, **GREEDY), small_model().generate(**padded, **GREEDY))
 
 
 def test_attention_that_never_follows_the_last_layer() -> None:
@@ -533,6 +655,22 @@ def test_packed_prompts_are_right(model: Any) -> None:
             found.append(torch.cat([first, second], dim=1))
     assert cache.report().tokens_held == 51  # the first text is gone, and nothing else
     assert torch.allclose(*found, atol=1e-4)
+
+
+def test_parts_of_a_picture_that_see_each_other(model: Any) -> None:
+    """Right for policies that read the last queries; H2O would add up what causal attention gives, so it is refused."""
+    ids = prompts([100])["input_ids"]
+    mask = causal(100).clone()
+    mask[..., 20:40, 20:40] = True
+    later = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 101, dtype=torch.long)}
+    seen = []
+    with torch.no_grad():
+        for cache in (DynamicCache(config=model.config), KVCrush(budget=1.0).cache(model)):
+            model(input_ids=ids, attention_mask=mask, **passed(cache))
+            seen.append(model(**later, **passed(cache)).logits)
+        assert torch.allclose(*seen, atol=1e-5)
+        with pytest.raises(UnsupportedModelError, match="some of them see later tokens"):
+            model(input_ids=ids, attention_mask=mask, **passed(KVCrush(**SMALL, policy="h2o").cache(model)))
 
 
 @pytest.mark.parametrize(

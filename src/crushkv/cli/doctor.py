@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from .models import load_config
+from .models import ModelError, load_config, load_local
 from .options import with_options
 from .output import print_json, result_console, size
 from .system import examine
@@ -32,6 +32,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what is installed here and what runs on it; of a model, which layers will be compressed and which not.
+
+    Where the model's weights are on this machine, they are loaded to see how RoPE turns the keys of each layer.
 
     Exit code 0 if crushkv is usable (and compresses the model), 1 if not.
     """
@@ -59,14 +61,65 @@ def _examine_model(model: str, tokens: int) -> dict[str, Any]:
         return {"name": name, "supported": False, "reason": str(error)}
     total = sum(kind.nbytes for kind in kinds)
     compressed = sum(kind.nbytes for kind in kinds if kind.compressed)
+    keys, unknown = measured_keys(model, tokens)
+    of_layer = iter(keys or itertools.repeat({"rope": None, "keys": None}))
+    none: dict[str, Any] = {"rope": None, "keys": None}
     return {
         "name": name,
         "supported": True,
         "tokens": tokens,
         "compressed_share": compressed / total,
         "full_kv_bytes": total,
-        "layers": [{"layer": index, **dataclasses.asdict(kind)} for index, kind in enumerate(kinds)],
+        "keys_unknown": unknown,
+        "layers": [
+            {"layer": index, **dataclasses.asdict(kind), **(next(of_layer) if kind.compressed else none)}
+            for index, kind in enumerate(kinds)
+        ],
     }
+
+
+def measured_keys(model: str | None, tokens: int) -> tuple[list[dict[str, Any]], str | None]:
+    """How each compressed layer turns its keys, measured from the model: whether RoPE was found, and words.
+
+    No layer, and the reason, where the weights are not on this machine or cannot be loaded.
+    """
+    from ..hf.rope import examine_ropes
+    from ..hf.support import is_latent, position_limit
+
+    try:
+        loaded = load_local(model)
+    except ModelError as error:
+        return [], str(error)
+    limit = position_limit(loaded.config)
+    findings = examine_ropes(loaded, tokens if limit is None else min(tokens, limit))
+    if is_latent(loaded.config):
+        return [{"rope": None, "keys": "latents (MLA), held in the model's dtype only"} for _ in findings], None
+    return [{"rope": found.rope is not None, "keys": found.text} for found in findings], None
+
+
+def key_lines(layers: Iterable[dict[str, Any]], unknown: str | None) -> Iterator[str]:
+    """One line for layers that follow each other and turn their keys alike.
+
+    Args:
+        layers: the compressed ones, with their number and what `measured_keys` gives.
+        unknown: why that gives nothing.
+    """
+    if unknown is not None:
+        yield f"keys: how RoPE turns them is known once the model is loaded; {unknown}"
+        return
+    held = {
+        True: "; few bits hold them less their mean before RoPE",
+        False: "; few bits hold them less their plain mean",
+    }
+    for (rope, text), group in itertools.groupby(layers, key=lambda layer: (layer["rope"], layer["keys"])):
+        yield f"keys of {_span([layer['layer'] for layer in group])}: {text}{held.get(rope, '')}"
+
+
+def _span(layers: list[int]) -> str:
+    """`layer 3`, `layers 0-5`, `layers 1, 3, 5-7`."""
+    runs = [list(run) for _, run in itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
+    spans = [str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs]
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(spans)}"
 
 
 def _model_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -77,9 +130,9 @@ def _model_lines(found: dict[str, Any]) -> Iterator[str]:
     for (compressed, reason), group in itertools.groupby(
         found["layers"], key=lambda layer: (layer["compressed"], layer["reason"])
     ):
-        layers = [layer["layer"] for layer in group]
-        span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+        span = _span([layer["layer"] for layer in group])
         yield f"{span}: {'compressed' if compressed else 'left alone'}, {reason}"
+    yield from key_lines((layer for layer in found["layers"] if layer["compressed"]), found["keys_unknown"])
     yield (
         f"compressed layers hold {found['compressed_share']:.0%} of the full cache's {size(found['full_kv_bytes'])} "
         f"at {found['tokens']} tokens"
@@ -101,8 +154,11 @@ def _print(found: dict[str, Any]) -> None:
     table.add_row("embedded model", Text(embedded["folder"] if embedded["ready"] else embedded["advice"]))
     table.add_row("attention", Text(_yes_no(found["attention_implementations"])))
     table.add_row("features", Text(_yes_no(found["features"])))
+    plugin = found["vllm_plugin"]
+    if found["optional"]["vllm"] or not plugin["loaded"]:
+        table.add_row("vLLM plugin", Text(plugin["text"], style="" if plugin["loaded"] else "red"))
     if "model" in found:
-        table.add_row(Text(found["model"]["name"]), Text("\n".join(_model_lines(found["model"]))))
+        table.add_row("model", Text("\n".join([found["model"]["name"], *_model_lines(found["model"])])))
     for extra, names in found["missing"].items():
         if names:
             table.add_row(f"extra {extra}", Text(f"missing: {', '.join(names)} (pip install 'crushkv[{extra}]')"))

@@ -109,6 +109,47 @@ def load_config(model: str | None) -> tuple[str, Any]:
         raise ModelError(f"--model {name!r}: {_reason(error)}") from error
 
 
+def load_local(model: str | None) -> Any:
+    """The model alone, on the CPU, from weights that are on this machine: nothing is downloaded.
+
+    Raises:
+        ModelError: its weights are not here, do not fit into the free memory, or cannot be read.
+        EmbeddedModelError: the embedded model cannot be prepared.
+    """
+    import transformers
+
+    from .system import memory
+
+    source, name = _find(model)
+    size = sum(file.stat().st_size for file in _local_folder(source).glob("*.safetensors"))
+    if not size:
+        raise ModelError(f"{name!r} has no weights in safetensors format on this machine")
+    free = memory()["available_bytes"]
+    if free is not None and size > free:
+        raise ModelError(f"the {size / 2**30:.1f} GiB of weights of {name!r} do not fit into the free memory")
+    _quiet_transformers()
+    say(f"Loading {name}")
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:
+        raise ModelError(f"{name!r} cannot be loaded: {_reason(error)}") from error
+    return loaded.eval()
+
+
+def _local_folder(source: str) -> Path:
+    """Where the files of a model are: its folder, or the snapshot in the local Hugging Face cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return Path(source)
+    config = try_to_load_from_cache(source, "config.json")
+    if not isinstance(config, str):
+        raise ModelError(f"{source!r} has no files on this machine")
+    return Path(config).parent
+
+
 def _find(model: str | None) -> tuple[str, str]:
     """Where to load from, and the name to show."""
     if model is None:
@@ -127,16 +168,8 @@ def _find(model: str | None) -> tuple[str, str]:
 
 def _read(source: str, dtype: Any, options: ModelOptions) -> tuple[Any, Any, dict[str, Any]]:
     import transformers
-    from huggingface_hub.utils import logging as hub_logging
-    from huggingface_hub.utils.tqdm import enable_progress_bars
 
-    # Otherwise Transformers would ask a service on the Hub to convert checkpoints that are pickles.
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    # Errors are told here, in one line; downloads keep their progress bars.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    enable_progress_bars()
-    hub_logging.set_verbosity_error()
+    _quiet_transformers()
     trust = options.trust_remote_code
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
     # With output_loading_info a pair comes back, which the annotation does not tell.
@@ -150,6 +183,21 @@ def _read(source: str, dtype: Any, options: ModelOptions) -> tuple[Any, Any, dic
     )
     model, info = pair
     return tokenizer, model, info
+
+
+def _quiet_transformers() -> None:
+    """Transformers reports nothing by itself, and asks nobody to convert checkpoints."""
+    import transformers
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
+    # Otherwise Transformers would ask a service on the Hub to convert checkpoints that are pickles.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    # Errors are told here, in one line; downloads keep their progress bars.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    enable_progress_bars()
+    hub_logging.set_verbosity_error()
 
 
 def _reason(error: Exception) -> str:

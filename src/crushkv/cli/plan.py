@@ -9,9 +9,12 @@ import typer
 from rich.table import Table
 
 from ..config import CrushConfig
+from .doctor import key_lines, measured_keys
 from .models import load_config
 from .options import with_options
 from .output import print_json, result_console, size
+
+NOT_LOADED = "`--load` or `crushkv doctor --model` measures it"
 
 
 @with_options()
@@ -26,18 +29,25 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    load: Annotated[bool, typer.Option("--load", help="Load the model, too, and say how RoPE turns its keys.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     config: CrushConfig,
 ) -> None:
     """Show how a budget is split between the tiers, for a model and a prompt's length.
 
-    Reads the model's configuration only. Bytes count 16 bits for a number that is not quantized.
+    Reads the model's configuration only, which does not say how its keys turn with the position; `--load` measures
+    that. Bytes count 16 bits for a number that is not quantized.
     """
     from ..hf import plan_cache
 
     name, model_config = load_config(model)
     found = plan_cache(model_config, config, tokens)
-    layers = [{"layer": index, **dataclasses.asdict(split)} for index, split in enumerate(found.layers)]
+    keys, unknown = measured_keys(model, tokens) if load else ([], NOT_LOADED)
+    of_layer = keys or [{"rope": None, "keys": None}] * len(found.layers)
+    layers = [
+        {"layer": index, **dataclasses.asdict(split), **turned}
+        for index, (split, turned) in enumerate(zip(found.layers, of_layer, strict=True))
+    ]
     if as_json:
         print_json(
             {
@@ -50,6 +60,8 @@ def plan(
                 "full_kv_bytes": found.full_bytes,
                 "bytes_fraction": found.fraction,
                 "other_layers": found.other_layers,
+                "rope_layers": sum(layer["rope"] is True for layer in layers) if keys else None,
+                "keys_unknown": unknown,
                 "layers": layers,
             }
         )
@@ -62,6 +74,9 @@ def plan(
     )
     if found.untouched:
         console.print(f"A fraction leaves prompts of fewer than {config.min_tokens} tokens (min_tokens) as they are.")
+    if not config.formats.raw:
+        for line in key_lines(layers, unknown):
+            console.print(line, highlight=False, markup=False)
     if found.other_layers:
         console.print(f"{found.other_layers} layers (sliding or recurrent ones) are left alone and not counted.")
 
@@ -72,7 +87,7 @@ def _table(layers: list[dict[str, Any]], config: CrushConfig) -> Table:
     start = 0
     for end in range(1, len(layers) + 1):
         same = end < len(layers) and all(
-            layers[end][key] == layers[start][key] for key in layers[start] if key != "layer"
+            layers[end][key] == layers[start][key] for key in layers[start] if key not in ("layer", "rope", "keys")
         )
         if same:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ def examine() -> dict[str, Any]:
         "missing": {extra: missing(extra) for extra in EXTRAS},
         "devices": _devices(),
         "threads": torch.get_num_threads(),
-        "memory": _memory(),
+        "memory": memory(),
         "embedded_model": model,
         "attention_implementations": attention,
+        "vllm_plugin": vllm_plugin(),
         "features": {
             "generation": not problems,
             "embedded model": model["ready"],
@@ -60,6 +62,21 @@ def attention_implementations() -> dict[str, bool]:
         return check is not None and bool(check())
 
     return {name: present(name) for name in SUPPORTED}
+
+
+def vllm_plugin() -> dict[str, Any]:
+    """Whether vLLM, started in this environment, would load the plugin, and in words, why not."""
+    named = os.environ.get("VLLM_PLUGINS")
+    # vLLM compares the names as they are, and loads none of an empty list.
+    if named is not None and "crushkv" not in named.split(","):
+        value = ",".join([*filter(None, named.split(",")), "crushkv"])
+        return {
+            "loaded": False,
+            "text": f"VLLM_PLUGINS={named} leaves crushkv out: unset it, or set VLLM_PLUGINS={value}",
+        }
+    if not any(plugin.name == "crushkv" for plugin in entry_points(group="vllm.general_plugins")):
+        return {"loaded": False, "text": "crushkv is not installed as a package here, so vLLM does not find it"}
+    return {"loaded": True, "text": "vLLM loads crushkv, if it is started in this environment"}
 
 
 def _problems(known: dict[str, str | None]) -> list[str]:
@@ -112,7 +129,7 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def _memory() -> dict[str, int | None]:
+def memory() -> dict[str, int | None]:
     """Of the machine, as Linux tells; None elsewhere."""
     try:
         text = Path("/proc/meminfo").read_text()

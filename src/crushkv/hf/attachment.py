@@ -51,6 +51,11 @@ def detach(session: Session, models: Sequence[nn.Module]) -> None:
                 del _attached[model]
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether some session is in force for calls of a model."""
+    return model in _attached
+
+
 class Attachment:
     """Two methods of generation, a third that is refused, and one hook.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,7 @@ class CrushAttention:
         scaling = query.shape[-1] ** -0.5 if given is None else given
         with full_precision(query.device):
             mask = layer.mask(attention_mask, query, aligned="flash" in self.name)
+            _check_causal(module, layer, query, attention_mask, kwargs)
             turned_keys, turned_values = layer.storage.rotations()
             turned = query if turned_keys is None else turn(query, turned_keys)
         plain = not args and cpu_attention.replaceable(module, attend, query, mask, kwargs)
@@ -167,6 +168,29 @@ class CrushAttention:
             output = _turned_back(output, turned_values)
             layer.after_attention(call)
         return output
+
+
+def _check_causal(
+    module: torch.nn.Module, layer: CrushLayer, query: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
+) -> None:
+    """Refuses attention to later tokens where the scores would be those of causal attention.
+
+    Pictures whose parts see each other are such attention, too. Policies that read the last queries alone score by
+    these, and none of them follows a picture.
+    """
+    if query.shape[2] == 1:
+        return
+    if (mask is None or mask.ndim == 2) and not cpu_attention.is_causal(module, kwargs):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends to later tokens as well (its is_causal is False): KVCrush compresses "
+            "caches of text that is read in one direction"
+        )
+    if layer.streams and layer.plan.masks.ahead:
+        raise UnsupportedModelError(
+            f"policy={layer.plan.config.policy!r} adds up the attention of all queries, and the attention mask lets "
+            "some of them see later tokens (as parts of a picture do), which it does not follow: choose a policy that "
+            "reads the last queries, such as readahead"
+        )
 
 
 def _last_rows(mask: Tensor | None, queries: int) -> Tensor | None:

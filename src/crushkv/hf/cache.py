@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from .layer import CrushLayer
 from .plan import Plan
 from .profiling import profile_of
 from .rope import find_ropes
-from .support import cache_layers, check_bits, check_model, check_prompt, check_sizes, is_latent
+from .support import cache_layers, check_bits, check_model, check_prompt, check_sizes, is_latent, rereads_beyond
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class CrushCache(Cache):
         compressible = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         # A plan keeps no model alive; a model whose RoPE depends on the length of a prompt is asked again (`begin`).
         self._model = weakref.ref(model)
+        self._thrown_away_beyond = rereads_beyond(model)
         self.plan = Plan(self.config, layers=len(compressible), latent=is_latent(model.config))
         if not self.plan.formats.raw:
             self.plan.ropes = find_ropes(model)
@@ -161,8 +163,23 @@ class CrushCache(Cache):
         end = first.seen + tokens
         if tokens > 1:
             check_prompt(end, self.model_config)
-        if not first.seen and not self.plan.formats.raw and (model := self._model()) is not None:
+        model = self._model()
+        if not first.seen and not self.plan.formats.raw and model is not None:
             self.plan.ropes = find_ropes(model, max(end, self.prefill_end or 0))
+        if end == self._thrown_away_beyond:
+            self._tell_where_thrown_away(model)
+
+    def _tell_where_thrown_away(self, model: PreTrainedModel | None) -> None:
+        """Warns, outside of a block, that the next token makes `generate` go on with another cache than this one."""
+        from .attachment import is_attached
+
+        if model is not None and not is_attached(model):
+            warnings.warn(
+                f"crushkv: generate of {type(model).__name__} throws its cache away when a text grows beyond "
+                f"{self._thrown_away_beyond} tokens, and goes on with Transformers' full cache. In a block "
+                "(`with KVCrush(...)(model):`) the new cache is compressed, too",
+                stacklevel=2,
+            )
 
     def reset(self) -> None:
         """Makes the cache as new."""

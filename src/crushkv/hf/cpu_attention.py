@@ -41,14 +41,11 @@ def replaceable(
 
     An argument that is not known to be without effect makes it another call.
     """
-    causal = kwargs.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True)
     return (
         function is sdpa_attention_forward
         and query.device.type == "cpu"
         and mask is None
-        and (bool(causal) or query.shape[2] == 1)
+        and (is_causal(module, kwargs) or query.shape[2] == 1)
         and not kwargs.get("dropout")
         and all(
             value is None or name in ("scaling", "dropout", "is_causal") or name in _WITHOUT_EFFECT
@@ -57,6 +54,12 @@ def replaceable(
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def is_causal(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether attention without a mask hides later tokens, as Transformers' own functions decide it."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -18,14 +18,16 @@ _BLOCK = 2**24  # entries of a mask that are checked at a time
 class MaskReader:
     """Reads the mask of a pass, which all layers of a cache are given, once.
 
-    KVCrush knows which tokens of a row are hidden, and that a query sees no later one. A mask that says more than that
-    is refused: what it says would be lost in the scores, and with the tokens that are evicted.
+    KVCrush knows which tokens of a row are hidden. A mask that says more than that is refused: what it says would be
+    lost in the scores, and with the tokens that are evicted. Queries that see later tokens (`ahead`) see them in their
+    own pass alone, which a policy may or may not follow.
     """
 
     def __init__(self) -> None:
         self._mask: weakref.ref[Tensor] | None = None
         self._of: tuple[int, int] = (0, 0)
         self._shown: Tensor | None = None
+        self.ahead = False  # the mask read last lets a query see a token behind it
 
     def shown(self, mask: Tensor | None, count: int, seen: int) -> Tensor | None:
         """Which of the tokens seen the last query may see: bool `[B, seen]` (or `[1, seen]`); None: all.
@@ -39,9 +41,10 @@ class MaskReader:
             UnsupportedModelError: the mask is of a kind that cannot be followed.
         """
         if mask is None:
+            self._mask, self.ahead = None, False
             return None
         if self._mask is None or self._mask() is not mask or self._of != (count, seen):
-            self._shown = _shown(mask, count, seen)
+            self._shown, self.ahead = _shown(mask, count, seen)
             self._mask, self._of = weakref.ref(mask), (count, seen)
         return self._shown
 
@@ -49,7 +52,8 @@ class MaskReader:
         return MaskReader()  # it remembers nothing that could not be read again
 
 
-def _shown(mask: Tensor, count: int, seen: int) -> Tensor:
+def _shown(mask: Tensor, count: int, seen: int) -> tuple[Tensor, bool]:
+    """What the last query may see, and whether some query sees a token behind it."""
     if mask.ndim not in (2, 4) or mask.shape[-1] < seen:
         raise UnsupportedModelError(
             f"an attention mask of shape {tuple(mask.shape)}, where {seen} tokens have been seen: KVCrush follows "
@@ -57,7 +61,7 @@ def _shown(mask: Tensor, count: int, seen: int) -> Tensor:
         )
     mask = mask[..., :seen]
     if mask.ndim == 2:
-        return mask.bool()
+        return mask.bool(), False
     if mask.shape[1] > 1 and not bool((mask == mask[:, :1]).all()):
         raise UnsupportedModelError(
             "the attention mask differs between heads, which KVCrush cannot follow when it evicts: pass one mask for "
@@ -71,17 +75,20 @@ def _shown(mask: Tensor, count: int, seen: int) -> Tensor:
     row = visible(mask[:, 0, -1])
     position = torch.arange(seen, device=mask.device)
     step = max(1, _BLOCK // (mask.shape[0] * seen))
+    ahead = False
     for start in range(0, count if count > 1 else 0, step):
         part = visible(mask[:, 0, -count:][:, start : start + step])
         at = position[seen - count :][start : start + step]
         # Padding sees what it likes.
-        wanted = row[:, None] & (position <= at[:, None]) & row[:, at][..., None]
-        if bool((wanted & ~part).any()):
+        of_text = row[:, None] & row[:, at][..., None]
+        past = position <= at[:, None]
+        ahead = ahead or bool((of_text & ~past & part).any())
+        if bool((of_text & past & ~part).any()):
             raise UnsupportedModelError(
                 "the attention mask hides tokens from some queries that the last query sees, which KVCrush's scores "
                 "cannot follow: use the full cache"
             )
-    return row
+    return row, ahead
 
 
 def visible(mask: Tensor) -> Tensor:

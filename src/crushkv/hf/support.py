@@ -194,6 +194,15 @@ def _positive(number: Any) -> int | None:
     return number if isinstance(number, int) and number > 0 else None
 
 
+def rereads_beyond(model: Any) -> int | None:
+    """Tokens beyond which `generate` of a model throws its cache away and reads the text anew (Phi-3's long RoPE, whose
+    factors are others in long texts); None: it never does. Read from its code, as no configuration says so."""
+    name = "original_max_position_embeddings"
+    prepare = getattr(type(model), "prepare_inputs_for_generation", None)
+    code = getattr(inspect.unwrap(prepare), "__code__", None) if prepare is not None else None
+    return _positive(getattr(model.config, name, None)) if code is not None and name in code.co_names else None
+
+
 def input_device(model: Any) -> torch.device:
     """Where a model takes its inputs; accelerate moves them on where the weights are offloaded."""
     device: torch.device = model.device
