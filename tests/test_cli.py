@@ -504,7 +504,7 @@ def test_a_plan_says_how_keys_turn_where_the_model_is_loaded(crushkv: Any, tiny:
 def test_a_plan_that_cannot_be_is_refused(crushkv: Any, tiny: Path) -> None:
     for options, said in (
         (["--rank", 0.5], "rank=0.5"),
-        (["--config", "tiny"], "tiny"),
+        (["--config", "huge"], "huge"),
         (["--model", "/nowhere"], "no such folder"),
     ):
         model = [] if "--model" in options else ["--model", tiny]
