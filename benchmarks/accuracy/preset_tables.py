@@ -2,7 +2,7 @@
 
 python benchmarks/accuracy/preset_tables.py [--plot FILE]
 
-Each model has a file of its own (`fidelity.jsonl.gz`, `fidelity-qwen.jsonl.gz`).
+Each model has files of its own (`fidelity.jsonl.gz` and `scores.jsonl.gz`, `fidelity-qwen.jsonl.gz` ...).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
-from tables import RESULTS, SPREAD, Table, mark_shares, show
+from tables import RESULTS, SPREAD, Table, longbench, mark_shares, retrieval, show
 
 from crushkv.evaluation import Sample, by_model, read_report_samples
 
@@ -109,6 +109,27 @@ def widths(tables: Tables) -> None:
     )
 
 
+def answers(tables: Tables) -> None:
+    """The tasks' own metrics of generated answers: LongBench's, each task counting alike, and hidden numbers."""
+    head = [""]
+    for model, table in tables.items():
+        prompts = sum(longbench(sample) is not None for sample in table.groups["full"])
+        head += [f"{model}: LongBench, {prompts} prompts", "minus the full cache", "hidden numbers found"]
+    lines = []
+    for name, label in LABELS.items():
+        line = [label]
+        for table in tables.values():
+            found = [value for sample in table.groups.get(name, []) if (value := retrieval(sample)) is not None]
+            line += [
+                table.mean(name, longbench),
+                "" if name == "full" else table.difference(name, "full", longbench),
+                f"{sum(found):g} of {len(found)}" if found else "",
+            ]
+        if any(line[1:]):
+            lines.append(line)
+    show("Presets: answers", head, lines)
+
+
 def plot(tables: Tables, path: Path) -> None:
     """KL against the share of the full cache's bytes."""
     matplotlib.use("Agg")
@@ -127,18 +148,25 @@ def plot(tables: Tables, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _read(folder: Path, kind: str) -> dict[str, list[Sample]]:
+    """Samples by model, SmolLM2 first."""
+    files = sorted(folder.glob(f"{kind}*.jsonl*"), reverse=True)
+    return {model.removesuffix(" (embedded)"): s for model, s in by_model(read_report_samples(files)).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--plot", type=Path, help="PNG or SVG")
     parser.add_argument("--results", type=Path, default=RESULTS / "presets", help="folder of the results")
     arguments = parser.parse_args()
-    found = by_model(read_report_samples(sorted(arguments.results.glob("*.jsonl*"), reverse=True)))
-    tables = {model.removesuffix(" (embedded)"): Table(as_one_task(samples)) for model, samples in found.items()}
+    distances, scores = (_read(arguments.results, kind) for kind in ("fidelity", "scores"))
+    tables = {model: Table(as_one_task(samples)) for model, samples in distances.items()}
     in_short(tables)
     goals(tables)
     for model, table in tables.items():
         of_model(model, table)
     widths(tables)
+    answers({model: Table(samples) for model, samples in scores.items()})
     if arguments.plot is not None:
         plot(tables, arguments.plot)
 
