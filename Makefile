@@ -19,7 +19,7 @@ VENV_PEERS  := .venv-peers
 READY_PEERS := $(patsubst %,$(VENV_PEERS)/%/.ready,transformers kvpress openvino)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint bench bench-quick bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm
+.PHONY: help install run check test lint bench bench-quick bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,13 +38,20 @@ $(READY): requirements.lock pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-run: $(READY)  ## answer questions over a long document, with the full cache and with a quarter of it
+run: $(READY)  ## answer questions over a long document: the full cache, a quarter of it, and KVCrush as published
 	@$(BIN)/crushkv run
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# These run no model: core, policies, storage, configuration, statistics, text, documentation.
+QUICK := $(patsubst %,tests/test_%.py,accuracy_tables benchmark config config_text core examples importance \
+	selection statistics storage structure text)
+
+check: lint  ## lint, type check and the tests that run no model (under two minutes)
+	$(BIN)/pytest -m "not slow and not model" $(QUICK)
 
 test: lint  ## lint, type check and tests
 	$(BIN)/pytest -m ""
