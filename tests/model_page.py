@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from crushkv.hf.left_alone import CrossAttentionLayer
+from crushkv.hf.left_alone import CrossAttentionLayer, DummyLayer
 from crushkv.hf.support import cache_layers
 from model_zoo import TEXT, Model, small_config
 from picture_models import PICTURES, picture_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from typing import Any
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from architectures import prompts, small_model
 from crushkv import ConfigError, CrushCache, CrushError, KVCrush, UnsupportedModelError
 from crushkv.core import Tier
+from crushkv.hf.interface import passed
 
 SMALL: dict[str, Any] = {
     "budget": 0.4,
@@ -294,6 +296,24 @@ def test_turns_in_a_block_end_where_their_prompt_ends(model: Any, chunk: int | N
             assert cache.get_seq_length() == ids.shape[1] + 23
             assert max(layer.storage.length for layer in cache.crushed_layers) <= 50 + 8
             ids = torch.cat([ids, result[:, new.shape[1] :], prompts([60], seed=turn)["input_ids"]], dim=1)
+
+
+@pytest.mark.filterwarnings("ignore:crushkv. a later turn is read in one piece")
+@pytest.mark.parametrize("whole", [True, False], ids=["all-tokens", "new-tokens"])
+def test_turns_read_in_chunks_are_those_of_the_full_cache(model: Any, whole: bool) -> None:
+    answers = []
+    for cache, chunk in ((DynamicCache(config=model.config), None), (KVCrush(budget=1.0).cache(model), 20)):
+        ids = prompts([100])["input_ids"]
+        with KVCrush(budget=1.0)(model) if chunk else contextlib.nullcontext():
+            for turn in range(3):
+                mask = torch.ones_like(ids)
+                new = ids if whole or not turn else ids[:, cache.get_seq_length() :]
+                result = model.generate(
+                    input_ids=new, attention_mask=mask, prefill_chunk_size=chunk, **passed(cache), **GREEDY
+                )
+                ids = torch.cat([ids, result[:, new.shape[1] :], prompts([60], seed=turn)["input_ids"]], dim=1)
+        answers.append(ids)
+    assert torch.equal(*answers)
 
 
 def test_an_interrupted_cache_is_refused(model: Any) -> None:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from architectures import prompts
@@ -43,6 +44,7 @@ def lines(models: Iterable[str]) -> list[Any]:
 
 @pytest.mark.parametrize("kind", lines(TEXT))
 def test_model(kind: str) -> None:
+    skip_where_missing(kind)
     if TEXT[kind].broken:
         with pytest.raises(Exception, match=TEXT[kind].broken):
             build(kind)
@@ -52,6 +54,7 @@ def test_model(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", lines(PICTURES))
 def test_model_with_a_picture(kind: str) -> None:
+    skip_where_missing(kind)
     model, inputs = build_picture_model(kind), picture_prompts(kind)
     if PICTURES[kind].picture is not None:
         with torch.no_grad():
@@ -59,6 +62,11 @@ def test_model_with_a_picture(kind: str) -> None:
             other = model(**inputs | {name: flipped(tensor) for name, tensor in inputs.items()}).logits[:, -1]
         assert difference([seen], [other]) > 1e-3 * float(seen.abs().max()), "the picture makes no difference"
     check(PICTURES[kind].expected, model, inputs)
+
+
+def skip_where_missing(kind: str) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"Transformers {transformers.__version__} has no {kind}")
 
 
 def flipped(tensor: Tensor) -> Tensor:

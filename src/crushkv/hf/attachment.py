@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from torch import nn
 
 from ..errors import ConfigError, UnsupportedModelError
 from .cache import CrushCache
-from .interface import CACHE, cache_in, put_cache
+from .interface import CACHE, CHUNKS_LATER_TURNS, cache_in, put_cache
 from .support import check_generation, check_prompt
 
 if TYPE_CHECKING:
@@ -135,6 +138,14 @@ class Attachment:
         check_prompt(end, cache.model_config)
         _check_turn(input_ids, end, cache)
         cache.prefill_end = end
+        if not CHUNKS_LATER_TURNS and cache.get_seq_length() and generation_config.prefill_chunk_size is not None:
+            warnings.warn(
+                f"crushkv: a later turn is read in one piece, because Transformers {transformers.__version__} reads "
+                "the earlier ones once more where prefill_chunk_size is set",
+                stacklevel=2,
+            )
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
         try:
             return self._prefill(input_ids, generation_config, model_kwargs, **kwargs)
         finally:

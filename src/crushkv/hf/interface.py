@@ -64,6 +64,11 @@ CACHE = _cache_argument()
 """The name of the argument, and of the output, that is the cache."""
 
 
+CHUNKS_LATER_TURNS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+"""Whether `prefill_chunk_size` may be used in a turn after the first: earlier releases read what the cache has seen
+once more, and count positions from 0."""
+
+
 def passed(cache: Cache | None) -> dict[str, Cache | None]:
     """The cache as keyword arguments of a model's call, under the name that this release of Transformers has."""
     return {CACHE: cache}
