@@ -38,12 +38,11 @@ HOSTILE = (
 )
 CONFIGS: dict[str, dict[str, Any]] = {
     "pages": {"budget": 0.3, "page_size": 8, "window": 8, "representative_share": 0.3},
-    "tokens": {"budget": 0.3, "page_size": 1, "window": 8, "representative_share": 0.3, "threshold": "median"},
-    "best": {"budget": 90, "page_size": 4, "window": 8, "representative_share": 0.5, "representative": "best"},
-    "shared": {"budget": 0.4, "page_size": 2, "representative_share": 0.4, "shared_representatives": True},
+    "tokens": {"budget": 0.3, "page_size": 1, "window": 8, "representative_share": 0.3, "anchor": "random"},
+    "half": {"budget": 90, "page_size": 4, "window": 8, "representative_share": 0.5},
     "in bits": {"budget": 0.15, "page_size": 4, "representative_share": 0.4, "bits": 4, "representative_bits": 2},
     "random": {"budget": 0.4, "page_size": 2, "representative_share": 0.4, "grouping": "random", "seed": 7},
-    "mass": {"policy": "h2o", "budget": 0.3, "page_size": 4, "representative_share": "dynamic", "coverage": 0.5},
+    "mass": {"policy": "h2o", "budget": 0.3, "page_size": 4, "representative_share": 0.4},
     "pyramid": {"policy": "pyramidkv", "budget": 0.3, "page_size": 4, "representative_share": 0.2},
     "none": {"budget": 0.3, "page_size": 8, "window": 8, "representative_share": 0},
 }
@@ -83,14 +82,9 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         sink=draw(st.integers(0, 3)),
         window=draw(st.integers(1, 5)),
         page_size=draw(st.sampled_from([1, 1, 2, 4])),  # powers of two, as for the group: means of integers are exact
-        representative_share=draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, "dynamic"])),
-        coverage=draw(st.sampled_from([0.3, 0.9])),
-        share_bounds=draw(st.sampled_from([(0.05, 0.5), (0.0, 0.9)])),
-        threshold=draw(st.sampled_from(["budget", "median"])),
-        anchors=tuple(draw(st.lists(st.sampled_from(ANCHORS), min_size=1, max_size=2, unique=True))),
+        representative_share=draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9])),
+        anchor=draw(st.sampled_from(ANCHORS)),
         grouping=draw(st.sampled_from(["signature", "signature", "position", "random"])),
-        representative=draw(st.sampled_from(["middle", "best"])),
-        shared_representatives=draw(st.booleans()),
         aggregate=draw(st.sampled_from(["mean", "max"])),
     )
     rows, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))
@@ -120,29 +114,21 @@ def plain_buckets(
     grouped = scores.view(kv_heads, group, units, page)
     joined = grouped.mean(1) if options.aggregate == "mean" else grouped.amax(1)
     unit_scores = joined.mean(-1).tolist()
-    count = reference.share_of(unit_scores, keep, options)
-    candidates = [set(range(units)) - reference.best(unit_scores[h], keep - count[h]) for h in range(kv_heads)]
-    if options.shared_representatives:
-        common = set.intersection(*candidates)
-        count = [min([*count, len(common)])] * kv_heads
-        candidates = [common] * kv_heads
-    if options.grouping == "signature" and any(count):
-        retained = [
-            (keep - count[h // group]) * page if options.threshold == "budget" else units * page // 2
-            for h in range(heads)
-        ]
-        order = reference.unit_order(scores.tolist(), retained, units, options, seed)
+    count = reference.share_of(keep, options)
+    if options.grouping == "signature" and count:
+        order = reference.unit_order(scores.tolist(), [(keep - count) * page] * heads, units, options, seed)
     elif options.grouping == "random":
         order = torch.randperm(units, generator=torch.Generator().manual_seed(seed)).tolist()
     else:
         order = list(range(units))
     buckets = []
     for h in range(kv_heads):
-        listed = [unit for unit in order if unit in candidates[h]]
-        mine: list[set[int]] = [set() for _ in range(count[h])]
-        if count[h]:
+        important = reference.best(unit_scores[h], keep - count)
+        listed = [unit for unit in order if unit not in important]
+        mine: list[set[int]] = [set() for _ in range(count)]
+        if count:
             for rank, unit in enumerate(listed):
-                mine[rank * count[h] // len(listed)].add(unit)
+                mine[rank * count // len(listed)].add(unit)
         buckets.append(mine)
     return buckets
 
@@ -163,8 +149,7 @@ def test_every_bucket_has_its_representative(case: dict[str, Any]) -> None:
                 members = {options.sink + unit * options.page_size: unit for unit in units}
                 [first] = [token for token in members if kept.get(token) == Tier.REPRESENTATIVE]
                 for token in members:
-                    if kept.get(token) != Tier.IMPORTANT:  # a shared candidate that this head keeps in the end
-                        expected[token : token + options.page_size] = [first] * options.page_size
+                    expected[token : token + options.page_size] = [first] * options.page_size
             assert positions[row, head].tolist() == expected
 
 
@@ -200,7 +185,7 @@ def test_what_is_evicted_has_a_representative_that_is_kept(name: str, inspected:
     start = config.sink + (position - config.sink) // page * page
     assert torch.equal(leader[representative], start[representative])
     assert not bool((has & (tiers != 0) & ~representative).any())
-    if config.representative_share and not config.shared_representatives:
+    if config.representative_share:
         units = (300 - config.sink - config.window) // page
         contested = (position >= config.sink) & (position < config.sink + units * page)
         some = representative.any(-1, keepdim=True)  # a layer of a small budget may have none

@@ -15,10 +15,7 @@ from .storage import LayerSizes
 
 @dataclass(frozen=True)
 class Split:
-    """Tokens of one row that a layer keeps for each KV head, by tier, and the bytes that hold them.
-
-    With a dynamic share, `important` counts the representatives, too.
-    """
+    """Tokens of one row that a layer keeps for each KV head, by tier, and the bytes that hold them."""
 
     sink: int
     important: int
@@ -36,8 +33,7 @@ def split_tokens(budget: int, held: int, options: SelectionOptions, sizes: Layer
     zones = divide(
         torch.tensor([held]), torch.tensor([min(budget, held)]), options.sink, options.window, options.page_size
     )
-    share = options.representative_share
-    units = 0 if share == "dynamic" else representative_units(zones.keep, share)
+    units = representative_units(zones.keep, options.representative_share)
     sink, recent = int(zones.sink), int(zones.recent)
     important, representative = (int(part) * options.page_size for part in (zones.keep - units, units))
     # Where nothing is contested yet, nothing is quantized either.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .selection import SelectionOptions, Tier, contest
+from .selection import SelectionOptions, contest
 from .zones import divide
 
 
@@ -13,8 +13,8 @@ def stands_for(head_score: Tensor, kv_heads: int, budget: Tensor, options: Selec
     """The representative of every evicted token, for rows without padding.
 
     The arguments are those of `select`, and the representatives are the ones that it chooses. They stand for
-    themselves, too. Nothing stands for a token that is kept for another reason, that was not contested (what is left
-    of a page), or, with shared representatives, that was important to another head.
+    themselves, too. Nothing stands for a token that is kept for another reason, or that was not contested (what is
+    left of a page).
 
     Args:
         head_score: `[B, H, S]`.
@@ -31,11 +31,10 @@ def stands_for(head_score: Tensor, kv_heads: int, budget: Tensor, options: Selec
     if not units or not int(zones.keep.max()):
         return positions
     end = options.sink + units * page
-    tiers, groups = contest(head_score[..., options.sink : end], kv_heads, zones, options, seed)
+    _, groups = contest(head_score[..., options.sink : end], kv_heads, zones, options, seed)
     if groups is None:
         return positions
-    # With shared representatives, a head may keep candidates as important in the end.
-    leaders = groups.leaders().masked_fill(tiers == Tier.IMPORTANT, -1)
+    leaders = groups.leaders()
     first = torch.where(leaders < 0, -1, options.sink + leaders * page)
     positions[..., options.sink : end] = first.repeat_interleave(page, dim=-1)
     return positions

@@ -37,15 +37,9 @@ class SelectionOptions:
     sink: int = 4
     window: int = 32
     page_size: int = 1
-    representative_share: float | Literal["dynamic"] = 0.0
-    coverage: float = 0.9
-    share_bounds: tuple[float, float] = (0.05, 0.5)
-    threshold: Literal["budget", "median"] = "budget"
-    signature: Literal["per_head", "collapsed"] = "per_head"
-    anchors: tuple[str, ...] = ("mean",)
+    representative_share: float = 0.0
+    anchor: str = "mean"
     grouping: Literal["signature", "random", "position", "score"] = "signature"
-    representative: Literal["middle", "best"] = "middle"
-    shared_representatives: bool = False
     aggregate: Literal["mean", "max"] = "mean"
 
 
@@ -149,73 +143,47 @@ def contest(
     score = by_head.mean(-1).float().masked_fill(~real[:, None], -torch.inf)  # [B, Hkv, U]
 
     keep = zones.keep[:, None].expand(rows, kv_heads)
-    share = _representatives(score, keep, options)
-    if not int(share.max()):
-        return top_mask(score, keep).to(torch.uint8) * Tier.IMPORTANT, None
+    count = representative_units(keep, options.representative_share)
+    important = top_mask(score, keep - count)
+    if not int(count.max()):
+        return important.to(torch.uint8) * Tier.IMPORTANT, None
 
-    important = top_mask(score, keep - share)
     if options.grouping == "score":
         tier = top_mask(score, keep).to(torch.uint8) * Tier.REPRESENTATIVE
         return tier.masked_fill_(important, Tier.IMPORTANT), None
     candidates = real[:, None] & ~important
-    if options.shared_representatives:
-        candidates = candidates.all(1, keepdim=True).expand_as(candidates)
-        share = share.amin(1, keepdim=True).minimum(candidates.sum(-1)).expand_as(share)
-
-    order = _order(middle, real, keep - share, zones, options, seed)
+    order = _order(middle, real, zones.keep - count[:, 0], options, seed)
     with stage("grouping"):
-        ranking = None
-        if options.representative == "best":
-            # One set for all heads needs one ranking.
-            ranking = score.mean(1, keepdim=True).expand_as(score) if options.shared_representatives else score
-        representative = choose_representatives(order, candidates, share, ranking)
-    if options.shared_representatives:
-        # Where no shared candidate was left, each head goes on with what it ranks next.
-        important = top_mask(score.masked_fill(representative, -torch.inf), keep - share)
+        representative = choose_representatives(order, candidates, count)
     tier = important.to(torch.uint8) * Tier.IMPORTANT
     tier.masked_fill_(representative, Tier.REPRESENTATIVE)
-    return tier, Groups(order, candidates, share, representative)
+    return tier, Groups(order, candidates, count, representative)
 
 
 def representative_units(keep: Tensor, share: float) -> Tensor:
-    """How many of `keep` units are representatives under a fixed share, rounded half up."""
+    """How many of `keep` units are representatives, rounded half up."""
     return (keep * share + 0.5).long()
 
 
-def _representatives(score: Tensor, keep: Tensor, options: SelectionOptions) -> Tensor:
-    """How many of the kept units are representatives, `[B, Hkv]`."""
-    if options.representative_share != "dynamic":
-        return representative_units(keep, options.representative_share)
-    # The fewest units that cover the given share of the attention mass are important, the rest are not.
-    mass = score.clamp(min=0).sort(dim=-1, descending=True).values.double().cumsum(-1)
-    important = (mass < options.coverage * mass[..., -1:]).sum(-1) + 1
-    low, high = options.share_bounds
-    return (keep - important).clamp(min=representative_units(keep, low), max=representative_units(keep, high))
+def _order(middle: Tensor, real: Tensor, important: Tensor, options: SelectionOptions, seed: int) -> Tensor:
+    """The order in which the units are cut into buckets, `[B, U]`.
 
-
-def _order(
-    middle: Tensor, real: Tensor, important: Tensor, zones: Zones, options: SelectionOptions, seed: int
-) -> Tensor:
-    """The order in which the units are cut into buckets, `[B, U]`."""
+    `middle [B, H, U * page]` holds scores, `real [B, U]` says which units a row has, `important [B]` how many of them
+    are kept as important: a head's bit is 1 for as many tokens.
+    """
     rows, units = real.shape
     if options.grouping == "random":
         return random_order(units, rows, seed, middle.device)
     if options.grouping == "position":
         return position_order(units, rows, middle.device)
     with stage("signatures"):
-        if options.signature == "collapsed":
-            middle = middle.double().mean(1, keepdim=True)
-            important = important.sum(1, keepdim=True) // important.shape[1]
-        if options.threshold == "budget":
-            retained = important.repeat_interleave(middle.shape[1] // important.shape[1], dim=1) * options.page_size
-        else:
-            retained = (zones.units * options.page_size // 2)[:, None].expand(rows, middle.shape[1])
-        if int(zones.units.min()) < units:
+        retained = (important * options.page_size)[:, None].expand(rows, middle.shape[1])
+        if not bool(real.all()):
             tokens_real = real.repeat_interleave(options.page_size, dim=-1)
             middle = middle.masked_fill(~tokens_real[:, None], -torch.inf)
         bits = token_bits(middle, retained)
         signatures = unit_signatures(bits, options.page_size)
-    return signature_order(signatures, real, options.anchors, seed)
+    return signature_order(signatures, real, options.anchor, seed)
 
 
 def _as_indices(tiers: Tensor, zones: Zones, page_size: int, compact: Tensor | None) -> Selection:
