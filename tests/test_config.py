@@ -93,6 +93,7 @@ def test_everything_is_frozen() -> None:
     config = CrushConfig(policy_options=options)
     options["kernel"] = 9
     assert config.policy_options["kernel"] == 5
+    assert hash(config) == hash(CrushConfig(policy_options={"kernel": 5}))
 
 
 def test_another_policy_does_not_take_over_options() -> None:

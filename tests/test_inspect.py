@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 import reference
 from architectures import small_model
-from crushkv import CrushConfig
 from crushkv.cli.inspect import inspect
-from crushkv.core import ANCHORS, SelectionOptions, Tier, select
+from crushkv.config import Anchor, CrushConfig
+from crushkv.core import Tier, select
 from crushkv.core.buckets import stands_for
 from crushkv.errors import ConfigError
 from crushkv.evaluation.inspection import Inspection, inspect_prompt, render
@@ -78,12 +78,12 @@ def inspected(model: Any, tokenizer: Any) -> Callable[[str], Inspection]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    options = SelectionOptions(
+    config = CrushConfig(
         sink=draw(st.integers(0, 3)),
         window=draw(st.integers(1, 5)),
         page_size=draw(st.sampled_from([1, 1, 2, 4])),  # powers of two, as for the group: means of integers are exact
         representative_share=draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9])),
-        anchor=draw(st.sampled_from(ANCHORS)),
+        anchor=draw(st.sampled_from(get_args(Anchor))),
         grouping=draw(st.sampled_from(["signature", "signature", "position", "random"])),
         aggregate=draw(st.sampled_from(["mean", "max"])),
     )
@@ -91,33 +91,33 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     tokens = draw(st.integers(1, 60))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     values = draw(st.sampled_from([2, 4, 50]))  # few values make many ties
-    budget = torch.randint(min(options.sink + options.window, tokens), tokens + 1, (rows,), generator=generator)
+    budget = torch.randint(min(config.sink + config.window, tokens), tokens + 1, (rows,), generator=generator)
     return {
         "head_score": torch.randint(0, values, (rows, kv_heads * group, tokens), generator=generator).float(),
         "kv_heads": kv_heads,
         "budget": budget,
-        "options": options,
+        "config": config,
         "seed": draw(st.integers(0, 99)),
     }
 
 
 def plain_buckets(
-    head_score: torch.Tensor, kv_heads: int, budget: int, options: SelectionOptions, seed: int
+    head_score: torch.Tensor, kv_heads: int, budget: int, config: CrushConfig, seed: int
 ) -> list[list[set[int]]]:
     """The units of each bucket, for each KV head of a row (`head_score [H, S]`)."""
     heads, tokens = head_score.shape
-    group, page = heads // kv_heads, options.page_size
-    sink, _, units, keep = reference.zones(tokens, budget, options)
+    group, page = heads // kv_heads, config.page_size
+    sink, _, units, keep = reference.zones(tokens, budget, config)
     if not units:
         return [[] for _ in range(kv_heads)]
     scores = head_score[:, sink : sink + units * page].double()
     grouped = scores.view(kv_heads, group, units, page)
-    joined = grouped.mean(1) if options.aggregate == "mean" else grouped.amax(1)
+    joined = grouped.mean(1) if config.aggregate == "mean" else grouped.amax(1)
     unit_scores = joined.mean(-1).tolist()
-    count = reference.share_of(keep, options)
-    if options.grouping == "signature" and count:
-        order = reference.unit_order(scores.tolist(), [(keep - count) * page] * heads, units, options, seed)
-    elif options.grouping == "random":
+    count = reference.share_of(keep, config)
+    if config.grouping == "signature" and count:
+        order = reference.unit_order(scores.tolist(), [(keep - count) * page] * heads, units, config, seed)
+    elif config.grouping == "random":
         order = torch.randperm(units, generator=torch.Generator().manual_seed(seed)).tolist()
     else:
         order = list(range(units))
@@ -138,18 +138,18 @@ def plain_buckets(
 def test_every_bucket_has_its_representative(case: dict[str, Any]) -> None:
     positions = stands_for(**case)
     selection = select(**case)
-    options, tokens = case["options"], case["head_score"].shape[-1]
+    config, tokens = case["config"], case["head_score"].shape[-1]
     for row, budget in enumerate(case["budget"].tolist()):
-        buckets = plain_buckets(case["head_score"][row], case["kv_heads"], budget, options, case["seed"])
+        buckets = plain_buckets(case["head_score"][row], case["kv_heads"], budget, config, case["seed"])
         for head, mine in enumerate(buckets):
             kept = dict(zip(selection.indices[row, head].tolist(), selection.tiers[row, head].tolist(), strict=True))
             kept = {token: tier for token, tier in kept.items() if tier}
             expected = [-1] * tokens
             for units in mine:
-                members = {options.sink + unit * options.page_size: unit for unit in units}
+                members = {config.sink + unit * config.page_size: unit for unit in units}
                 [first] = [token for token in members if kept.get(token) == Tier.REPRESENTATIVE]
                 for token in members:
-                    expected[token : token + options.page_size] = [first] * options.page_size
+                    expected[token : token + config.page_size] = [first] * config.page_size
             assert positions[row, head].tolist() == expected
 
 

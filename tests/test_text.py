@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crushkv import ConfigError, CrushConfig
+from crushkv.budget import Budget
 from crushkv.config_text import expand, parse_config
-from crushkv.core import Budget
 from crushkv.vllm.settings import engine_config, request_budget
 
 SECONDS = 0.2

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .core import ANCHORS, Budget, SelectionOptions
+from .budget import Budget
 from .errors import ConfigError, nearest
 from .importance import Policy, make_policy
 from .presets import PRESETS
 from .storage import RAW, WIDEST, WIDTHS, Formats
 from .text import MOST_JSON, check_bounded, quoted, read_json
 
+Anchor = Literal["mean", "inverse_mean", "alternating", "random", "zeros", "ones"]
 Grouping = Literal["signature", "random", "position", "score"]
 Aggregate = Literal["mean", "max"]
 KeyWidths = Literal["by_channel", "equal"]
@@ -78,12 +79,12 @@ class CrushConfig:
     budget: float | int | str = 0.25
     min_tokens: int = 512
     policy: str = "readahead"
-    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    policy_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     sink: int = 4
     window: int = 32
     page_size: int = 16
     representative_share: float = 0.0
-    anchor: str = "mean"
+    anchor: Anchor = "mean"
     grouping: Grouping = "signature"
     bits: Bits = RAW
     representative_bits: Bits | None = None
@@ -136,7 +137,7 @@ class CrushConfig:
 
     def _check_choices(self) -> None:
         for name, known in (
-            ("anchor", ANCHORS),
+            ("anchor", get_args(Anchor)),
             ("grouping", get_args(Grouping)),
             ("aggregate", get_args(Aggregate)),
             ("key_widths", get_args(KeyWidths)),
@@ -210,12 +211,6 @@ class CrushConfig:
     def untouched_below(self) -> int:
         """Rows that have seen fewer real tokens are left as they are: `min_tokens`, or 0 where it is not read."""
         return self.min_tokens if self.parsed_budget.kind == "fraction" else 0
-
-    @property
-    def selection(self) -> SelectionOptions:
-        """The fields that `crushkv.core.select` reads."""
-        names = (f.name for f in dataclasses.fields(SelectionOptions))
-        return SelectionOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def formats(self) -> Formats:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from .core import SelectionOptions
+from .config import CrushConfig
 from .core.selection import representative_units
 from .core.zones import divide
 from .storage import LayerSizes
@@ -28,28 +28,28 @@ class Split:
         return self.sink + self.important + self.representative + self.recent
 
 
-def split_tokens(budget: int, held: int, options: SelectionOptions, sizes: LayerSizes) -> Split:
+def split_tokens(budget: int, held: int, config: CrushConfig, sizes: LayerSizes) -> Split:
     """What `core.select` makes of `budget` tokens when a row holds `held` real ones."""
     zones = divide(
-        torch.tensor([held]), torch.tensor([min(budget, held)]), options.sink, options.window, options.page_size
+        torch.tensor([held]), torch.tensor([min(budget, held)]), config.sink, config.window, config.page_size
     )
-    units = representative_units(zones.keep, options.representative_share)
+    units = representative_units(zones.keep, config.representative_share)
     sink, recent = int(zones.sink), int(zones.recent)
-    important, representative = (int(part) * options.page_size for part in (zones.keep - units, units))
+    important, representative = (int(part) * config.page_size for part in (zones.keep - units, units))
     # Where nothing is contested yet, nothing is quantized either.
-    untouched = held <= options.sink + options.window
+    untouched = held <= config.sink + config.window
     nbytes = sizes.raw(held) if untouched else sizes.tiers(sink + recent, important, representative)
     return Split(sink, important, representative, recent, nbytes)
 
 
 @lru_cache(maxsize=1024)
-def split_bytes(limit: int, held: int, options: SelectionOptions, sizes: LayerSizes) -> Split:
+def split_bytes(limit: int, held: int, config: CrushConfig, sizes: LayerSizes) -> Split:
     """The most tokens that fit into `limit` bytes; sink and window are kept in any case."""
-    fits, above = min(held, options.sink + options.window), held
+    fits, above = min(held, config.sink + config.window), held
     while fits < above:  # bytes never shrink when tokens are added
         middle = (fits + above + 1) // 2
-        if split_tokens(middle, held, options, sizes).nbytes <= limit:
+        if split_tokens(middle, held, config, sizes).nbytes <= limit:
             fits = middle
         else:
             above = middle - 1
-    return split_tokens(fits, held, options, sizes)
+    return split_tokens(fits, held, config, sizes)

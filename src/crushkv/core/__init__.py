@@ -1,18 +1,15 @@
 """The KVCrush algorithm on plain tensors: signatures, anchors, grouping, selection, budgets."""
 
-from .anchors import ANCHORS, anchor_bits
-from .budgets import Budget, pyramid
+from .anchors import anchor_bits
+from .budgets import pyramid
 from .grouping import choose_representatives, signature_order
 from .seeds import layer_seed
-from .selection import Selection, SelectionOptions, Tier, select
+from .selection import Selection, Tier, select
 from .signatures import hamming, pack, popcount, token_bits, unit_signatures
 from .stages import record_stages, stage
 
 __all__ = [
-    "ANCHORS",
-    "Budget",
     "Selection",
-    "SelectionOptions",
     "Tier",
     "anchor_bits",
     "choose_representatives",

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import Anchor
 from .anchors import anchor_bits
 from .signatures import hamming, pack
 from .stages import stage
 
 
-def signature_order(signatures: Tensor, real: Tensor, anchor: str, seed: int) -> Tensor:
+def signature_order(signatures: Tensor, real: Tensor, anchor: Anchor, seed: int) -> Tensor:
     """Units in the order of (distance to the anchor, position).
 
     Args:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..config import CrushConfig
 from ..errors import ScoreError
 from .grouping import Groups, choose_representatives, position_order, random_order, signature_order
 from .signatures import token_bits, top_mask, unit_signatures
@@ -28,19 +28,6 @@ class Tier(IntEnum):
     IMPORTANT = 2
     REPRESENTATIVE = 3
     RECENT = 4
-
-
-@dataclass(frozen=True)
-class SelectionOptions:
-    """The part of the configuration that the selection reads; `CrushConfig` explains and checks each field."""
-
-    sink: int = 4
-    window: int = 32
-    page_size: int = 1
-    representative_share: float = 0.0
-    anchor: str = "mean"
-    grouping: Literal["signature", "random", "position", "score"] = "signature"
-    aggregate: Literal["mean", "max"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -61,7 +48,7 @@ def select(
     head_score: Tensor,
     kv_heads: int,
     budget: Tensor,
-    options: SelectionOptions,
+    config: CrushConfig,
     real: Tensor | None = None,
     seed: int = 0,
 ) -> Selection:
@@ -83,7 +70,7 @@ def select(
     device = head_score.device
     count = torch.full((rows,), tokens, device=device) if real is None else real.sum(-1)
     budget = budget.to(device)
-    zones = divide(count, budget.minimum(count), options.sink, options.window, options.page_size)
+    zones = divide(count, budget.minimum(count), config.sink, config.window, config.page_size)
 
     compact = None
     if real is not None:
@@ -91,9 +78,9 @@ def select(
         compact = (~real).to(torch.uint8).argsort(dim=-1, stable=True)
         head_score = head_score.gather(-1, compact[:, None].expand_as(head_score))
 
-    tiers = _tiers(head_score, kv_heads, zones, options, seed)
+    tiers = _tiers(head_score, kv_heads, zones, config, seed)
     with stage("indices"):
-        return _as_indices(tiers, zones, options.page_size, compact)
+        return _as_indices(tiers, zones, config.page_size, compact)
 
 
 def _check(head_score: Tensor, kv_heads: int) -> None:
@@ -106,19 +93,19 @@ def _check(head_score: Tensor, kv_heads: int) -> None:
         raise ScoreError("scores hold NaN or infinite values: the importance policy cannot rank these tokens")
 
 
-def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, options: SelectionOptions, seed: int) -> Tensor:
+def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, config: CrushConfig, seed: int) -> Tensor:
     """Tier of every token, uint8 `[B, Hkv, S]`, with PADDING for what is dropped."""
     rows, _, tokens = head_score.shape
-    page = options.page_size
+    page = config.page_size
     position = torch.arange(tokens, device=head_score.device)
     tiers = torch.zeros((rows, kv_heads, tokens), dtype=torch.uint8, device=head_score.device)
 
     units = int(zones.units.max())
     if units and int(zones.keep.max()):
         # The sink is full in every row that has units, so the middle starts at the same place in all of them.
-        middle = head_score[..., options.sink : options.sink + units * page]
-        unit_tiers, _ = contest(middle, kv_heads, zones, options, seed)
-        tiers[..., options.sink : options.sink + units * page] = unit_tiers.repeat_interleave(page, dim=-1)
+        middle = head_score[..., config.sink : config.sink + units * page]
+        unit_tiers, _ = contest(middle, kv_heads, zones, config, seed)
+        tiers[..., config.sink : config.sink + units * page] = unit_tiers.repeat_interleave(page, dim=-1)
 
     tiers.masked_fill_((position < zones.sink[:, None])[:, None], Tier.SINK)
     recent = (position >= (zones.real - zones.recent)[:, None]) & (position < zones.real[:, None])
@@ -126,7 +113,7 @@ def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, options: SelectionOp
 
 
 def contest(
-    middle: Tensor, kv_heads: int, zones: Zones, options: SelectionOptions, seed: int
+    middle: Tensor, kv_heads: int, zones: Zones, config: CrushConfig, seed: int
 ) -> tuple[Tensor, Groups | None]:
     """Important and representative units among the contested ones, uint8 `[B, Hkv, U]`, and how they were grouped.
 
@@ -134,25 +121,25 @@ def contest(
     next best scores, there are no groups.
     """
     rows, heads, tokens = middle.shape
-    units = tokens // options.page_size
+    units = tokens // config.page_size
     group = heads // kv_heads
     real = torch.arange(units, device=middle.device) < zones.units[:, None]  # [B, U]
 
-    grouped = middle.view(rows, kv_heads, group, units, options.page_size)
-    by_head = grouped.mean(2) if options.aggregate == "mean" else grouped.amax(2)
+    grouped = middle.view(rows, kv_heads, group, units, config.page_size)
+    by_head = grouped.mean(2) if config.aggregate == "mean" else grouped.amax(2)
     score = by_head.mean(-1).float().masked_fill(~real[:, None], -torch.inf)  # [B, Hkv, U]
 
     keep = zones.keep[:, None].expand(rows, kv_heads)
-    count = representative_units(keep, options.representative_share)
+    count = representative_units(keep, config.representative_share)
     important = top_mask(score, keep - count)
     if not int(count.max()):
         return important.to(torch.uint8) * Tier.IMPORTANT, None
 
-    if options.grouping == "score":
+    if config.grouping == "score":
         tier = top_mask(score, keep).to(torch.uint8) * Tier.REPRESENTATIVE
         return tier.masked_fill_(important, Tier.IMPORTANT), None
     candidates = real[:, None] & ~important
-    order = _order(middle, real, zones.keep - count[:, 0], options, seed)
+    order = _order(middle, real, zones.keep - count[:, 0], config, seed)
     with stage("grouping"):
         representative = choose_representatives(order, candidates, count)
     tier = important.to(torch.uint8) * Tier.IMPORTANT
@@ -165,25 +152,25 @@ def representative_units(keep: Tensor, share: float) -> Tensor:
     return (keep * share + 0.5).long()
 
 
-def _order(middle: Tensor, real: Tensor, important: Tensor, options: SelectionOptions, seed: int) -> Tensor:
+def _order(middle: Tensor, real: Tensor, important: Tensor, config: CrushConfig, seed: int) -> Tensor:
     """The order in which the units are cut into buckets, `[B, U]`.
 
     `middle [B, H, U * page]` holds scores, `real [B, U]` says which units a row has, `important [B]` how many of them
     are kept as important: a head's bit is 1 for as many tokens.
     """
     rows, units = real.shape
-    if options.grouping == "random":
+    if config.grouping == "random":
         return random_order(units, rows, seed, middle.device)
-    if options.grouping == "position":
+    if config.grouping == "position":
         return position_order(units, rows, middle.device)
     with stage("signatures"):
-        retained = (important * options.page_size)[:, None].expand(rows, middle.shape[1])
+        retained = (important * config.page_size)[:, None].expand(rows, middle.shape[1])
         if not bool(real.all()):
-            tokens_real = real.repeat_interleave(options.page_size, dim=-1)
+            tokens_real = real.repeat_interleave(config.page_size, dim=-1)
             middle = middle.masked_fill(~tokens_real[:, None], -torch.inf)
         bits = token_bits(middle, retained)
-        signatures = unit_signatures(bits, options.page_size)
-    return signature_order(signatures, real, options.anchor, seed)
+        signatures = unit_signatures(bits, config.page_size)
+    return signature_order(signatures, real, config.anchor, seed)
 
 
 def _as_indices(tiers: Tensor, zones: Zones, page_size: int, compact: Tensor | None) -> Selection:

@@ -295,7 +295,7 @@ class CrushLayer(CacheLayerMixin):
             view = self._view(call, order)
             head_score = last_where_hidden(plan.policy.score(view), view.hidden)
         with stage("selection"):
-            selection = select(head_score, storage.kv_heads, budget, plan.options, view.real, self._seed)
+            selection = select(head_score, storage.kv_heads, budget, plan.config, view.real, self._seed)
         with stage("gather"):
             kept = arrange(selection, plan.formats)
             slots = kept.indices if order is None else order.gather(2, kept.indices)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..budget import Budget
 from ..config import CrushConfig
-from ..core import Budget, SelectionOptions, pyramid
+from ..core import pyramid
 from ..importance import Policy
 from ..profile import Profile
 from ..rope import Rope
@@ -40,7 +41,6 @@ class Plan:
     prefill_end: int | None = None
     warned: bool = False
     policy: Policy = field(init=False)
-    options: SelectionOptions = field(init=False)
     budget: Budget = field(init=False)
     formats: Formats = field(init=False)
     workspace: Workspace = field(default_factory=Workspace)
@@ -49,7 +49,6 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.policy = self.config.make_policy()
-        self.options = self.config.selection
         self.budget = self.config.parsed_budget
         self.formats = self.config.formats
 
@@ -109,7 +108,7 @@ class Plan:
 
     def _fitting(self, limit: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
         pairs = zip(limit.tolist(), held.tolist(), strict=True)
-        return limit.new_tensor([split_bytes(most, left, self.options, sizes).tokens for most, left in pairs])
+        return limit.new_tensor([split_bytes(most, left, self.config, sizes).tokens for most, left in pairs])
 
     @property
     def _always(self) -> int:

@@ -139,4 +139,4 @@ def _layer(plan: Plan, index: int, tokens: int, sizes: LayerSizes) -> Split:
         # Nothing is evicted or quantized, so nothing is scored either.
         sink = min(tokens, plan.config.sink)
         return Split(sink, 0, 0, tokens - sink, sizes.raw(tokens))
-    return split_tokens(budget, tokens, plan.options, sizes)
+    return split_tokens(budget, tokens, plan.config, sizes)

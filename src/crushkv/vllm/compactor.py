@@ -271,7 +271,7 @@ class Compactor:
         head_score = self.policy.score(self._view(layer, keys, values, queries, mass, eviction.seen))
         budget = torch.tensor([eviction.budget])
         seed = layer_seed(self.config.seed, layer.index, eviction.seen)
-        selection = select(head_score, layer.kv_heads, budget, self.config.selection, seed=seed)
+        selection = select(head_score, layer.kv_heads, budget, self.config, seed=seed)
         chosen = selection.indices[0]
         if chosen.shape[1] != eviction.kept:
             raise ScoreError(f"{chosen.shape[1]} tokens were selected, and the scheduler has room for {eviction.kept}")

@@ -7,8 +7,8 @@ from itertools import repeat
 
 import torch
 
+from ..budget import Budget
 from ..config import CrushConfig
-from ..core import Budget
 from ..core.zones import divide
 
 

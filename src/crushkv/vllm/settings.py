@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..budget import Budget
 from ..config import CrushConfig
-from ..core import Budget
 from ..errors import ConfigError
 from ..text import quoted
 from .schedule import EvictionSchedule
