@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 
 import reference
 from crushkv.budget import Budget
-from crushkv.config import Anchor
+from crushkv.config import Anchor, CrushConfig
 from crushkv.core import (
+    Clock,
+    Shares,
     anchor_bits,
     choose_representatives,
     hamming,
     pack,
     popcount,
     pyramid,
+    select,
     token_bits,
     unit_signatures,
 )
+from crushkv.core.zones import divide
 from crushkv.errors import ConfigError
 
 
@@ -158,3 +162,42 @@ def test_buckets_are_equal_and_each_gives_one(units: int, data: st.DataObject) -
     listed = set(chosen[0, 0].nonzero().flatten().tolist())
     assert listed == reference.representatives(order, set(range(units)), count)
     assert len(listed) == count
+
+
+@given(
+    interval=st.integers(0, 9),
+    passes=st.lists(st.one_of(st.just(1), st.integers(1, 12)), max_size=40),
+    chunked=st.booleans(),
+)
+def test_a_clock_counts_the_tokens_decoded(interval: int, passes: list[int], chunked: bool) -> None:
+    """Against a counter, for prompts whose end is known (`chunked`: the first three passes) and for those without."""
+    prompt_end = sum(passes[:3]) if chunked else None
+    clock = Clock(interval, prompt_end)
+    seen = last = decoded = 0
+    for new in passes:
+        reading = new > 1 or (prompt_end is not None and seen < prompt_end)
+        assert clock.is_prompt(seen, new) == reading
+        decoded = decoded if reading else decoded + 1
+        due = (prompt_end is None or seen + new >= prompt_end) if reading else decoded == interval
+        assert clock.is_point(seen, new, last) == due
+        seen += new
+        if due:
+            last, decoded = seen, 0
+
+
+@given(
+    seen=st.integers(1, 600),
+    dropped=st.integers(0, 500),
+    budget=st.one_of(st.floats(0.01, 1.0), st.integers(40, 400)),
+    page_size=st.sampled_from([1, 3, 16]),
+)
+def test_a_selection_keeps_as_many_as_its_zones_say(
+    seen: int, dropped: int, budget: float | int, page_size: int
+) -> None:
+    config = CrushConfig(budget=budget, min_tokens=0, sink=4, window=8, page_size=page_size)
+    held = max(1, seen - dropped)
+    share = torch.tensor([Shares(config, layers=1).alike(seen, bytes_per_token=2)])
+    kept = int(divide(torch.tensor([held]), share, config).kept)
+    selection = select(torch.rand(1, 2, held), 2, share, config)
+    assert selection.counts.tolist() == [kept] and selection.indices.shape == (1, 2, kept)
+    assert min(held, 12) <= kept <= held and kept <= max(int(share), 12)

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 import reference
 from crushkv.config import CrushConfig
-from crushkv.core import Tier, select
+from crushkv.core import Tier, select, split_bytes, split_tokens
 from crushkv.rope import Rope
-from crushkv.split import split_bytes, split_tokens
 from crushkv.storage import RAW, Formats, KeyEnergy, LastQueries, LayerSizes, TieredStorage, channel_formats
 from crushkv.storage.basis import fit
 from crushkv.storage.packing import PLANES, pack, packed_bytes, unpack

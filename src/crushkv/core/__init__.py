@@ -1,15 +1,19 @@
 """The KVCrush algorithm on plain tensors: signatures, anchors, grouping, selection, budgets."""
 
 from .anchors import anchor_bits
-from .budgets import pyramid
+from .clock import Clock
 from .grouping import choose_representatives, signature_order
 from .seeds import layer_seed
 from .selection import Selection, Tier, select
+from .shares import Shares, Split, pyramid, split_bytes, split_tokens
 from .signatures import hamming, pack, popcount, token_bits, unit_signatures
 from .stages import record_stages, stage
 
 __all__ = [
+    "Clock",
     "Selection",
+    "Shares",
+    "Split",
     "Tier",
     "anchor_bits",
     "choose_representatives",
@@ -21,6 +25,8 @@ __all__ = [
     "record_stages",
     "select",
     "signature_order",
+    "split_bytes",
+    "split_tokens",
     "stage",
     "token_bits",
     "unit_signatures",

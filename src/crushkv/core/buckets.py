@@ -26,7 +26,7 @@ def stands_for(head_score: Tensor, kv_heads: int, budget: Tensor, config: CrushC
     """
     rows, _, tokens = head_score.shape
     count = torch.full((rows,), tokens, device=head_score.device)
-    zones = divide(count, budget.to(count.device).minimum(count), config.sink, config.window, config.page_size)
+    zones = divide(count, budget.to(count.device), config)
     positions = head_score.new_full((rows, kv_heads, tokens), -1, dtype=torch.int32)
     units, page = int(zones.units.max()), config.page_size
     if not units or not int(zones.keep.max()):

@@ -69,8 +69,7 @@ def select(
     rows, _, tokens = head_score.shape
     device = head_score.device
     count = torch.full((rows,), tokens, device=device) if real is None else real.sum(-1)
-    budget = budget.to(device)
-    zones = divide(count, budget.minimum(count), config.sink, config.window, config.page_size)
+    zones = divide(count, budget.to(device), config)
 
     compact = None
     if real is not None:
@@ -80,7 +79,7 @@ def select(
 
     tiers = _tiers(head_score, kv_heads, zones, config, seed)
     with stage("indices"):
-        return _as_indices(tiers, zones, config.page_size, compact)
+        return _as_indices(tiers, zones, compact)
 
 
 def _check(head_score: Tensor, kv_heads: int) -> None:
@@ -173,10 +172,10 @@ def _order(middle: Tensor, real: Tensor, important: Tensor, config: CrushConfig,
     return signature_order(signatures, real, config.anchor, seed)
 
 
-def _as_indices(tiers: Tensor, zones: Zones, page_size: int, compact: Tensor | None) -> Selection:
+def _as_indices(tiers: Tensor, zones: Zones, compact: Tensor | None) -> Selection:
     """Kept tokens of every head in ascending order, rows aligned at the right."""
     rows, kv_heads, _ = tiers.shape
-    counts = zones.kept(page_size)
+    counts = zones.kept
     most = int(counts.max())
     row, head, token = tiers.nonzero(as_tuple=True)
     if bool((counts == most).all()):

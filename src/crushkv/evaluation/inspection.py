@@ -96,7 +96,9 @@ class _InspectedLayer(CrushLayer):
     def evict(self, call: AttentionCall) -> None:
         storage, plan = self.storage, self.plan
         seen = torch.full((storage.rows,), storage.length, device=storage.device)
-        if not plan.untouched(seen).all() and storage.length > int((budget := self._budget(call, seen, seen)).max()):
+        if not plan.shares.untouched(seen).all() and storage.length > int(
+            (budget := self._budget(call, seen, seen)).max()
+        ):
             if plan.policy.streams:
                 self._accumulate(call)
             head_score = plan.policy.score(self._view(call))

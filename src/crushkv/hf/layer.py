@@ -60,7 +60,7 @@ class CrushLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.storage.clear()
-        self.since_eviction = 0  # tokens decoded
+        self.last_point = 0  # logical length at the last point of the clock
         self.real: Tensor | None = None  # bool [B, P], False for padding; None: none is
         self.evicted: Tensor | None = None  # [B], real tokens that are gone
         self._tiers: Tensor | None = None  # uint8 [B, Hkv, compressed part]
@@ -114,7 +114,7 @@ class CrushLayer(CacheLayerMixin):
             )
         if not self.storage.empty and self.storage.device != key_states.device:
             self._move(key_states.device)
-        end = self.plan.prefill_end
+        end = self.plan.clock.prompt_end
         reserve = 0 if end is None else max(0, end - self.seen - key_states.shape[2])
         return self.storage.append(key_states, value_states, reserve)
 
@@ -197,16 +197,10 @@ class CrushLayer(CacheLayerMixin):
             self.queries.show(past[:, past.shape[1] - self.queries.count :])
         self._extend_real(shown, count)
 
-        end = self.plan.prefill_end
-        reading = count > 1 or (end is not None and self.seen - count < end)
-        self.remember(call, new_real, reading)
-        if reading:
-            if end is None or self.seen >= end:
-                self.evict(call)
-        else:
-            self.since_eviction += 1
-            if self.since_eviction == self.plan.config.interval:
-                self.evict(call)
+        before, clock = self.seen - count, self.plan.clock
+        self.remember(call, new_real, clock.is_prompt(before, count))
+        if clock.is_point(before, count, self.last_point):
+            self.evict(call)
 
     def _extend_real(self, shown: Tensor | None, count: int) -> None:
         """Takes in the tokens of a pass, and what its mask says of all that came since the last eviction."""
@@ -277,16 +271,16 @@ class CrushLayer(CacheLayerMixin):
 
     def evict(self, call: AttentionCall) -> None:
         """Scores what is held, keeps the budget of it, and puts it into the formats of its tiers."""
-        self.since_eviction = 0
+        self.last_point = self.seen
         storage, plan = self.storage, self.plan
         if self.real is not None and bool(self.real.all()):
             self.real = None
         held = storage.length
         count, seen = self.real_tokens()
-        if bool(plan.untouched(seen).all()):
+        if bool(plan.shares.untouched(seen).all()):
             return
         budget = self._budget(call, seen, count)
-        if held <= int(budget.minimum(count).max()) and (plan.formats.raw or not self._contested):
+        if plan.shares.nothing_to_do(held, int(budget.minimum(count).max())):
             return
         if plan.policy.streams:
             self._accumulate(call)
@@ -318,7 +312,7 @@ class CrushLayer(CacheLayerMixin):
     @property
     def _contested(self) -> bool:
         """Whether there is more than sink and window."""
-        return self.storage.length > self.plan.config.sink + self.plan.config.window
+        return self.storage.length > self.plan.shares.always
 
     def _budget(self, call: AttentionCall, seen: Tensor, held: Tensor) -> Tensor:
         """Tokens that are kept of rows that have seen and hold so many real ones, `[B]`."""
@@ -329,7 +323,7 @@ class CrushLayer(CacheLayerMixin):
             last = None if limit is None else LastQueries(queries, call.scaling, limit, config.sink)
             self.storage.fit(self.real, rope, forms, self.query_energy, last)
             self.query_energy = None
-        return self.plan.layer_budget(self.index, seen, held, self.storage.sizes())
+        return self.plan.tokens_kept(self.index, seen, held, self.storage.sizes())
 
     def _text_order(self) -> Tensor:
         """The slots in the order of the text, `[B, Hkv, P]`, those that hold no token first."""
@@ -350,7 +344,7 @@ class CrushLayer(CacheLayerMixin):
             "queries_real": self.queries.real,
         }
         held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return self.storage.state() | held, {"seen": self.seen, "since_eviction": self.since_eviction}
+        return self.storage.state() | held, {"seen": self.seen, "since_eviction": self.seen - self.last_point}
 
     def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Replaces everything by what `state` gave, of this or another layer of the same formats."""
@@ -361,7 +355,7 @@ class CrushLayer(CacheLayerMixin):
         if (queries := tensors.get("queries")) is not None:
             self.queries.append(queries, tensors.get("queries_real"))
         self.query_energy = tensors.get("query_energy")
-        self.since_eviction = counts["since_eviction"]
+        self.last_point = counts["seen"] - counts["since_eviction"]
 
     def _move(self, device: torch.device) -> None:
         """To where the layer's model computes: a cache that was read from a file lies in main memory."""

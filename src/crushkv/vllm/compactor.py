@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from ..config import CrushConfig
-from ..core import layer_seed, select
-from ..errors import ScoreError
+from ..core import Clock, layer_seed, select
 from ..importance import GATHERED, LayerView, kept_mass
 from .layout import CacheLayout
 from .query_tails import QueryTails
-from .schedule import Eviction, EvictionSchedule
+from .schedule import Eviction
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class StepRow:
     """
 
     request_id: str
-    schedule: EvictionSchedule
+    clock: Clock
     computed: int
     first: int
     tokens: int
@@ -148,15 +147,15 @@ class Compactor:
 
     def _needed(self, row: StepRow) -> int | None:
         """First position of the step whose query the next eviction scores with, None without one."""
-        point = row.schedule.next_point(row.computed)
+        point = row.clock.next_point(row.computed)
         return None if point is None or not self._scored else max(row.computed, point - self._scored)
 
     def _stream(self, row: StepRow) -> int | None:
         """Sorts a row under a streaming policy: a prompt's queries are used at once, decoded ones gathered."""
-        if row.schedule.next_point(row.computed) is None:
+        if row.clock.next_point(row.computed) is None:
             return None
         mass = self._mass.setdefault(row.request_id, _Mass())
-        if row.tokens > 1 or row.computed < row.schedule.prompt:
+        if row.clock.is_prompt(row.computed, row.tokens):
             self._streamed.append(row)
             return None
         mass.pending += 1
@@ -272,12 +271,9 @@ class Compactor:
         budget = torch.tensor([eviction.budget])
         seed = layer_seed(self.config.seed, layer.index, eviction.seen)
         selection = select(head_score, layer.kv_heads, budget, self.config, seed=seed)
-        chosen = selection.indices[0]
-        if chosen.shape[1] != eviction.kept:
-            raise ScoreError(f"{chosen.shape[1]} tokens were selected, and the scheduler has room for {eviction.kept}")
         if mass is not None:
             self._mass[request_id].layers[index] = kept_mass(mass, selection.indices)
-        return chosen
+        return selection.indices[0]
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
