@@ -13,6 +13,7 @@ import reference
 from crushkv.budget import Budget
 from crushkv.config import Anchor, CrushConfig
 from crushkv.core import (
+    BatchTail,
     Clock,
     Shares,
     anchor_bits,
@@ -201,3 +202,35 @@ def test_a_selection_keeps_as_many_as_its_zones_say(
     selection = select(torch.rand(1, 2, held), 2, share, config)
     assert selection.counts.tolist() == [kept] and selection.indices.shape == (1, 2, kept)
     assert min(held, 12) <= kept <= held and kept <= max(int(share), 12)
+
+
+def test_the_tail_of_a_batch_keeps_the_last_queries_and_which_are_real() -> None:
+    """Whatever the passes, against the whole history."""
+    generator = torch.Generator().manual_seed(2)
+    tail = BatchTail(5)
+    history = torch.zeros(3, 2, 0, 4)
+    flags = torch.ones(3, 0, dtype=torch.bool)
+    for step in range(80):
+        new = 1 if step % 3 else int(torch.randint(1, 12, (1,), generator=generator))
+        queries = torch.randn((history.shape[0], 2, new, 4), generator=generator)
+        real = None if step % 4 == 0 else torch.rand((history.shape[0], new), generator=generator) < 0.8
+        joined, joined_real = tail.joined(queries, real)
+        held = tail.count
+        assert torch.equal(joined, torch.cat([history[:, :, history.shape[2] - held :], queries], dim=2))
+        tail.append(queries, real)
+        history = torch.cat([history, queries], dim=2)
+        flags = torch.cat([flags, torch.ones(queries.shape[0], new) > 0 if real is None else real], dim=1)
+        if joined_real is not None:
+            assert torch.equal(joined_real, flags[:, -held - new :])
+        if step == 40:
+            tail.clear()
+            history, flags = history[:, :, :0], flags[:, :0]
+            continue
+        if step == 20:
+            tail.select_rows(torch.tensor([2, 0, 0, 1]))
+            history, flags = history[[2, 0, 0, 1]], flags[[2, 0, 0, 1]]
+        if step == 30:
+            flags[:, -tail.count :] = False
+            tail.show(flags[:, -tail.count :])
+        assert tail.queries is not None and torch.equal(tail.queries, history[:, :, -5:])
+        assert torch.equal(flags[:, -5:], torch.ones_like(flags[:, -5:]) if tail.real is None else tail.real)

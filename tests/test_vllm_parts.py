@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from architectures import prompts, small_model
 from crushkv import ConfigError, CrushConfig, KVCrush
-from crushkv.core import Shares
+from crushkv.core import QueryTails, Shares
 from crushkv.vllm.layout import CacheLayout, InterleavedLayout, PermutedLayout, StridedLayout
-from crushkv.vllm.query_tails import QueryTails
 from crushkv.vllm.schedule import EvictionSchedule
 from crushkv.vllm.settings import engine_config, request_config, request_schedule
 
@@ -187,8 +186,8 @@ def test_query_tails_keep_the_last_queries() -> None:
             count = min(5, len(queries))
             expected = torch.stack(queries[-count:]).transpose(0, 1)
             for layer in range(2):
-                assert torch.equal(tails.last(layer, other, len(queries), count), expected * (layer + 1))
-    assert len(tails) == len(seen) and tails.nbytes <= 2 * 9 * 5 * 3 * 2 * 4
+                assert torch.equal(tails.last(layer, [other], len(queries), count)[0], expected * (layer + 1))
+    assert tails.nbytes <= 2 * 9 * 5 * 3 * 2 * 4
 
 
 def test_engine_config(monkeypatch: pytest.MonkeyPatch) -> None:

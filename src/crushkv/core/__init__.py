@@ -3,6 +3,7 @@
 from .anchors import anchor_bits
 from .clock import Clock
 from .grouping import choose_representatives, signature_order
+from .query_tails import BatchTail, QueryTails, tail_length
 from .seeds import layer_seed
 from .selection import Selection, Tier, select
 from .shares import Shares, Split, pyramid, split_bytes, split_tokens
@@ -10,7 +11,9 @@ from .signatures import hamming, pack, popcount, token_bits, unit_signatures
 from .stages import record_stages, stage
 
 __all__ = [
+    "BatchTail",
     "Clock",
+    "QueryTails",
     "Selection",
     "Shares",
     "Split",
@@ -28,6 +31,7 @@ __all__ = [
     "split_bytes",
     "split_tokens",
     "stage",
+    "tail_length",
     "token_bits",
     "unit_signatures",
 ]

@@ -100,7 +100,7 @@ class _InspectedLayer(CrushLayer):
             (budget := self._budget(call, seen, seen)).max()
         ):
             if plan.policy.streams:
-                self._accumulate(call)
+                self._accumulate_gathered(call)
             head_score = plan.policy.score(self._view(call))
             self.stands_for = stands_for(head_score, storage.kv_heads, budget, plan.config, self._seed)
         super().evict(call)

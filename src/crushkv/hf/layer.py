@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..core import Tier, layer_seed, select, stage
+from ..core import BatchTail, Tier, layer_seed, select, stage, tail_length
 from ..errors import UnsupportedModelError
-from ..importance import GATHERED, LayerView, kept_mass, last_where_hidden
+from ..importance import LayerView, kept_mass, last_where_hidden
 from ..storage import LastQueries, TieredStorage
 from ..storage.buffers import take
 from .arrangement import arrange
 from .masks import Slots, physical_mask
 from .plan import Plan
-from .queries import QueryTail
 
 # Tokens of room made at a time while decoding; never more than come before the next eviction.
 GROWTH = 64
@@ -67,7 +66,7 @@ class CrushLayer(CacheLayerMixin):
         self._hides: Tensor | None = None  # bool [B, Hkv, compressed part]: hidden by the mask of the present pass
         self.mass: Tensor | None = None  # float32 [B, Hq, P]
         self.query_energy: Tensor | None = None  # float32 [Hq, D], where no profile of the model says it
-        self.queries = QueryTail()
+        self.queries = BatchTail(tail_length(self.plan.config, self.plan.policy))
 
     # What Transformers reads
 
@@ -226,17 +225,24 @@ class CrushLayer(CacheLayerMixin):
             self.mass = policy.accumulate(replace(self._view(call), queries=call.queries, received=call.mass))
         elif policy.streams:
             # Decoded tokens' queries are gathered for a while; until they are used, every key they saw is here.
+            if reading:
+                self._accumulate(call, *self.queries.joined(call.queries, new_real))
+            else:
+                self.queries.append(call.queries, new_real)
+                if self.queries.count == self.queries.length:
+                    self._accumulate_gathered(call)
+        elif self.queries.length:
             self.queries.append(call.queries, new_real)
-            if reading or self.queries.count == GATHERED:
-                self._accumulate(call)
-        elif limit := policy.queries(self.plan.config.window):
-            self.queries.append(call.queries, new_real, limit)
 
-    def _accumulate(self, call: AttentionCall) -> None:
-        if self.queries.count:
-            with stage("importance"):
-                self.mass = self.plan.policy.accumulate(self._view(call))
-            self.queries.clear()
+    def _accumulate(self, call: AttentionCall, queries: Tensor, real: Tensor | None) -> None:
+        with stage("importance"):
+            view = replace(self._view(call), queries=queries, queries_real=real)
+            self.mass = self.plan.policy.accumulate(view)
+        self.queries.clear()
+
+    def _accumulate_gathered(self, call: AttentionCall) -> None:
+        if (queries := self.queries.queries) is not None:
+            self._accumulate(call, queries, self.queries.real)
 
     def _view(self, call: AttentionCall, order: Tensor | None = None) -> LayerView:
         """What a policy reads, slot by slot, or with the slots in the given order `[B, Hkv, P]`."""
@@ -283,7 +289,7 @@ class CrushLayer(CacheLayerMixin):
         if plan.shares.nothing_to_do(held, int(budget.minimum(count).max())):
             return
         if plan.policy.streams:
-            self._accumulate(call)
+            self._accumulate_gathered(call)
         order = self._text_order() if storage.blocked else None
         with stage("importance"):
             view = self._view(call, order)
@@ -352,7 +358,7 @@ class CrushLayer(CacheLayerMixin):
         self.storage.load_state(tensors, counts["seen"])
         self._tiers = tensors.get("tiers")
         self.real, self.evicted, self.mass = tensors.get("real"), tensors.get("evicted"), tensors.get("mass")
-        if (queries := tensors.get("queries")) is not None:
+        if (queries := tensors.get("queries")) is not None and self.queries.length:
             self.queries.append(queries, tensors.get("queries_real"))
         self.query_energy = tensors.get("query_energy")
         self.last_point = counts["seen"] - counts["since_eviction"]
