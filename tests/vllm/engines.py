@@ -113,7 +113,7 @@ class Engine:
         if getattr(self.runner, "crush", None) is not None:
             self.generate([[1, 2, 3]], 1)
             self.generate([[1, 2, 3]], 1)
-            assert len(self.runner.crush_schedules) <= 1 and len(self.runner.crush_dropped) == 0
+            assert len(self.runner.crush_clocks) <= 1 and len(self.runner.crush_dropped) == 0
             assert not self.manager.schedules and not self.manager.dropped
             assert not self.manager.reservations and not self.manager.due and not self.runner.crush_failed
         assert self.pool.get_num_free_blocks() == self.free_at_start
