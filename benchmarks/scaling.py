@@ -15,7 +15,8 @@ import time
 
 import torch
 
-from crushkv.core import SelectionOptions, select
+from crushkv import CrushConfig
+from crushkv.core import select
 from subject import machine
 
 LENGTHS = (8192, 16384, 32768, 65536)
@@ -24,14 +25,14 @@ QUERY_HEADS, KV_HEADS = 9, 3
 
 def measure(repeats: int) -> dict[int, float]:
     """Median seconds by length."""
-    options = SelectionOptions(sink=4, window=32, page_size=16, representative_share=0.1)
+    config = CrushConfig(sink=4, window=32, page_size=16, representative_share=0.1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores = {tokens: torch.rand(1, QUERY_HEADS, tokens, device=device) for tokens in LENGTHS}
     times: dict[int, list[float]] = {tokens: [] for tokens in LENGTHS}
     for repeat in range(-2, repeats):
         for tokens, score in scores.items():
             start = time.perf_counter()
-            select(score, KV_HEADS, torch.tensor([tokens // 4]), options)
+            select(score, KV_HEADS, torch.tensor([tokens // 4]), config)
             if device == "cuda":
                 torch.cuda.synchronize()
             if repeat >= 0:

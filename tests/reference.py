@@ -7,18 +7,19 @@ from collections.abc import Sequence
 
 import torch
 
-from crushkv.core import SelectionOptions, Tier
+from crushkv.config import CrushConfig
+from crushkv.core import Tier
 
 
-def zones(real: int, budget: int, options: SelectionOptions) -> tuple[int, int, int, int]:
+def zones(real: int, budget: int, config: CrushConfig) -> tuple[int, int, int, int]:
     """Sink tokens, recent tokens, contested units, kept units of a row."""
-    sink = min(options.sink, real)
-    recent = min(options.window, real - sink)
+    sink = min(config.sink, real)
+    recent = min(config.window, real - sink)
     middle = real - sink - recent
     contested = max(0, min(budget, real) - sink - recent)
-    units, rest = divmod(middle, options.page_size)
+    units, rest = divmod(middle, config.page_size)
     taken = min(rest, contested)
-    return sink, recent + taken, units, min(units, (contested - taken) // options.page_size)
+    return sink, recent + taken, units, min(units, (contested - taken) // config.page_size)
 
 
 def best(scores: Sequence[float], count: int) -> set[int]:
@@ -39,57 +40,42 @@ def anchor(name: str, signatures: list[list[int]], seed: int) -> list[int]:
 
 
 def unit_order(
-    head_scores: list[list[float]], retained: list[int], units: int, options: SelectionOptions, seed: int
+    head_scores: list[list[float]], retained: list[int], units: int, config: CrushConfig, seed: int
 ) -> list[int]:
-    """Units by (distance to each anchor, position)."""
-    page = options.page_size
+    """Units by (distance to the anchor, position)."""
+    page = config.page_size
     bits = [best(scores, count) for scores, count in zip(head_scores, retained, strict=True)]
     signatures = [
         [int(unit * page + i in bits[head]) for i in range(page) for head in range(len(bits))] for unit in range(units)
     ]
-    anchors = [anchor(name, signatures, seed + i) for i, name in enumerate(options.anchors)]
+    compared = anchor(config.anchor, signatures, seed)
 
-    def distances(unit: int) -> list[int]:
-        return [sum(a != b for a, b in zip(signatures[unit], bits, strict=True)) for bits in anchors]
+    def distance(unit: int) -> int:
+        return sum(a != b for a, b in zip(signatures[unit], compared, strict=True))
 
-    return sorted(range(units), key=lambda unit: (distances(unit), unit))
+    return sorted(range(units), key=lambda unit: (distance(unit), unit))
 
 
-def representatives(order: list[int], candidates: set[int], count: int, score: Sequence[float] | None) -> set[int]:
+def representatives(order: list[int], candidates: set[int], count: int) -> set[int]:
     listed = [unit for unit in order if unit in candidates]
     chosen = set()
     for bucket in range(count):
         first = math.ceil(bucket * len(listed) / count)
         last = math.ceil((bucket + 1) * len(listed) / count) - 1
-        if score is None:
-            chosen.add(listed[(first + last) // 2])
-        else:
-            chosen.add(max(listed[first : last + 1], key=lambda unit: (score[unit], -listed.index(unit))))
+        chosen.add(listed[(first + last) // 2])
     return chosen
 
 
-def share_of(scores: list[list[float]], keep: int, options: SelectionOptions) -> list[int]:
+def share_of(keep: int, config: CrushConfig) -> int:
     """Representatives of each KV head."""
-    if options.representative_share != "dynamic":
-        return [math.floor(keep * options.representative_share + 0.5)] * len(scores)
-    result = []
-    low, high = (math.floor(keep * bound + 0.5) for bound in options.share_bounds)
-    for score in scores:
-        total, covered, important = sum(score), 0.0, 0
-        for value in sorted(score, reverse=True):
-            covered += value
-            important += 1
-            if covered >= options.coverage * total:
-                break
-        result.append(max(low, min(high, keep - important)))
-    return result
+    return math.floor(keep * config.representative_share + 0.5)
 
 
 def select_row(
     head_score: torch.Tensor,
     kv_heads: int,
     budget: int,
-    options: SelectionOptions,
+    config: CrushConfig,
     real: list[bool],
     seed: int,
     most_units: int | None = None,
@@ -101,53 +87,33 @@ def select_row(
     tokens = [t for t in range(head_score.shape[1]) if real[t]]
     heads = head_score.shape[0]
     group = heads // kv_heads
-    sink, recent, units, keep = zones(len(tokens), budget, options)
-    page = options.page_size
+    sink, recent, units, keep = zones(len(tokens), budget, config)
+    page = config.page_size
     always = dict.fromkeys(tokens[:sink], Tier.SINK) | dict.fromkeys(tokens[len(tokens) - recent :], Tier.RECENT)
     middle = tokens[sink : sink + units * page]
     scores = head_score[:, middle].double() if middle else torch.zeros(heads, 0).double()
 
     by_unit = scores.view(kv_heads, group, units, page) if units else scores.view(kv_heads, group, 0, page)
-    joined = by_unit.mean(1) if options.aggregate == "mean" else by_unit.amax(1)
+    joined = by_unit.mean(1) if config.aggregate == "mean" else by_unit.amax(1)
     unit_scores = joined.mean(-1).tolist()
-    count = share_of(unit_scores, keep, options) if units else [0] * kv_heads
-    important = [best(unit_scores[h], keep - count[h]) for h in range(kv_heads)]
-    candidates = [set(range(units)) - important[h] for h in range(kv_heads)]
-    if options.shared_representatives:
-        common = set.intersection(*candidates)
-        count = [min([*count, len(common)])] * kv_heads
-        candidates = [common] * kv_heads
+    count = share_of(keep, config) if units else 0
+    important = [best(unit_scores[h], keep - count) for h in range(kv_heads)]
 
     chosen: list[set[int]] = [set() for _ in range(kv_heads)]
-    if any(count):
-        if options.grouping == "signature":
-            retained = [
-                (keep - count[h // group]) * page if options.threshold == "budget" else units * page // 2
-                for h in range(heads)
-            ]
-            signed = scores.tolist()
-            if options.signature == "collapsed":
-                bits = sum(keep - c for c in count) // kv_heads * page
-                retained = [bits if options.threshold == "budget" else units * page // 2]
-                signed = [scores.mean(0).tolist()]
-            order = unit_order(signed, retained, units, options, seed)
-        elif options.grouping == "random":
+    if count:
+        if config.grouping == "signature":
+            order = unit_order(scores.tolist(), [(keep - count) * page] * heads, units, config, seed)
+        elif config.grouping == "random":
             drawn = torch.randperm(most_units or units, generator=torch.Generator().manual_seed(seed)).tolist()
             order = [u for u in drawn if u < units]
         else:
             order = list(range(units))
         for h in range(kv_heads):
-            if options.grouping == "score":
+            if config.grouping == "score":
                 rest = [-math.inf if u in important[h] else unit_scores[h][u] for u in range(units)]
-                chosen[h] = best(rest, count[h])
-                continue
-            ranking = unit_scores[h] if options.representative == "best" else None
-            if ranking and options.shared_representatives:
-                ranking = torch.tensor(unit_scores).mean(0).tolist()
-            chosen[h] = representatives(order, candidates[h], count[h], ranking)
-    for h in range(kv_heads):
-        rest = [-math.inf if u in chosen[h] else unit_scores[h][u] for u in range(units)]
-        important[h] = best(rest, keep - count[h])
+                chosen[h] = best(rest, count)
+            else:
+                chosen[h] = representatives(order, set(range(units)) - important[h], count)
 
     result = []
     for h in range(kv_heads):

@@ -26,15 +26,10 @@ from crushkv.errors import ConfigError
         ({"representative_share": -0.1}, "representative_share=-0.1"),
         ({"representative_share": float("nan")}, "representative_share=nan"),
         ({"representative_share": "some"}, "representative_share='some'"),
-        ({"representative_share": "dynamic", "policy": "key_norm"}, "representative_share='dynamic'"),
         ({"policy": "h20"}, "policy='h20'.*Did you mean 'h2o'"),
-        ({"anchors": "alternate"}, "anchors.*Did you mean 'alternating'"),
-        ({"anchors": []}, "anchors="),
-        ({"anchors": ["mean", "mean"]}, "anchors="),
-        ({"threshold": "mean"}, "threshold='mean'"),
-        ({"signature": "per_layer"}, "signature='per_layer'"),
+        ({"anchor": "alternate"}, "anchor='alternate'.*Did you mean 'alternating'"),
+        ({"anchor": ["mean"]}, r"anchor=\['mean'\]"),
         ({"grouping": "hash"}, "grouping='hash'"),
-        ({"representative": "first"}, "representative='first'"),
         ({"aggregate": "sum"}, "aggregate='sum'"),
         ({"page_size": 0}, "page_size=0"),
         ({"page_size": 1.5}, "page_size=1.5"),
@@ -43,12 +38,12 @@ from crushkv.errors import ConfigError
         ({"interval": -1}, "interval=-1"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**63}, "seed="),
-        ({"coverage": 0}, "coverage=0"),
-        ({"share_bounds": (0.5, 0.1)}, "share_bounds"),
-        ({"share_bounds": 0.5}, "share_bounds"),
-        ({"shared_representatives": "yes"}, "shared_representatives='yes'"),
+        ({"rotation": "yes"}, "rotation='yes'"),
         ({"policy_options": [1]}, "policy_options"),
         ({"budgets": 0.5}, "unknown field 'budgets'. Did you mean 'budget'"),
+        # What earlier versions had
+        ({"threshold": "median"}, "unknown field 'threshold'"),
+        ({"anchors": ["mean"]}, "unknown field 'anchors'. Did you mean 'anchor'"),
     ],
     ids=str,
 )
@@ -62,12 +57,12 @@ def test_json_and_back() -> None:
         budget="25%",
         policy="pyramidkv",
         policy_options={"steepness": 10},
-        anchors=("mean", "random"),
-        representative_share="dynamic",
+        anchor="random",
+        representative_share=0.1,
     )
     text = config.to_json()
     assert CrushConfig.from_json(text) == config
-    assert json.loads(text)["anchors"] == ["mean", "random"]
+    assert json.loads(text)["anchor"] == "random"
     # One token and the whole cache stay apart.
     assert CrushConfig.from_json(CrushConfig(budget=1.0).to_json()).parsed_budget.kind == "fraction"
 
@@ -98,6 +93,7 @@ def test_everything_is_frozen() -> None:
     config = CrushConfig(policy_options=options)
     options["kernel"] = 9
     assert config.policy_options["kernel"] == 5
+    assert hash(config) == hash(CrushConfig(policy_options={"kernel": 5}))
 
 
 def test_another_policy_does_not_take_over_options() -> None:

@@ -18,11 +18,9 @@ from crushkv.errors import ConfigError
         ("snapkv:budget=1024, page_size=1", {"budget": 1024, "page_size": 1}),
         ("snapkv:budget=64MiB", {"budget": "64MiB"}),
         ("snapkv:kernel=5,pooling=avg", {"policy_options": {"kernel": 5, "pooling": "avg"}}),
-        ("snapkv:anchors=mean+zeros", {"anchors": ("mean", "zeros")}),
-        ("h2o:representative_share=dynamic", {"policy": "h2o", "representative_share": "dynamic"}),
-        ("h2o:share_bounds=0.1-0.4", {"policy": "h2o", "share_bounds": (0.1, 0.4)}),
-        ("random:seed=3,shared_representatives=true", {"policy": "random", "seed": 3, "shared_representatives": True}),
-        ("snapkv:signature=collapsed,threshold=median", {"signature": "collapsed", "threshold": "median"}),
+        ("snapkv:anchor=zeros", {"anchor": "zeros"}),
+        ("h2o:representative_share=0.1", {"policy": "h2o", "representative_share": 0.1}),
+        ("random:seed=3,rotation=false", {"policy": "random", "seed": 3, "rotation": False}),
     ],
 )
 def test_text_names_fields(text: str, fields: dict[str, object]) -> None:
@@ -62,7 +60,7 @@ def test_full_is_no_configuration() -> None:
         ("bugdet=0.5", "budget"),
         ("budget=0.5:window=16", "budget"),
         ("snapkv:budget=7", "budget"),
-        ("snapkv:anchors=mean+mode", "mode"),
+        ("snapkv:anchor=mode", "mode"),
         ("snapkv:kernel=4", "odd"),
         ("", "unknown policy"),
     ],

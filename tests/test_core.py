@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,19 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
+from crushkv.budget import Budget
+from crushkv.config import Anchor, CrushConfig
 from crushkv.core import (
-    ANCHORS,
-    Budget,
+    BatchTail,
+    Clock,
+    Shares,
     anchor_bits,
     choose_representatives,
     hamming,
     pack,
     popcount,
     pyramid,
-    signature_order,
+    select,
     token_bits,
     unit_signatures,
 )
+from crushkv.core.zones import divide
 from crushkv.errors import ConfigError
 
 
@@ -122,8 +126,8 @@ def test_an_anchor_of_another_length_does_not_broadcast() -> None:
         hamming(torch.zeros(2, 5, 3, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize("name", ANCHORS)
-def test_anchors_equal_the_reference(name: str) -> None:
+@pytest.mark.parametrize("name", get_args(Anchor))
+def test_anchors_equal_the_reference(name: Anchor) -> None:
     signatures = torch.rand(2, 7, 5, generator=torch.Generator().manual_seed(3)) < 0.5
     real = torch.ones(2, 7, dtype=torch.bool)
     real[1, 4:] = False
@@ -131,12 +135,6 @@ def test_anchors_equal_the_reference(name: str) -> None:
     for row, units in ((0, 7), (1, 4)):
         expected = reference.anchor(name, signatures[row, :units].int().tolist(), 11)
         assert anchors[row].int().tolist() == expected
-
-
-def test_too_many_anchors_for_a_key_of_64_bits() -> None:
-    signatures = torch.zeros(1, 4, 4096, dtype=torch.bool)
-    with pytest.raises(ConfigError, match="too many"):
-        signature_order(signatures, torch.ones(1, 4, dtype=torch.bool), ANCHORS, 0)
 
 
 def test_token_bits_are_made_per_query_head() -> None:
@@ -159,14 +157,80 @@ def test_page_signature_concatenates_its_tokens_signatures() -> None:
 def test_buckets_are_equal_and_each_gives_one(units: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, units))
     order = data.draw(st.permutations(range(units)))
-    scores = data.draw(st.lists(st.integers(0, 3), min_size=units, max_size=units))
-    for score in (None, scores):
-        chosen = choose_representatives(
-            torch.tensor([order]),
-            torch.ones(1, 1, units, dtype=torch.bool),
-            torch.tensor([[count]]),
-            None if score is None else torch.tensor([[score]]).float(),
-        )
-        listed = set(chosen[0, 0].nonzero().flatten().tolist())
-        assert listed == reference.representatives(order, set(range(units)), count, score)
-        assert len(listed) == count
+    chosen = choose_representatives(
+        torch.tensor([order]), torch.ones(1, 1, units, dtype=torch.bool), torch.tensor([[count]])
+    )
+    listed = set(chosen[0, 0].nonzero().flatten().tolist())
+    assert listed == reference.representatives(order, set(range(units)), count)
+    assert len(listed) == count
+
+
+@given(
+    interval=st.integers(0, 9),
+    passes=st.lists(st.one_of(st.just(1), st.integers(1, 12)), max_size=40),
+    chunked=st.booleans(),
+)
+def test_a_clock_counts_the_tokens_decoded(interval: int, passes: list[int], chunked: bool) -> None:
+    """Against a counter, for prompts whose end is known (`chunked`: the first three passes) and for those without."""
+    prompt_end = sum(passes[:3]) if chunked else None
+    clock = Clock(interval, prompt_end)
+    seen = last = decoded = 0
+    for new in passes:
+        reading = new > 1 or (prompt_end is not None and seen < prompt_end)
+        assert clock.is_prompt(seen, new) == reading
+        decoded = decoded if reading else decoded + 1
+        due = (prompt_end is None or seen + new >= prompt_end) if reading else decoded == interval
+        assert clock.is_point(seen, new, last) == due
+        seen += new
+        if due:
+            last, decoded = seen, 0
+
+
+@given(
+    seen=st.integers(1, 600),
+    dropped=st.integers(0, 500),
+    budget=st.one_of(st.floats(0.01, 1.0), st.integers(40, 400)),
+    page_size=st.sampled_from([1, 3, 16]),
+)
+def test_a_selection_keeps_as_many_as_its_zones_say(
+    seen: int, dropped: int, budget: float | int, page_size: int
+) -> None:
+    config = CrushConfig(budget=budget, min_tokens=0, sink=4, window=8, page_size=page_size)
+    held = max(1, seen - dropped)
+    share = torch.tensor([Shares(config, layers=1).alike(seen, bytes_per_token=2)])
+    kept = int(divide(torch.tensor([held]), share, config).kept)
+    selection = select(torch.rand(1, 2, held), 2, share, config)
+    assert selection.counts.tolist() == [kept] and selection.indices.shape == (1, 2, kept)
+    assert min(held, 12) <= kept <= held and kept <= max(int(share), 12)
+
+
+def test_the_tail_of_a_batch_keeps_the_last_queries_and_which_are_real() -> None:
+    """Whatever the passes, against the whole history."""
+    generator = torch.Generator().manual_seed(2)
+    tail = BatchTail(5)
+    history = torch.zeros(3, 2, 0, 4)
+    flags = torch.ones(3, 0, dtype=torch.bool)
+    for step in range(80):
+        new = 1 if step % 3 else int(torch.randint(1, 12, (1,), generator=generator))
+        queries = torch.randn((history.shape[0], 2, new, 4), generator=generator)
+        real = None if step % 4 == 0 else torch.rand((history.shape[0], new), generator=generator) < 0.8
+        joined, joined_real = tail.joined(queries, real)
+        held = tail.count
+        assert torch.equal(joined, torch.cat([history[:, :, history.shape[2] - held :], queries], dim=2))
+        tail.append(queries, real)
+        history = torch.cat([history, queries], dim=2)
+        flags = torch.cat([flags, torch.ones(queries.shape[0], new) > 0 if real is None else real], dim=1)
+        if joined_real is not None:
+            assert torch.equal(joined_real, flags[:, -held - new :])
+        if step == 40:
+            tail.clear()
+            history, flags = history[:, :, :0], flags[:, :0]
+            continue
+        if step == 20:
+            tail.select_rows(torch.tensor([2, 0, 0, 1]))
+            history, flags = history[[2, 0, 0, 1]], flags[[2, 0, 0, 1]]
+        if step == 30:
+            flags[:, -tail.count :] = False
+            tail.show(flags[:, -tail.count :])
+        assert tail.queries is not None and torch.equal(tail.queries, history[:, :, -5:])
+        assert torch.equal(flags[:, -5:], torch.ones_like(flags[:, -5:]) if tail.real is None else tail.real)

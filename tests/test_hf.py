@@ -227,7 +227,7 @@ def test_a_row_is_treated_alike_alone_and_in_a_padded_batch(model: Any) -> None:
 
 
 def test_large_seeds(model: Any) -> None:
-    with KVCrush(**SMALL, seed=2**62, policy="random", anchors=["random"])(model):
+    with KVCrush(**SMALL, seed=2**62, policy="random", anchor="random")(model):
         results = [model.generate(**prompts([100]), **GREEDY) for _ in range(2)]
     assert torch.equal(*results)
 

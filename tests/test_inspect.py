@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 import reference
 from architectures import small_model
-from crushkv import CrushConfig
 from crushkv.cli.show import inspect
-from crushkv.core import ANCHORS, SelectionOptions, Tier, select
+from crushkv.config import Anchor, CrushConfig
+from crushkv.core import Tier, select
 from crushkv.core.buckets import stands_for
 from crushkv.errors import ConfigError
 from crushkv.evaluation.inspection import Inspection, inspect_prompt, render
@@ -38,12 +38,11 @@ HOSTILE = (
 )
 CONFIGS: dict[str, dict[str, Any]] = {
     "pages": {"budget": 0.3, "page_size": 8, "window": 8, "representative_share": 0.3},
-    "tokens": {"budget": 0.3, "page_size": 1, "window": 8, "representative_share": 0.3, "threshold": "median"},
-    "best": {"budget": 90, "page_size": 4, "window": 8, "representative_share": 0.5, "representative": "best"},
-    "shared": {"budget": 0.4, "page_size": 2, "representative_share": 0.4, "shared_representatives": True},
+    "tokens": {"budget": 0.3, "page_size": 1, "window": 8, "representative_share": 0.3, "anchor": "random"},
+    "half": {"budget": 90, "page_size": 4, "window": 8, "representative_share": 0.5},
     "in bits": {"budget": 0.15, "page_size": 4, "representative_share": 0.4, "bits": 4, "representative_bits": 2},
     "random": {"budget": 0.4, "page_size": 2, "representative_share": 0.4, "grouping": "random", "seed": 7},
-    "mass": {"policy": "h2o", "budget": 0.3, "page_size": 4, "representative_share": "dynamic", "coverage": 0.5},
+    "mass": {"policy": "h2o", "budget": 0.3, "page_size": 4, "representative_share": 0.4},
     "pyramid": {"policy": "pyramidkv", "budget": 0.3, "page_size": 4, "representative_share": 0.2},
     "none": {"budget": 0.3, "page_size": 8, "window": 8, "representative_share": 0},
 }
@@ -79,70 +78,57 @@ def inspected(model: Any, tokenizer: Any) -> Callable[[str], Inspection]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    options = SelectionOptions(
+    config = CrushConfig(
         sink=draw(st.integers(0, 3)),
         window=draw(st.integers(1, 5)),
         page_size=draw(st.sampled_from([1, 1, 2, 4])),  # powers of two, as for the group: means of integers are exact
-        representative_share=draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, "dynamic"])),
-        coverage=draw(st.sampled_from([0.3, 0.9])),
-        share_bounds=draw(st.sampled_from([(0.05, 0.5), (0.0, 0.9)])),
-        threshold=draw(st.sampled_from(["budget", "median"])),
-        anchors=tuple(draw(st.lists(st.sampled_from(ANCHORS), min_size=1, max_size=2, unique=True))),
+        representative_share=draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9])),
+        anchor=draw(st.sampled_from(get_args(Anchor))),
         grouping=draw(st.sampled_from(["signature", "signature", "position", "random"])),
-        representative=draw(st.sampled_from(["middle", "best"])),
-        shared_representatives=draw(st.booleans()),
         aggregate=draw(st.sampled_from(["mean", "max"])),
     )
     rows, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))
     tokens = draw(st.integers(1, 60))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     values = draw(st.sampled_from([2, 4, 50]))  # few values make many ties
-    budget = torch.randint(min(options.sink + options.window, tokens), tokens + 1, (rows,), generator=generator)
+    budget = torch.randint(min(config.sink + config.window, tokens), tokens + 1, (rows,), generator=generator)
     return {
         "head_score": torch.randint(0, values, (rows, kv_heads * group, tokens), generator=generator).float(),
         "kv_heads": kv_heads,
         "budget": budget,
-        "options": options,
+        "config": config,
         "seed": draw(st.integers(0, 99)),
     }
 
 
 def plain_buckets(
-    head_score: torch.Tensor, kv_heads: int, budget: int, options: SelectionOptions, seed: int
+    head_score: torch.Tensor, kv_heads: int, budget: int, config: CrushConfig, seed: int
 ) -> list[list[set[int]]]:
     """The units of each bucket, for each KV head of a row (`head_score [H, S]`)."""
     heads, tokens = head_score.shape
-    group, page = heads // kv_heads, options.page_size
-    sink, _, units, keep = reference.zones(tokens, budget, options)
+    group, page = heads // kv_heads, config.page_size
+    sink, _, units, keep = reference.zones(tokens, budget, config)
     if not units:
         return [[] for _ in range(kv_heads)]
     scores = head_score[:, sink : sink + units * page].double()
     grouped = scores.view(kv_heads, group, units, page)
-    joined = grouped.mean(1) if options.aggregate == "mean" else grouped.amax(1)
+    joined = grouped.mean(1) if config.aggregate == "mean" else grouped.amax(1)
     unit_scores = joined.mean(-1).tolist()
-    count = reference.share_of(unit_scores, keep, options)
-    candidates = [set(range(units)) - reference.best(unit_scores[h], keep - count[h]) for h in range(kv_heads)]
-    if options.shared_representatives:
-        common = set.intersection(*candidates)
-        count = [min([*count, len(common)])] * kv_heads
-        candidates = [common] * kv_heads
-    if options.grouping == "signature" and any(count):
-        retained = [
-            (keep - count[h // group]) * page if options.threshold == "budget" else units * page // 2
-            for h in range(heads)
-        ]
-        order = reference.unit_order(scores.tolist(), retained, units, options, seed)
-    elif options.grouping == "random":
+    count = reference.share_of(keep, config)
+    if config.grouping == "signature" and count:
+        order = reference.unit_order(scores.tolist(), [(keep - count) * page] * heads, units, config, seed)
+    elif config.grouping == "random":
         order = torch.randperm(units, generator=torch.Generator().manual_seed(seed)).tolist()
     else:
         order = list(range(units))
     buckets = []
     for h in range(kv_heads):
-        listed = [unit for unit in order if unit in candidates[h]]
-        mine: list[set[int]] = [set() for _ in range(count[h])]
-        if count[h]:
+        important = reference.best(unit_scores[h], keep - count)
+        listed = [unit for unit in order if unit not in important]
+        mine: list[set[int]] = [set() for _ in range(count)]
+        if count:
             for rank, unit in enumerate(listed):
-                mine[rank * count[h] // len(listed)].add(unit)
+                mine[rank * count // len(listed)].add(unit)
         buckets.append(mine)
     return buckets
 
@@ -152,19 +138,18 @@ def plain_buckets(
 def test_every_bucket_has_its_representative(case: dict[str, Any]) -> None:
     positions = stands_for(**case)
     selection = select(**case)
-    options, tokens = case["options"], case["head_score"].shape[-1]
+    config, tokens = case["config"], case["head_score"].shape[-1]
     for row, budget in enumerate(case["budget"].tolist()):
-        buckets = plain_buckets(case["head_score"][row], case["kv_heads"], budget, options, case["seed"])
+        buckets = plain_buckets(case["head_score"][row], case["kv_heads"], budget, config, case["seed"])
         for head, mine in enumerate(buckets):
             kept = dict(zip(selection.indices[row, head].tolist(), selection.tiers[row, head].tolist(), strict=True))
             kept = {token: tier for token, tier in kept.items() if tier}
             expected = [-1] * tokens
             for units in mine:
-                members = {options.sink + unit * options.page_size: unit for unit in units}
+                members = {config.sink + unit * config.page_size: unit for unit in units}
                 [first] = [token for token in members if kept.get(token) == Tier.REPRESENTATIVE]
                 for token in members:
-                    if kept.get(token) != Tier.IMPORTANT:  # a shared candidate that this head keeps in the end
-                        expected[token : token + options.page_size] = [first] * options.page_size
+                    expected[token : token + config.page_size] = [first] * config.page_size
             assert positions[row, head].tolist() == expected
 
 
@@ -200,7 +185,7 @@ def test_what_is_evicted_has_a_representative_that_is_kept(name: str, inspected:
     start = config.sink + (position - config.sink) // page * page
     assert torch.equal(leader[representative], start[representative])
     assert not bool((has & (tiers != 0) & ~representative).any())
-    if config.representative_share and not config.shared_representatives:
+    if config.representative_share:
         units = (300 - config.sink - config.window) // page
         contested = (position >= config.sink) & (position < config.sink + units * page)
         some = representative.any(-1, keepdim=True)  # a layer of a small budget may have none

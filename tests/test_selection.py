@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from crushkv.core import ANCHORS, SelectionOptions, Tier, select
+from crushkv.config import Anchor, CrushConfig
+from crushkv.core import Tier, select
 from crushkv.errors import ScoreError
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict:
-    share = draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, "dynamic"]))
-    options = SelectionOptions(
+    config = CrushConfig(
         sink=draw(st.integers(0, 4)),
         window=draw(st.integers(1, 6)),
-        # Means over three are rounded, so that a sum of them may fall on either side of the coverage.
-        page_size=draw(st.sampled_from([1, 1, 2, 8] if share == "dynamic" else [1, 1, 2, 3, 8])),
-        representative_share=share,
-        coverage=draw(st.sampled_from([0.3, 0.9])),
-        share_bounds=draw(st.sampled_from([(0.05, 0.5), (0.0, 0.9)])),
-        threshold=draw(st.sampled_from(["budget", "median"])),
-        signature=draw(st.sampled_from(["per_head", "per_head", "collapsed"])),
-        anchors=tuple(draw(st.lists(st.sampled_from(ANCHORS), min_size=1, max_size=2, unique=True))),
-        grouping=(grouping := draw(st.sampled_from(["signature", "signature", "position", "random", "score"]))),
-        representative=draw(st.sampled_from(["middle", "best"])),
-        shared_representatives=grouping != "score" and draw(st.booleans()),
+        page_size=draw(st.sampled_from([1, 1, 2, 3, 8])),
+        representative_share=draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9])),
+        anchor=draw(st.sampled_from(get_args(Anchor))),
+        grouping=draw(st.sampled_from(["signature", "signature", "position", "random", "score"])),
         aggregate=draw(st.sampled_from(["mean", "max"])),
     )
     rows, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -43,12 +38,12 @@ def cases(draw: st.DrawFn) -> dict:
         real[:, -1] = True
     count = torch.full((rows,), tokens) if real is None else real.sum(-1)
     fraction = draw(st.floats(0, 1))
-    budget = torch.maximum((count * fraction).long(), count.clamp(max=options.sink + options.window))
+    budget = torch.maximum((count * fraction).long(), count.clamp(max=config.sink + config.window))
     return {
         "head_score": head_score,
         "kv_heads": kv_heads,
         "budget": budget,
-        "options": options,
+        "config": config,
         "real": real,
         "seed": draw(st.integers(0, 99)),
     }
@@ -61,13 +56,13 @@ def test_equals_the_plain_reference(case: dict) -> None:
     rows, _, tokens = case["head_score"].shape
     real = torch.ones(rows, tokens, dtype=torch.bool) if case["real"] is None else case["real"]
     counts = zip(real.sum(-1).tolist(), case["budget"].tolist(), strict=True)
-    most_units = max(reference.zones(count, budget, case["options"])[2] for count, budget in counts)
+    most_units = max(reference.zones(count, budget, case["config"])[2] for count, budget in counts)
     for row in range(rows):
         expected = reference.select_row(
             case["head_score"][row],
             case["kv_heads"],
             int(case["budget"][row]),
-            case["options"],
+            case["config"],
             real[row].tolist(),
             case["seed"],
             most_units,
@@ -85,8 +80,8 @@ def test_equals_the_plain_reference(case: dict) -> None:
 @settings(max_examples=300, deadline=None)
 @given(cases(), st.sampled_from(["signature", "random", "position"]))
 def test_properties_of_the_result(case: dict, grouping: str) -> None:
-    options = SelectionOptions(**{**vars(case["options"]), "grouping": grouping})
-    case = {**case, "options": options}
+    config = CrushConfig(**{**vars(case["config"]), "grouping": grouping})
+    case = {**case, "config": config}
     selection = select(**case)
     rows, _, tokens = case["head_score"].shape
     real = torch.ones(rows, tokens, dtype=torch.bool) if case["real"] is None else case["real"]
@@ -98,7 +93,7 @@ def test_properties_of_the_result(case: dict, grouping: str) -> None:
         if count <= budget:
             assert kept == count
         else:
-            assert budget - options.page_size < kept <= budget
+            assert budget - config.page_size < kept <= budget
         for head in range(case["kv_heads"]):
             valid = selection.tiers[row, head] != Tier.PADDING
             assert not valid[: len(valid) - kept].any(), "rows are aligned at the right"
@@ -108,7 +103,7 @@ def test_properties_of_the_result(case: dict, grouping: str) -> None:
             assert real[row][indices].all(), "padding is never kept"
             tiers = selection.tiers[row, head][valid]
             tokens_real = real[row].nonzero().flatten()
-            sink, window = min(options.sink, count), min(options.window, max(0, count - options.sink))
+            sink, window = min(config.sink, count), min(config.window, max(0, count - config.sink))
             assert indices[:sink].tolist() == tokens_real[:sink].tolist()
             assert (tiers[:sink] == Tier.SINK).all()
             assert indices[len(indices) - window :].tolist() == tokens_real[count - window :].tolist()
@@ -116,14 +111,14 @@ def test_properties_of_the_result(case: dict, grouping: str) -> None:
 
 
 def test_padding_and_batch_do_not_change_a_row() -> None:
-    options = SelectionOptions(window=4, page_size=2, representative_share=0.25)
+    config = CrushConfig(window=4, page_size=2, representative_share=0.25)
     scores = torch.rand(1, 4, 50, generator=torch.Generator().manual_seed(1))
-    alone = select(scores, 2, torch.tensor([20]), options)
+    alone = select(scores, 2, torch.tensor([20]), config)
     padded = torch.cat([torch.full((1, 4, 13), 9.0), scores], dim=-1)
     batch = torch.cat([padded, torch.rand(1, 4, 63)])
     real = torch.ones(2, 63, dtype=torch.bool)
     real[0, :13] = False
-    together = select(batch, 2, torch.tensor([20, 33]), options, real)
+    together = select(batch, 2, torch.tensor([20, 33]), config, real)
     valid = together.tiers[0, 0] != Tier.PADDING
     assert torch.equal(together.indices[0][:, valid] - 13, alone.indices[0])
     assert torch.equal(together.tiers[0][:, valid], alone.tiers[0])
@@ -134,16 +129,16 @@ def test_each_head_evicts_for_itself() -> None:
     scores = torch.zeros(1, 2, 40)
     scores[0, 0, 5:15] = 1
     scores[0, 1, 20:30] = 1
-    options = SelectionOptions(sink=1, window=2, page_size=1, representative_share=0.0)
-    kept = select(scores, 2, torch.tensor([13]), options).indices[0]
+    config = CrushConfig(sink=1, window=2, page_size=1, representative_share=0.0)
+    kept = select(scores, 2, torch.tensor([13]), config).indices[0]
     assert kept[0].tolist() == [0, *range(5, 15), 38, 39]
     assert kept[1].tolist() == [0, *range(20, 30), 38, 39]
 
 
 def test_the_far_end_of_the_order_is_represented() -> None:
     """Buckets cover all candidates: with equal scores, the first and the last stretch both give one."""
-    options = SelectionOptions(sink=0, window=1, page_size=1, representative_share=0.5, grouping="position")
-    selection = select(torch.zeros(1, 1, 101), 1, torch.tensor([21]), options)
+    config = CrushConfig(sink=0, window=1, page_size=1, representative_share=0.5, grouping="position")
+    selection = select(torch.zeros(1, 1, 101), 1, torch.tensor([21]), config)
     chosen = selection.indices[0, 0][selection.tiers[0, 0] == Tier.REPRESENTATIVE]
     assert len(chosen) == 10
     assert chosen.min() < 10 + 9
@@ -155,10 +150,9 @@ def test_signatures_separate_tokens_that_heads_treat_differently() -> None:
     scores = torch.zeros(1, 2, 62)
     scores[0, 0, :60:3] = 1.0
     scores[0, 1, 1:60:3] = 1.0
-    options = SelectionOptions(sink=0, window=2, page_size=1, representative_share=0.5, threshold="median")
-    options = SelectionOptions(**{**vars(options), "anchors": ("alternating", "zeros")})
-    selection = select(scores, 1, torch.tensor([14]), options)
-    expected = reference.select_row(scores[0], 1, 14, options, [True] * 62, 0)[0]
+    config = CrushConfig(sink=0, window=2, page_size=1, representative_share=0.5, anchor="alternating")
+    selection = select(scores, 1, torch.tensor([14]), config)
+    expected = reference.select_row(scores[0], 1, 14, config, [True] * 62, 0)[0]
     assert dict(zip(selection.indices[0, 0].tolist(), selection.tiers[0, 0].tolist(), strict=True)) == expected
 
 
@@ -167,17 +161,17 @@ def test_scores_that_cannot_be_ranked(bad: float) -> None:
     scores = torch.zeros(1, 2, 40)
     scores[0, 1, 3] = bad
     with pytest.raises(ScoreError, match="NaN or infinite"):
-        select(scores, 2, torch.tensor([37]), SelectionOptions())
+        select(scores, 2, torch.tensor([37]), CrushConfig())
 
 
 def test_scores_of_a_wrong_shape() -> None:
     with pytest.raises(ScoreError, match="multiple of 2 KV heads"):
-        select(torch.zeros(1, 3, 40), 2, torch.tensor([37]), SelectionOptions())
+        select(torch.zeros(1, 3, 40), 2, torch.tensor([37]), CrushConfig())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_any_floating_dtype(dtype: torch.dtype) -> None:
     scores = torch.randint(0, 50, (2, 4, 80), generator=torch.Generator().manual_seed(0))
-    options = SelectionOptions(window=4, page_size=4)
-    ours = select(scores.to(dtype), 2, torch.tensor([40, 40]), options)
-    assert torch.equal(ours.indices, select(scores.double(), 2, torch.tensor([40, 40]), options).indices)
+    config = CrushConfig(window=4, page_size=4)
+    ours = select(scores.to(dtype), 2, torch.tensor([40, 40]), config)
+    assert torch.equal(ours.indices, select(scores.double(), 2, torch.tensor([40, 40]), config).indices)

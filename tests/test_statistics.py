@@ -117,7 +117,7 @@ def test_differences_are_paired_by_prompt() -> None:
 
 def test_importance_alone_is_the_same_without_representatives() -> None:
     config = CrushConfig(
-        policy="h2o", budget=0.5, page_size=8, representative_share=0.25, anchors=("zeros",), grouping="random"
+        policy="h2o", budget=0.5, page_size=8, representative_share=0.25, anchor="zeros", grouping="random"
     )
     plain = importance_only(config.to_dict())
     assert CrushConfig.from_dict(plain) == CrushConfig(policy="h2o", budget=0.5, page_size=8, representative_share=0)

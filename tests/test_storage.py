@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from crushkv.core import SelectionOptions, Tier, select
+from crushkv.config import CrushConfig
+from crushkv.core import Tier, select, split_bytes, split_tokens
 from crushkv.rope import Rope
-from crushkv.split import split_bytes, split_tokens
 from crushkv.storage import RAW, Formats, KeyEnergy, LastQueries, LayerSizes, TieredStorage, channel_formats
 from crushkv.storage.basis import fit
 from crushkv.storage.packing import PLANES, pack, packed_bytes, unpack
@@ -341,7 +341,7 @@ def test_one_layer_is_unpacked_at_a_time() -> None:
 
 
 OPTIONS = st.builds(
-    SelectionOptions,
+    CrushConfig,
     sink=st.integers(0, 4),
     window=st.integers(1, 20),
     page_size=st.sampled_from([1, 4, 16]),
@@ -351,12 +351,11 @@ OPTIONS = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(OPTIONS, st.integers(1, 400), st.integers(0, 200_000), st.sampled_from(FORMATS))
-def test_a_split_is_the_largest_that_fits(options: SelectionOptions, held: int, limit: int, formats: Formats) -> None:
+def test_a_split_is_the_largest_that_fits(config: CrushConfig, held: int, limit: int, formats: Formats) -> None:
     sizes = LayerSizes(formats, 3, (16, 12), (16, 12) if formats.rank is None else (5, 5), 2)
-    found = split_bytes(limit, held, options, sizes)
+    found = split_bytes(limit, held, config, sizes)
     every = [
-        split_tokens(budget, held, options, sizes)
-        for budget in range(min(held, options.sink + options.window), held + 1)
+        split_tokens(budget, held, config, sizes) for budget in range(min(held, config.sink + config.window), held + 1)
     ]
     fitting = [split for split in every if split.nbytes <= limit]
     assert found.tokens == max((split.tokens for split in fitting), default=every[0].tokens)
@@ -366,11 +365,11 @@ def test_a_split_is_the_largest_that_fits(options: SelectionOptions, held: int, 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.35, 0.45, 0.7, 0.9])
 def test_a_split_has_the_tiers_of_the_selection(share: float) -> None:
     """Shares of a count may end in a half, where the last bit of a product decides how it is rounded."""
-    options = SelectionOptions(sink=0, window=1, page_size=1, representative_share=share)
+    config = CrushConfig(sink=0, window=1, page_size=1, representative_share=share)
     sizes = LayerSizes(FORMATS[0], 1, (16, 16), (16, 16), 2)
     for budget in range(2, 100):
-        split = split_tokens(budget, 200, options, sizes)
+        split = split_tokens(budget, 200, config, sizes)
         scores = torch.arange(200.0).expand(1, 1, -1)
-        tiers = select(scores, 1, torch.tensor([budget]), options).tiers
+        tiers = select(scores, 1, torch.tensor([budget]), config).tiers
         assert split.representative == int((tiers == Tier.REPRESENTATIVE).sum())
         assert split.important == int((tiers == Tier.IMPORTANT).sum())

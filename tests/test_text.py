@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crushkv import ConfigError, CrushConfig
+from crushkv.budget import Budget
 from crushkv.config_text import expand, parse_config
-from crushkv.core import Budget
-from crushkv.vllm.settings import engine_config, request_budget
+from crushkv.vllm.settings import engine_config, request_config
 
 SECONDS = 0.2
 LONGEST_MESSAGE = 4000
@@ -102,7 +102,7 @@ def test_huge_budgets(value: Any) -> None:
     budget = in_time(lambda: Budget.parse(value))
     if budget is not None:
         usable(budget)
-    in_time(lambda: request_budget(CrushConfig(), {"crushkv": value}))
+    in_time(lambda: request_config(CrushConfig(), {"crushkv": value}))
 
 
 def test_fractions_of_many_digits_do_not_overflow() -> None:
@@ -158,7 +158,7 @@ def test_braces_are_bounded() -> None:
 @given(st.dictionaries(st.sampled_from(["crushkv", "other"]), VALUES, max_size=2))
 def test_what_vllm_is_given(values: dict[str, Any]) -> None:
     in_time(lambda: engine_config(values))
-    in_time(lambda: request_budget(CrushConfig(), values))
+    in_time(lambda: request_config(CrushConfig(), values))
 
 
 def test_files(tmp_path: Path) -> None:

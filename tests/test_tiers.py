@@ -200,13 +200,10 @@ def test_branches_and_stacks_are_the_direct_cache(fields: dict[str, Any]) -> Non
         ({"recent_bits": 4}, "recent_bits=4: accepted is no less than bits=16"),
         ({"bits": "4/3", "recent_bits": 3}, "recent_bits=3"),
         ({"bits": 2, "recent_bits": 5}, "recent_bits=5"),
-        ({"bits": 4, "representative_bits": 2, "representative_share": "dynamic"}, "representative_share"),
-        ({"bits": 4, "representative_bits": 2, "shared_representatives": True}, "shared_representatives"),
         ({"rank": 1.5}, "rank=1.5"),
         ({"rank": "all"}, "rank='all'"),
         ({"group_size": 0}, "group_size=0"),
         ({"rotation": "yes"}, "rotation='yes'"),
-        ({"grouping": "score", "shared_representatives": True}, "grouping='score'"),
     ],
 )
 def test_what_is_no_format_is_refused(fields: dict[str, Any], said: str) -> None:

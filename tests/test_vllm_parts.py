@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from architectures import prompts, small_model
 from crushkv import ConfigError, CrushConfig, KVCrush
+from crushkv.core import QueryTails, Shares
 from crushkv.vllm.layout import CacheLayout, InterleavedLayout, PermutedLayout, StridedLayout
-from crushkv.vllm.query_tails import QueryTails
 from crushkv.vllm.schedule import EvictionSchedule
-from crushkv.vllm.settings import engine_config, request_budget, request_schedule
+from crushkv.vllm.settings import engine_config, request_config, request_schedule
 
 BLOCKS, HEADS, SIZE, DIM = 7, 2, 4, 8
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8]
@@ -128,10 +128,10 @@ def test_schedule_is_that_of_the_transformers_integration(name: str, prompt: int
             token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
             cache.prefill_end = None
             step = prompt if seen == 0 else 1
-            assert schedule.next_point(seen) is None or seen + step <= schedule.next_point(seen)  # type: ignore[operator]
+            assert schedule.clock.next_point(seen) is None or seen + step <= schedule.clock.next_point(seen)  # type: ignore[operator]
             seen, held = seen + step, held + step
             most = max(most, held)
-            if schedule.is_point(seen) and (eviction := schedule.eviction(seen, held)):
+            if schedule.clock.is_point(seen - 1) and (eviction := schedule.eviction(seen, held)):
                 assert eviction.kept < held
                 held = eviction.kept
             assert [layer.storage.length for layer in cache.crushed_layers] == [held] * 3
@@ -148,10 +148,10 @@ def test_schedule_is_that_of_the_transformers_integration(name: str, prompt: int
 )
 def test_points(prompt: int, tokens: int, budget: float, page_size: int, interval: int) -> None:
     config = CrushConfig(budget=budget, min_tokens=0, sink=4, window=8, page_size=page_size, interval=interval)
-    schedule = EvictionSchedule(config, prompt, (config.parsed_budget,), 1)
+    schedule = EvictionSchedule(config, prompt, (Shares(config, 1),), 1)
     seen, points = 0, []
-    while (point := schedule.next_point(seen)) is not None and point <= prompt + tokens:
-        assert point > seen and schedule.is_point(point)
+    while (point := schedule.clock.next_point(seen)) is not None and point <= prompt + tokens:
+        assert point > seen and schedule.clock.is_point(point - 1)
         points.append(point)
         seen = point
     assert points == [prompt, *(range(prompt + interval, prompt + tokens + 1, interval) if interval else ())]
@@ -186,8 +186,8 @@ def test_query_tails_keep_the_last_queries() -> None:
             count = min(5, len(queries))
             expected = torch.stack(queries[-count:]).transpose(0, 1)
             for layer in range(2):
-                assert torch.equal(tails.last(layer, other, len(queries), count), expected * (layer + 1))
-    assert len(tails) == len(seen) and tails.nbytes <= 2 * 9 * 5 * 3 * 2 * 4
+                assert torch.equal(tails.last(layer, [other], len(queries), count)[0], expected * (layer + 1))
+    assert tails.nbytes <= 2 * 9 * 5 * 3 * 2 * 4
 
 
 def test_engine_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,12 +226,12 @@ def test_request_budget(given: Any, kept: int) -> None:
 def test_request_budget_off_and_wrong() -> None:
     config = CrushConfig()
     for off in ("off", False, 0, "false", "0", "OFF"):
-        assert request_budget(config, {"crushkv": off}) is None
+        assert request_config(config, {"crushkv": off}) is None
     for wrong in ("of", 7.5, {"budget": 0.1}, [0.1], 3, "1B"):
         with pytest.raises(ConfigError, match="extra_args"):
-            request_budget(config, {"crushkv": wrong}, bytes_per_token=100)
+            request_config(config, {"crushkv": wrong}, bytes_per_token=100)
     with pytest.raises(ConfigError, match="Did you mean 'crushkv'"):
-        request_budget(config, {"crush-kv": "off"})
+        request_config(config, {"crush-kv": "off"})
 
 
 @pytest.mark.parametrize(("block_size", "kept"), [(1, 25), (32, 25), (64, 25), (100, None), (128, None)])

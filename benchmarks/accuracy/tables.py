@@ -229,6 +229,7 @@ def fidelity(table: Table) -> None:
             )
         ],
     )
+    # As the recorded results name them: `anchors` is `anchor` now, and the last three left the library.
     variants = (
         "",
         "anchors=inverse_mean",

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from follower import Held, Prompt, round_to
 from torch import Tensor
 
-from crushkv.core.grouping import choose_representatives, position_order, random_order, signature_order
+from crushkv.core.grouping import (
+    candidate_ranks,
+    choose_representatives,
+    position_order,
+    random_order,
+    signature_order,
+)
 from crushkv.core.signatures import unit_signatures
 
 RAW_TOKEN = 256  # bytes of a token's key and value of one KV head, 64 numbers each, in 16 bits
@@ -197,13 +203,14 @@ def second_tier(score: Tensor, first: Tensor, count: Tensor, by_head: Tensor, v:
         else:
             many = retained if kind == "signature" else by_head.shape[-1] // 2
             signatures = unit_signatures(votes(by_head, many), v.page)
-            order = signature_order(signatures, real, ("mean",), 0)
-        best_of = score if v.second_by.endswith("_best") else None
+            order = signature_order(signatures, real, "mean", 0)
         candidates = ~first
         if v.pool:
             near = ranks(score.masked_fill(first, -torch.inf)) < (count * v.pool + 0.5).long()[..., None]
             candidates = candidates & near
-        return choose_representatives(order, candidates, count, best_of)
+        if v.second_by.endswith("_best"):
+            return best_of_buckets(order, candidates, count, score)
+        return choose_representatives(order, candidates, count)
     if kind.startswith("rare"):
         kept = first.float().mean(1, keepdim=True)  # by how many heads of the layer
         if kind == "rare_model":
@@ -215,6 +222,26 @@ def second_tier(score: Tensor, first: Tensor, count: Tensor, by_head: Tensor, v:
     wanted = of_units(others(kind, by_head, group, retained).expand(layers, heads, -1), replace(v, unit_score="mean"))
     wanted = wanted + 1e-4 * normal(score)
     return ranks(wanted.masked_fill(first, -torch.inf)) < count[..., None]
+
+
+def best_of_buckets(order: Tensor, candidates: Tensor, count: Tensor, score: Tensor) -> Tensor:
+    """As `choose_representatives`, with the highest-scored unit of each bucket and not its middle.
+
+    Args:
+        score: `[L, Hkv, U]`; of equal ones, the first in `order` is taken.
+    """
+    by_order, candidate, rank, total = candidate_ranks(order, candidates)
+    bucket = rank * count[..., None] // total
+    # Stable sorts by score and then by bucket leave the best of each bucket first in its run.
+    ranked = score.gather(-1, by_order).masked_fill(~candidate, -torch.inf)
+    best_first = ranked.argsort(dim=-1, descending=True, stable=True)
+    run = torch.where(candidate, bucket, bucket.shape[-1]).gather(-1, best_first)
+    run, to_best = run.sort(dim=-1, stable=True)
+    starts = torch.ones_like(candidate)
+    starts[..., 1:] = run[..., 1:] != run[..., :-1]
+    chosen = torch.zeros_like(candidate).scatter(-1, best_first.gather(-1, to_best), starts)
+    chosen &= candidate & (count[..., None] > 0)
+    return torch.zeros_like(candidates).scatter(-1, by_order, chosen)
 
 
 def layer_factors(prompt: Prompt, v: Variant) -> Tensor:

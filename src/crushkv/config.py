@@ -11,20 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from .budget import Budget
 from .errors import ConfigError, nearest
 from .presets import PRESETS
 from .text import MOST_JSON, check_bounded, quoted, read_json
 
 # These import torch, which takes seconds. The command line reads the fields of `CrushConfig` for `--help` without it.
 if TYPE_CHECKING:
-    from .core import Budget, SelectionOptions
     from .importance import Policy
     from .storage import Formats
 
-Threshold = Literal["budget", "median"]
-Signature = Literal["per_head", "collapsed"]
+Anchor = Literal["mean", "inverse_mean", "alternating", "random", "zeros", "ones"]
 Grouping = Literal["signature", "random", "position", "score"]
-Representative = Literal["middle", "best"]
 Aggregate = Literal["mean", "max"]
 KeyWidths = Literal["by_channel", "equal"]
 Bits = float | tuple[float, int]
@@ -49,19 +47,10 @@ class CrushConfig:
         page_size: unit of the contested part: 1 keeps single tokens, 16 keeps stretches of 16.
         representative_share: share of the contested part that goes to KVCrush's representatives of what is
             evicted, at least 0 and below 1; 0 is importance alone, the default because no other share has
-            measured better (docs/accuracy.md). `"dynamic"` gives to the important tokens what
-            covers `coverage` of the attention mass, and to representatives the rest, within `share_bounds`.
-        coverage: see `representative_share`.
-        share_bounds: least and greatest share under `"dynamic"`.
-        threshold: a head's signature bit is 1 for the tokens it would retain within the budget of important
-            tokens, or for its upper half (`"median"`).
-        signature: `"per_head"` is KVCrush, a bit for every query head; `"collapsed"` is its control, one bit of the
-            scores' mean over all heads.
-        anchors: what signatures are compared with; further anchors split the ties of the earlier ones.
+            measured better (docs/accuracy.md).
+        anchor: what signatures are compared with: `mean`, `inverse_mean`, `alternating`, `random`, `zeros` or `ones`.
         grouping: `"signature"` is KVCrush; `"random"` and `"position"` are its controls. `"score"` makes no groups: the
             next best scores are the representatives, which only their format tells from the important tokens.
-        representative: a bucket's middle element, or its `"best"` scored.
-        shared_representatives: one set of representatives for all KV heads of a layer.
         bits: of the important tokens' numbers: 16 (the model's dtype), 8, 4, 3 or 2; or two such, of keys and of values
             (`"3/2"`). Where channels of the keys have widths of their own, those of keys are their mean, any number
             from 1 to 6 (`"2.25/2"`). Fewer bits leave room for more tokens in the same budget.
@@ -93,19 +82,13 @@ class CrushConfig:
     budget: float | int | str = 0.25
     min_tokens: int = 512
     policy: str = "readahead"
-    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    policy_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     sink: int = 4
     window: int = 32
     page_size: int = 16
-    representative_share: float | Literal["dynamic"] = 0.0
-    coverage: float = 0.9
-    share_bounds: tuple[float, float] = (0.05, 0.5)
-    threshold: Threshold = "budget"
-    signature: Signature = "per_head"
-    anchors: tuple[str, ...] = ("mean",)
+    representative_share: float = 0.0
+    anchor: Anchor = "mean"
     grouping: Grouping = "signature"
-    representative: Representative = "middle"
-    shared_representatives: bool = False
     bits: Bits = 16
     representative_bits: Bits | None = None
     recent_bits: int = 16
@@ -122,14 +105,6 @@ class CrushConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             check_bounded(f.name, getattr(self, f.name))
-        # JSON and the command line bring lists and strings
-        anchors = (self.anchors,) if isinstance(self.anchors, str) else self.anchors
-        if not isinstance(anchors, (list, tuple)) or not all(isinstance(anchor, str) for anchor in anchors):
-            raise ConfigError(f"anchors={anchors!r}: accepted are one or more different anchors")
-        anchors = tuple(anchors)
-        object.__setattr__(self, "anchors", anchors)
-        if isinstance(self.share_bounds, list):
-            object.__setattr__(self, "share_bounds", tuple(self.share_bounds))
         if not isinstance(self.policy_options, Mapping):
             raise ConfigError(f"policy_options={self.policy_options!r}: accepted is a mapping of option to value")
         object.__setattr__(self, "policy_options", dict(self.policy_options))
@@ -152,23 +127,10 @@ class CrushConfig:
         if self.seed >= 2**63:
             raise ConfigError(f"seed={self.seed}: accepted is an integer below 2**63")
         share = self.representative_share
-        if share != "dynamic" and not (_is_number(share) and 0 <= share < 1):
-            raise ConfigError(
-                f"representative_share={share!r}: accepted is a number of at least 0 and below 1, or 'dynamic'"
-            )
-        if not (_is_number(self.coverage) and 0 < self.coverage <= 1):
-            raise ConfigError(f"coverage={self.coverage!r}: accepted is a number above 0 and up to 1")
-        bounds = self.share_bounds
-        if (
-            not isinstance(bounds, tuple)
-            or len(bounds) != 2
-            or not all(map(_is_number, bounds))
-            or not 0 <= bounds[0] <= bounds[1] < 1
-        ):
-            raise ConfigError(f"share_bounds={bounds!r}: accepted are two numbers, 0 <= least <= greatest < 1")
-        for name in ("shared_representatives", "rotation"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: accepted is true or false")
+        if not (_is_number(share) and 0 <= share < 1):
+            raise ConfigError(f"representative_share={share!r}: accepted is a number of at least 0 and below 1")
+        if not isinstance(self.rotation, bool):
+            raise ConfigError(f"rotation={self.rotation!r}: accepted is true or false")
         rank = self.rank
         if rank is not None and not (_is_number(rank) and (rank >= 1 if isinstance(rank, int) else 0 < rank < 1)):
             raise ConfigError(
@@ -177,24 +139,15 @@ class CrushConfig:
             )
 
     def _check_choices(self) -> None:
-        from .core import ANCHORS
-
-        for name, kind in (
-            ("threshold", Threshold),
-            ("signature", Signature),
-            ("grouping", Grouping),
-            ("representative", Representative),
-            ("aggregate", Aggregate),
-            ("key_widths", KeyWidths),
+        for name, known in (
+            ("anchor", get_args(Anchor)),
+            ("grouping", get_args(Grouping)),
+            ("aggregate", get_args(Aggregate)),
+            ("key_widths", get_args(KeyWidths)),
         ):
             value = getattr(self, name)
-            if value not in get_args(kind):
-                raise ConfigError(f"{name}={value!r}: unknown.{nearest(str(value), get_args(kind))}")
-        if not self.anchors or len(set(self.anchors)) < len(self.anchors):
-            raise ConfigError(f"anchors={self.anchors!r}: accepted are one or more different anchors")
-        for anchor in self.anchors:
-            if anchor not in ANCHORS:
-                raise ConfigError(f"anchors: unknown anchor {anchor!r}.{nearest(str(anchor), ANCHORS)}")
+            if value not in known:
+                raise ConfigError(f"{name}={value!r}: unknown.{nearest(str(value), known)}")
 
     def _check_formats(self) -> None:
         from .storage import RAW, WIDTHS
@@ -231,15 +184,6 @@ class CrushConfig:
                 )
         if self.recent_bits < max(formats.important):
             raise ConfigError(f"recent_bits={self.recent_bits}: accepted is no less than bits={self.bits!r}")
-        if self.grouping == "score" and self.shared_representatives:
-            raise ConfigError(
-                "grouping='score' ranks tokens for each head, and shared_representatives wants one ranking"
-            )
-        if len(formats.contested) == 2 and (self.representative_share == "dynamic" or self.shared_representatives):
-            raise ConfigError(
-                f"representative_bits={self.representative_bits!r}, other than bits={self.bits!r}, needs as many "
-                "representatives in every head: a number for representative_share, and shared_representatives=false"
-            )
 
     def _check_budget(self) -> None:
         budget = self.parsed_budget
@@ -258,12 +202,7 @@ class CrushConfig:
     def _check_policy(self) -> None:
         if not isinstance(self.policy, str):
             raise ConfigError(f"policy={quoted(self.policy)}: accepted is the name of a policy")
-        policy = self.make_policy()
-        if self.representative_share == "dynamic" and not policy.gives_mass:
-            raise ConfigError(
-                f"representative_share='dynamic' needs scores that are attention mass; those of policy={self.policy!r} "
-                "are not"
-            )
+        self.make_policy()
 
     def make_policy(self) -> Policy:
         """The importance policy that `policy` and `policy_options` name."""
@@ -273,22 +212,12 @@ class CrushConfig:
 
     @property
     def parsed_budget(self) -> Budget:
-        from .core import Budget
-
         return Budget.parse(self.budget)
 
     @property
     def untouched_below(self) -> int:
         """Rows that have seen fewer real tokens are left as they are: `min_tokens`, or 0 where it is not read."""
         return self.min_tokens if self.parsed_budget.kind == "fraction" else 0
-
-    @property
-    def selection(self) -> SelectionOptions:
-        """The fields that `crushkv.core.select` reads."""
-        from .core import SelectionOptions
-
-        names = (f.name for f in dataclasses.fields(SelectionOptions))
-        return SelectionOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def formats(self) -> Formats:
@@ -312,8 +241,6 @@ class CrushConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as JSON has them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["anchors"] = list(self.anchors)
-        values["share_bounds"] = list(self.share_bounds)
         for name in ("bits", "representative_bits"):
             if isinstance(values[name], tuple):
                 values[name] = "/".join(map(str, values[name]))

@@ -25,8 +25,7 @@ def parse_config(text: str) -> CrushConfig | None:
     """A configuration from `POLICY[:FIELD=VALUE,...]`, `PRESET[:FIELD=VALUE,...]` or, with the default policy,
     `FIELD=VALUE,...`; None for `full`, the full cache.
 
-    Fields are those of `CrushConfig`, and the policy's own options (`snapkv:kernel=5`). Several anchors are joined
-    with `+` (`anchors=mean+zeros`), bounds with `-` (`share_bounds=0.1-0.4`).
+    Fields are those of `CrushConfig`, and the policy's own options (`snapkv:kernel=5`).
 
     Raises:
         ConfigError: a name is unknown, or a value is not accepted; the message quotes the text.
@@ -132,11 +131,8 @@ def read_value(text: str) -> Any:
 _READ: Mapping[str, Callable[[str], Any]] = {
     "budget": _number,
     "representative_share": _number,
-    "share_bounds": lambda text: tuple(_number(part.strip()) for part in re.split("[-,]", text)),
-    "anchors": lambda text: tuple(part.strip() for part in text.split("+")),
     "bits": _number,
     "representative_bits": _optional_number,
-    "shared_representatives": _flag,
     "rotation": _flag,
     "rank": _optional_number,
     "logit_limit": _optional_number,

@@ -113,7 +113,7 @@ class Engine:
         if getattr(self.runner, "crush", None) is not None:
             self.generate([[1, 2, 3]], 1)
             self.generate([[1, 2, 3]], 1)
-            assert len(self.runner.crush_schedules) <= 1 and len(self.runner.crush_dropped) == 0
+            assert len(self.runner.crush_clocks) <= 1 and len(self.runner.crush_dropped) == 0
             assert not self.manager.schedules and not self.manager.dropped
             assert not self.manager.reservations and not self.manager.due and not self.runner.crush_failed
         assert self.pool.get_num_free_blocks() == self.free_at_start
@@ -148,10 +148,10 @@ def evicting_blocks(size: int = BLOCK) -> Iterator[None]:
     def evict_where_a_block_comes_free(layer: CrushLayer, call: Any) -> None:
         count, seen = layer.real_tokens()
         config = layer.plan.config
-        budget = layer.plan.layer_budget(layer.index, seen, count, layer.storage.sizes()).minimum(count)
-        kept = divide(count, budget, config.sink, config.window, config.page_size).kept(config.page_size)
+        budget = layer.plan.tokens_kept(layer.index, seen, count, layer.storage.sizes()).minimum(count)
+        kept = divide(count, budget, config).kept
         if cdiv(int(kept), size) == cdiv(int(count), size):
-            layer.since_eviction = 0
+            layer.last_point = layer.seen
         else:
             evict(layer, call)
 

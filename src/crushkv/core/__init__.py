@@ -1,18 +1,22 @@
 """The KVCrush algorithm on plain tensors: signatures, anchors, grouping, selection, budgets."""
 
-from .anchors import ANCHORS, anchor_bits
-from .budgets import Budget, pyramid
+from .anchors import anchor_bits
+from .clock import Clock
 from .grouping import choose_representatives, signature_order
+from .query_tails import BatchTail, QueryTails, tail_length
 from .seeds import layer_seed
-from .selection import Selection, SelectionOptions, Tier, select
+from .selection import Selection, Tier, select
+from .shares import Shares, Split, pyramid, split_bytes, split_tokens
 from .signatures import hamming, pack, popcount, token_bits, unit_signatures
 from .stages import record_stages, stage
 
 __all__ = [
-    "ANCHORS",
-    "Budget",
+    "BatchTail",
+    "Clock",
+    "QueryTails",
     "Selection",
-    "SelectionOptions",
+    "Shares",
+    "Split",
     "Tier",
     "anchor_bits",
     "choose_representatives",
@@ -24,7 +28,10 @@ __all__ = [
     "record_stages",
     "select",
     "signature_order",
+    "split_bytes",
+    "split_tokens",
     "stage",
+    "tail_length",
     "token_bits",
     "unit_signatures",
 ]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..config import CrushConfig
 from ..errors import ScoreError
 from .grouping import Groups, choose_representatives, position_order, random_order, signature_order
 from .signatures import token_bits, top_mask, unit_signatures
@@ -28,25 +28,6 @@ class Tier(IntEnum):
     IMPORTANT = 2
     REPRESENTATIVE = 3
     RECENT = 4
-
-
-@dataclass(frozen=True)
-class SelectionOptions:
-    """The part of the configuration that the selection reads; `CrushConfig` explains and checks each field."""
-
-    sink: int = 4
-    window: int = 32
-    page_size: int = 1
-    representative_share: float | Literal["dynamic"] = 0.0
-    coverage: float = 0.9
-    share_bounds: tuple[float, float] = (0.05, 0.5)
-    threshold: Literal["budget", "median"] = "budget"
-    signature: Literal["per_head", "collapsed"] = "per_head"
-    anchors: tuple[str, ...] = ("mean",)
-    grouping: Literal["signature", "random", "position", "score"] = "signature"
-    representative: Literal["middle", "best"] = "middle"
-    shared_representatives: bool = False
-    aggregate: Literal["mean", "max"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -67,7 +48,7 @@ def select(
     head_score: Tensor,
     kv_heads: int,
     budget: Tensor,
-    options: SelectionOptions,
+    config: CrushConfig,
     real: Tensor | None = None,
     seed: int = 0,
 ) -> Selection:
@@ -88,8 +69,7 @@ def select(
     rows, _, tokens = head_score.shape
     device = head_score.device
     count = torch.full((rows,), tokens, device=device) if real is None else real.sum(-1)
-    budget = budget.to(device)
-    zones = divide(count, budget.minimum(count), options.sink, options.window, options.page_size)
+    zones = divide(count, budget.to(device), config)
 
     compact = None
     if real is not None:
@@ -97,9 +77,9 @@ def select(
         compact = (~real).to(torch.uint8).argsort(dim=-1, stable=True)
         head_score = head_score.gather(-1, compact[:, None].expand_as(head_score))
 
-    tiers = _tiers(head_score, kv_heads, zones, options, seed)
+    tiers = _tiers(head_score, kv_heads, zones, config, seed)
     with stage("indices"):
-        return _as_indices(tiers, zones, options.page_size, compact)
+        return _as_indices(tiers, zones, compact)
 
 
 def _check(head_score: Tensor, kv_heads: int) -> None:
@@ -112,19 +92,19 @@ def _check(head_score: Tensor, kv_heads: int) -> None:
         raise ScoreError("scores hold NaN or infinite values: the importance policy cannot rank these tokens")
 
 
-def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, options: SelectionOptions, seed: int) -> Tensor:
+def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, config: CrushConfig, seed: int) -> Tensor:
     """Tier of every token, uint8 `[B, Hkv, S]`, with PADDING for what is dropped."""
     rows, _, tokens = head_score.shape
-    page = options.page_size
+    page = config.page_size
     position = torch.arange(tokens, device=head_score.device)
     tiers = torch.zeros((rows, kv_heads, tokens), dtype=torch.uint8, device=head_score.device)
 
     units = int(zones.units.max())
     if units and int(zones.keep.max()):
         # The sink is full in every row that has units, so the middle starts at the same place in all of them.
-        middle = head_score[..., options.sink : options.sink + units * page]
-        unit_tiers, _ = contest(middle, kv_heads, zones, options, seed)
-        tiers[..., options.sink : options.sink + units * page] = unit_tiers.repeat_interleave(page, dim=-1)
+        middle = head_score[..., config.sink : config.sink + units * page]
+        unit_tiers, _ = contest(middle, kv_heads, zones, config, seed)
+        tiers[..., config.sink : config.sink + units * page] = unit_tiers.repeat_interleave(page, dim=-1)
 
     tiers.masked_fill_((position < zones.sink[:, None])[:, None], Tier.SINK)
     recent = (position >= (zones.real - zones.recent)[:, None]) & (position < zones.real[:, None])
@@ -132,7 +112,7 @@ def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, options: SelectionOp
 
 
 def contest(
-    middle: Tensor, kv_heads: int, zones: Zones, options: SelectionOptions, seed: int
+    middle: Tensor, kv_heads: int, zones: Zones, config: CrushConfig, seed: int
 ) -> tuple[Tensor, Groups | None]:
     """Important and representative units among the contested ones, uint8 `[B, Hkv, U]`, and how they were grouped.
 
@@ -140,88 +120,62 @@ def contest(
     next best scores, there are no groups.
     """
     rows, heads, tokens = middle.shape
-    units = tokens // options.page_size
+    units = tokens // config.page_size
     group = heads // kv_heads
     real = torch.arange(units, device=middle.device) < zones.units[:, None]  # [B, U]
 
-    grouped = middle.view(rows, kv_heads, group, units, options.page_size)
-    by_head = grouped.mean(2) if options.aggregate == "mean" else grouped.amax(2)
+    grouped = middle.view(rows, kv_heads, group, units, config.page_size)
+    by_head = grouped.mean(2) if config.aggregate == "mean" else grouped.amax(2)
     score = by_head.mean(-1).float().masked_fill(~real[:, None], -torch.inf)  # [B, Hkv, U]
 
     keep = zones.keep[:, None].expand(rows, kv_heads)
-    share = _representatives(score, keep, options)
-    if not int(share.max()):
-        return top_mask(score, keep).to(torch.uint8) * Tier.IMPORTANT, None
+    count = representative_units(keep, config.representative_share)
+    important = top_mask(score, keep - count)
+    if not int(count.max()):
+        return important.to(torch.uint8) * Tier.IMPORTANT, None
 
-    important = top_mask(score, keep - share)
-    if options.grouping == "score":
+    if config.grouping == "score":
         tier = top_mask(score, keep).to(torch.uint8) * Tier.REPRESENTATIVE
         return tier.masked_fill_(important, Tier.IMPORTANT), None
     candidates = real[:, None] & ~important
-    if options.shared_representatives:
-        candidates = candidates.all(1, keepdim=True).expand_as(candidates)
-        share = share.amin(1, keepdim=True).minimum(candidates.sum(-1)).expand_as(share)
-
-    order = _order(middle, real, keep - share, zones, options, seed)
+    order = _order(middle, real, zones.keep - count[:, 0], config, seed)
     with stage("grouping"):
-        ranking = None
-        if options.representative == "best":
-            # One set for all heads needs one ranking.
-            ranking = score.mean(1, keepdim=True).expand_as(score) if options.shared_representatives else score
-        representative = choose_representatives(order, candidates, share, ranking)
-    if options.shared_representatives:
-        # Where no shared candidate was left, each head goes on with what it ranks next.
-        important = top_mask(score.masked_fill(representative, -torch.inf), keep - share)
+        representative = choose_representatives(order, candidates, count)
     tier = important.to(torch.uint8) * Tier.IMPORTANT
     tier.masked_fill_(representative, Tier.REPRESENTATIVE)
-    return tier, Groups(order, candidates, share, representative)
+    return tier, Groups(order, candidates, count, representative)
 
 
 def representative_units(keep: Tensor, share: float) -> Tensor:
-    """How many of `keep` units are representatives under a fixed share, rounded half up."""
+    """How many of `keep` units are representatives, rounded half up."""
     return (keep * share + 0.5).long()
 
 
-def _representatives(score: Tensor, keep: Tensor, options: SelectionOptions) -> Tensor:
-    """How many of the kept units are representatives, `[B, Hkv]`."""
-    if options.representative_share != "dynamic":
-        return representative_units(keep, options.representative_share)
-    # The fewest units that cover the given share of the attention mass are important, the rest are not.
-    mass = score.clamp(min=0).sort(dim=-1, descending=True).values.double().cumsum(-1)
-    important = (mass < options.coverage * mass[..., -1:]).sum(-1) + 1
-    low, high = options.share_bounds
-    return (keep - important).clamp(min=representative_units(keep, low), max=representative_units(keep, high))
+def _order(middle: Tensor, real: Tensor, important: Tensor, config: CrushConfig, seed: int) -> Tensor:
+    """The order in which the units are cut into buckets, `[B, U]`.
 
-
-def _order(
-    middle: Tensor, real: Tensor, important: Tensor, zones: Zones, options: SelectionOptions, seed: int
-) -> Tensor:
-    """The order in which the units are cut into buckets, `[B, U]`."""
+    `middle [B, H, U * page]` holds scores, `real [B, U]` says which units a row has, `important [B]` how many of them
+    are kept as important: a head's bit is 1 for as many tokens.
+    """
     rows, units = real.shape
-    if options.grouping == "random":
+    if config.grouping == "random":
         return random_order(units, rows, seed, middle.device)
-    if options.grouping == "position":
+    if config.grouping == "position":
         return position_order(units, rows, middle.device)
     with stage("signatures"):
-        if options.signature == "collapsed":
-            middle = middle.double().mean(1, keepdim=True)
-            important = important.sum(1, keepdim=True) // important.shape[1]
-        if options.threshold == "budget":
-            retained = important.repeat_interleave(middle.shape[1] // important.shape[1], dim=1) * options.page_size
-        else:
-            retained = (zones.units * options.page_size // 2)[:, None].expand(rows, middle.shape[1])
-        if int(zones.units.min()) < units:
-            tokens_real = real.repeat_interleave(options.page_size, dim=-1)
+        retained = (important * config.page_size)[:, None].expand(rows, middle.shape[1])
+        if not bool(real.all()):
+            tokens_real = real.repeat_interleave(config.page_size, dim=-1)
             middle = middle.masked_fill(~tokens_real[:, None], -torch.inf)
         bits = token_bits(middle, retained)
-        signatures = unit_signatures(bits, options.page_size)
-    return signature_order(signatures, real, options.anchors, seed)
+        signatures = unit_signatures(bits, config.page_size)
+    return signature_order(signatures, real, config.anchor, seed)
 
 
-def _as_indices(tiers: Tensor, zones: Zones, page_size: int, compact: Tensor | None) -> Selection:
+def _as_indices(tiers: Tensor, zones: Zones, compact: Tensor | None) -> Selection:
     """Kept tokens of every head in ascending order, rows aligned at the right."""
     rows, kv_heads, _ = tiers.shape
-    counts = zones.kept(page_size)
+    counts = zones.kept
     most = int(counts.max())
     row, head, token = tiers.nonzero(as_tuple=True)
     if bool((counts == most).all()):

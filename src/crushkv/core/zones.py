@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..config import CrushConfig
+
 
 @dataclass(frozen=True)
 class Zones:
-    """The layout of each row's real tokens, counted from its first one; every field is `[B]`.
+    """The layout of each row's real tokens, counted from its first one; every tensor is `[B]`.
 
     A row reads: `sink` tokens | `units` whole pages | rest | `recent` tokens. The rest is what the recent zone
     could not take of a last page that is not whole; it is empty wherever the budget has room for a page.
@@ -20,24 +22,29 @@ class Zones:
     recent: Tensor  # at least the window: it takes in what would be a broken last page
     units: Tensor  # contested units (pages; tokens with a page size of 1)
     keep: Tensor  # how many of the units are kept
+    page_size: int  # tokens of a unit
 
-    def kept(self, page_size: int) -> Tensor:
+    @property
+    def kept(self) -> Tensor:
         """Tokens kept of each row, `[B]`."""
-        return self.sink + self.keep * page_size + self.recent
+        return self.sink + self.keep * self.page_size + self.recent
 
 
-def divide(real: Tensor, budget: Tensor, sink: int, window: int, page_size: int) -> Zones:
+def divide(real: Tensor, budget: Tensor, config: CrushConfig) -> Zones:
     """Divides rows of `real` tokens so that at most `budget` and more than `budget - page_size` are kept.
+
+    All of a row is kept that has fewer tokens than its budget.
 
     Pages start behind the sink. What is left over at the end of the middle joins the recent zone, at the cost
     of the contested budget, so that every page is whole and every head keeps the same number of tokens.
     `budget` must be at least `min(real, sink + window)`.
     """
-    sink_tokens = real.clamp(max=sink)
-    window_tokens = (real - sink_tokens).clamp(max=window)
-    middle = real - sink_tokens - window_tokens
-    contested = (budget - sink_tokens - window_tokens).clamp(min=0)
+    page_size = config.page_size
+    sink = real.clamp(max=config.sink)
+    window = (real - sink).clamp(max=config.window)
+    middle = real - sink - window
+    contested = (budget.minimum(real) - sink - window).clamp(min=0)
     rest = (middle % page_size).minimum(contested)
     units = middle // page_size
     keep = ((contested - rest) // page_size).minimum(units)
-    return Zones(real=real, sink=sink_tokens, recent=window_tokens + rest, units=units, keep=keep)
+    return Zones(real=real, sink=sink, recent=window + rest, units=units, keep=keep, page_size=page_size)

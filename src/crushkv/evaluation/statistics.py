@@ -17,14 +17,8 @@ RESAMPLES = 4000
 # Fields that say which representatives KVCrush takes; without them a configuration is importance alone.
 KVCRUSH_FIELDS = (
     "representative_share",
-    "coverage",
-    "share_bounds",
-    "threshold",
-    "signature",
-    "anchors",
+    "anchor",
     "grouping",
-    "representative",
-    "shared_representatives",
     "representative_bits",
 )
 

@@ -121,7 +121,7 @@ class CrushCache(Cache):
             self.plan.ropes = find_ropes(model)
         if self.plan.formats.by_channel:
             self.plan.profile = profile_of(model, self.config.profile)
-        check_sizes(self.plan.budget, self.config.page_size, model.config)
+        check_sizes(self.plan.shares.budget, self.config.page_size, model.config)
         for index, i in enumerate(compressible):
             layers[i] = self.layer_class(self.plan, index)
         super().__init__(layers=layers)
@@ -194,11 +194,11 @@ class CrushCache(Cache):
         pieces yourself, and to None afterwards: while it is None, every pass over more than one token counts as
         a whole prompt.
         """
-        return self.plan.prefill_end
+        return self.plan.clock.prompt_end
 
     @prefill_end.setter
     def prefill_end(self, tokens: int | None) -> None:
-        self.plan.prefill_end = tokens
+        self.plan.clock = replace(self.plan.clock, prompt_end=tokens)
 
     @property
     def is_initialized(self) -> bool:
@@ -250,7 +250,7 @@ class CrushCache(Cache):
             tokens_seen=self.get_seq_length(),
             tokens_held=held,
             tiers=dict(tiers),
-            untouched_rows=int(self.plan.untouched(crushed[0].real_tokens()[1]).sum()) if crushed else 0,
+            untouched_rows=int(self.plan.shares.untouched(crushed[0].real_tokens()[1]).sum()) if crushed else 0,
             kv_bytes=self.nbytes_at_16_bits,
             full_kv_bytes=full,
             room_bytes=room,

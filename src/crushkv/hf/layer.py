@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..core import Tier, layer_seed, select, stage
+from ..core import BatchTail, Tier, layer_seed, select, stage, tail_length
 from ..errors import UnsupportedModelError
-from ..importance import GATHERED, LayerView, kept_mass, last_where_hidden
+from ..importance import LayerView, kept_mass, last_where_hidden
 from ..storage import LastQueries, TieredStorage
 from ..storage.buffers import take
 from .arrangement import arrange
 from .masks import Slots, physical_mask
 from .plan import Plan
-from .queries import QueryTail
 
 # Tokens of room made at a time while decoding; never more than come before the next eviction.
 GROWTH = 64
@@ -60,14 +59,14 @@ class CrushLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.storage.clear()
-        self.since_eviction = 0  # tokens decoded
+        self.last_point = 0  # logical length at the last point of the clock
         self.real: Tensor | None = None  # bool [B, P], False for padding; None: none is
         self.evicted: Tensor | None = None  # [B], real tokens that are gone
         self._tiers: Tensor | None = None  # uint8 [B, Hkv, compressed part]
         self._hides: Tensor | None = None  # bool [B, Hkv, compressed part]: hidden by the mask of the present pass
         self.mass: Tensor | None = None  # float32 [B, Hq, P]
         self.query_energy: Tensor | None = None  # float32 [Hq, D], where no profile of the model says it
-        self.queries = QueryTail()
+        self.queries = BatchTail(tail_length(self.plan.config, self.plan.policy))
 
     # What Transformers reads
 
@@ -114,7 +113,7 @@ class CrushLayer(CacheLayerMixin):
             )
         if not self.storage.empty and self.storage.device != key_states.device:
             self._move(key_states.device)
-        end = self.plan.prefill_end
+        end = self.plan.clock.prompt_end
         reserve = 0 if end is None else max(0, end - self.seen - key_states.shape[2])
         return self.storage.append(key_states, value_states, reserve)
 
@@ -197,16 +196,10 @@ class CrushLayer(CacheLayerMixin):
             self.queries.show(past[:, past.shape[1] - self.queries.count :])
         self._extend_real(shown, count)
 
-        end = self.plan.prefill_end
-        reading = count > 1 or (end is not None and self.seen - count < end)
-        self.remember(call, new_real, reading)
-        if reading:
-            if end is None or self.seen >= end:
-                self.evict(call)
-        else:
-            self.since_eviction += 1
-            if self.since_eviction == self.plan.config.interval:
-                self.evict(call)
+        before, clock = self.seen - count, self.plan.clock
+        self.remember(call, new_real, clock.is_prompt(before, count))
+        if clock.is_point(before, count, self.last_point):
+            self.evict(call)
 
     def _extend_real(self, shown: Tensor | None, count: int) -> None:
         """Takes in the tokens of a pass, and what its mask says of all that came since the last eviction."""
@@ -232,17 +225,24 @@ class CrushLayer(CacheLayerMixin):
             self.mass = policy.accumulate(replace(self._view(call), queries=call.queries, received=call.mass))
         elif policy.streams:
             # Decoded tokens' queries are gathered for a while; until they are used, every key they saw is here.
+            if reading:
+                self._accumulate(call, *self.queries.joined(call.queries, new_real))
+            else:
+                self.queries.append(call.queries, new_real)
+                if self.queries.count == self.queries.length:
+                    self._accumulate_gathered(call)
+        elif self.queries.length:
             self.queries.append(call.queries, new_real)
-            if reading or self.queries.count == GATHERED:
-                self._accumulate(call)
-        elif limit := policy.queries(self.plan.config.window):
-            self.queries.append(call.queries, new_real, limit)
 
-    def _accumulate(self, call: AttentionCall) -> None:
-        if self.queries.count:
-            with stage("importance"):
-                self.mass = self.plan.policy.accumulate(self._view(call))
-            self.queries.clear()
+    def _accumulate(self, call: AttentionCall, queries: Tensor, real: Tensor | None) -> None:
+        with stage("importance"):
+            view = replace(self._view(call), queries=queries, queries_real=real)
+            self.mass = self.plan.policy.accumulate(view)
+        self.queries.clear()
+
+    def _accumulate_gathered(self, call: AttentionCall) -> None:
+        if (queries := self.queries.queries) is not None:
+            self._accumulate(call, queries, self.queries.real)
 
     def _view(self, call: AttentionCall, order: Tensor | None = None) -> LayerView:
         """What a policy reads, slot by slot, or with the slots in the given order `[B, Hkv, P]`."""
@@ -277,25 +277,25 @@ class CrushLayer(CacheLayerMixin):
 
     def evict(self, call: AttentionCall) -> None:
         """Scores what is held, keeps the budget of it, and puts it into the formats of its tiers."""
-        self.since_eviction = 0
+        self.last_point = self.seen
         storage, plan = self.storage, self.plan
         if self.real is not None and bool(self.real.all()):
             self.real = None
         held = storage.length
         count, seen = self.real_tokens()
-        if bool(plan.untouched(seen).all()):
+        if bool(plan.shares.untouched(seen).all()):
             return
         budget = self._budget(call, seen, count)
-        if held <= int(budget.minimum(count).max()) and (plan.formats.raw or not self._contested):
+        if plan.shares.nothing_to_do(held, int(budget.minimum(count).max())):
             return
         if plan.policy.streams:
-            self._accumulate(call)
+            self._accumulate_gathered(call)
         order = self._text_order() if storage.blocked else None
         with stage("importance"):
             view = self._view(call, order)
             head_score = last_where_hidden(plan.policy.score(view), view.hidden)
         with stage("selection"):
-            selection = select(head_score, storage.kv_heads, budget, plan.options, view.real, self._seed)
+            selection = select(head_score, storage.kv_heads, budget, plan.config, view.real, self._seed)
         with stage("gather"):
             kept = arrange(selection, plan.formats)
             slots = kept.indices if order is None else order.gather(2, kept.indices)
@@ -318,7 +318,7 @@ class CrushLayer(CacheLayerMixin):
     @property
     def _contested(self) -> bool:
         """Whether there is more than sink and window."""
-        return self.storage.length > self.plan.config.sink + self.plan.config.window
+        return self.storage.length > self.plan.shares.always
 
     def _budget(self, call: AttentionCall, seen: Tensor, held: Tensor) -> Tensor:
         """Tokens that are kept of rows that have seen and hold so many real ones, `[B]`."""
@@ -329,7 +329,7 @@ class CrushLayer(CacheLayerMixin):
             last = None if limit is None else LastQueries(queries, call.scaling, limit, config.sink)
             self.storage.fit(self.real, rope, forms, self.query_energy, last)
             self.query_energy = None
-        return self.plan.layer_budget(self.index, seen, held, self.storage.sizes())
+        return self.plan.tokens_kept(self.index, seen, held, self.storage.sizes())
 
     def _text_order(self) -> Tensor:
         """The slots in the order of the text, `[B, Hkv, P]`, those that hold no token first."""
@@ -350,7 +350,7 @@ class CrushLayer(CacheLayerMixin):
             "queries_real": self.queries.real,
         }
         held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return self.storage.state() | held, {"seen": self.seen, "since_eviction": self.since_eviction}
+        return self.storage.state() | held, {"seen": self.seen, "since_eviction": self.seen - self.last_point}
 
     def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Replaces everything by what `state` gave, of this or another layer of the same formats."""
@@ -358,10 +358,10 @@ class CrushLayer(CacheLayerMixin):
         self.storage.load_state(tensors, counts["seen"])
         self._tiers = tensors.get("tiers")
         self.real, self.evicted, self.mass = tensors.get("real"), tensors.get("evicted"), tensors.get("mass")
-        if (queries := tensors.get("queries")) is not None:
+        if (queries := tensors.get("queries")) is not None and self.queries.length:
             self.queries.append(queries, tensors.get("queries_real"))
         self.query_energy = tensors.get("query_energy")
-        self.since_eviction = counts["since_eviction"]
+        self.last_point = counts["seen"] - counts["since_eviction"]
 
     def _move(self, device: torch.device) -> None:
         """To where the layer's model computes: a cache that was read from a file lies in main memory."""

@@ -9,12 +9,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import CrushConfig
+from ..core import Shares, Split
 from ..errors import ConfigError
-from ..split import Split, split_tokens
 from ..storage import LayerSizes
 from ..text import size
 from .cache import CrushCache
-from .plan import Plan
 from .support import cache_layers, cached_shape, check_bits, check_prompt, check_sizes
 
 
@@ -70,12 +69,14 @@ def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int,
     check_prompt(tokens, model_config)
     layers = cache_layers(model_config)
     compressed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    plan = Plan(config, layers=len(compressed))
-    check_sizes(plan.budget, config.page_size, model_config)
-    check_bits(plan.formats, model_config)
+    shares = Shares(config, len(compressed))
+    check_sizes(shares.budget, config.page_size, model_config)
+    check_bits(config.formats, model_config)
     sizes = [_sizes(cached_shape(model_config, index), config, raw_bytes) for index in compressed]
-    splits = tuple(_layer(plan, index, tokens, size) for index, size in enumerate(sizes))
-    untouched = bool(plan.untouched(torch.tensor([tokens])))
+    splits = tuple(shares.split(index, tokens, size) for index, size in enumerate(sizes))
+    prompt = torch.tensor([tokens])
+    any(shares.warn_where_tight(prompt, prompt, size) for size in sizes)  # at most one warning
+    untouched = bool(shares.untouched(prompt))
     return CachePlan(tokens, untouched, splits, sum(size.raw(tokens) for size in sizes), len(layers) - len(compressed))
 
 
@@ -134,14 +135,3 @@ def _sizes(shape: tuple[int, int, int], config: CrushConfig, raw_bytes: int) -> 
     kv_heads, *sizes = shape
     ranks = [size if config.rank is None else min(int(config.rank), size) for size in sizes]
     return LayerSizes(config.formats, kv_heads, (sizes[0], sizes[1]), (ranks[0], ranks[1]), raw_bytes)
-
-
-def _layer(plan: Plan, index: int, tokens: int, sizes: LayerSizes) -> Split:
-    """As `CrushLayer.evict` does it."""
-    prompt = torch.tensor([tokens])
-    budget = int(plan.layer_budget(index, prompt, prompt, sizes))
-    if bool(plan.untouched(prompt)) or (budget >= tokens and plan.formats.raw):
-        # Nothing is evicted or quantized, so nothing is scored either.
-        sink = min(tokens, plan.config.sink)
-        return Split(sink, 0, 0, tokens - sink, sizes.raw(tokens))
-    return split_tokens(budget, tokens, plan.options, sizes)

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..core import Budget
+from ..budget import Budget
 from ..errors import ConfigError, UnsupportedModelError
 from ..storage import Formats
 from .interface import CACHE

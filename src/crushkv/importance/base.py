@@ -95,7 +95,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    # Scores are attention mass (not negative, and comparable by sums): needed for the dynamic share.
+    # Scores are attention mass: not negative, and comparable by sums.
     gives_mass: ClassVar[bool] = True
     # Every query is shown to `accumulate`, in order, and its result is carried along.
     streams: ClassVar[bool] = False

@@ -63,7 +63,7 @@ class CompactingManager(FullAttentionManager):
 
     def _eviction(self, request_id: str, seen: int) -> Eviction | None:
         schedule = self.schedules.get(request_id)
-        if schedule is None or not schedule.is_point(seen):
+        if schedule is None or not schedule.clock.is_point(seen - 1):
             return None
         return schedule.eviction(seen, self.held(request_id, seen))
 

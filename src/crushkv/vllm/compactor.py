@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..config import CrushConfig
-from ..core import layer_seed, select
-from ..errors import ScoreError
-from ..importance import GATHERED, LayerView, kept_mass
+from ..core import Clock, QueryTails, layer_seed, select, tail_length
+from ..importance import LayerView, kept_mass
 from .layout import CacheLayout
-from .query_tails import QueryTails
-from .schedule import Eviction, EvictionSchedule
+from .schedule import Eviction
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class StepRow:
     """
 
     request_id: str
-    schedule: EvictionSchedule
+    clock: Clock
     computed: int
     first: int
     tokens: int
@@ -120,7 +118,7 @@ class Compactor:
         self.policy = config.make_policy()
         self.layers = layers
         self.totals = Totals()
-        self._scored = GATHERED if self.policy.streams else self.policy.queries(config.window)
+        self._scored = tail_length(config, self.policy)
         self._tails = QueryTails(len(layers), self._scored)
         self._mass: dict[str, _Mass] = {}
         self._failed: dict[str, str] = {}  # why these requests cannot be compressed
@@ -148,15 +146,15 @@ class Compactor:
 
     def _needed(self, row: StepRow) -> int | None:
         """First position of the step whose query the next eviction scores with, None without one."""
-        point = row.schedule.next_point(row.computed)
+        point = row.clock.next_point(row.computed)
         return None if point is None or not self._scored else max(row.computed, point - self._scored)
 
     def _stream(self, row: StepRow) -> int | None:
         """Sorts a row under a streaming policy: a prompt's queries are used at once, decoded ones gathered."""
-        if row.schedule.next_point(row.computed) is None:
+        if row.clock.next_point(row.computed) is None:
             return None
         mass = self._mass.setdefault(row.request_id, _Mass())
-        if row.tokens > 1 or row.computed < row.schedule.prompt:
+        if row.clock.is_prompt(row.computed, row.tokens):
             self._streamed.append(row)
             return None
         mass.pending += 1
@@ -170,10 +168,10 @@ class Compactor:
         if self._sources is not None and self._places is not None:
             self._tails.record(layer, queries.index_select(0, self._sources), self._places)
         for row in self._streamed:
-            new = queries[row.first : row.first + row.tokens].transpose(0, 1)
+            new = queries[row.first : row.first + row.tokens].transpose(0, 1)[None]
             self._accumulate(layer, row.request_id, row.blocks, row.held, new)
         for row in self._flushed:
-            gathered = self._tails.last(layer, row.request_id, row.seen, self._scored)
+            gathered = self._tails.last(layer, [row.request_id], row.seen, self._scored)
             self._accumulate(layer, row.request_id, row.blocks, row.held, gathered)
 
     def _accumulate(self, index: int, request_id: str, blocks: Tensor, held: int, queries: Tensor) -> None:
@@ -182,25 +180,26 @@ class Compactor:
         layer = self.layers[index]
         size = layer.block_size
         try:
-            keys, values = layer.decode(*layer.read(blocks[: -(-held // size)], held))
+            tokens = layer.decode(*layer.read(blocks[: -(-held // size)], held))
             mass = self._mass[request_id].layers
-            mass[index] = self.policy.accumulate(self._view(layer, keys, values, queries, mass.get(index)))
+            mass[index] = self.policy.accumulate(self._view(layer, tokens, queries, mass.get(index)))
         except Exception as error:  # the policy's, which may be anybody's: the others' answers do not depend on it
             self._failed[request_id] = _reason(error)
 
     def _view(
         self,
         layer: PagedLayer,
-        keys: Tensor,
-        values: Tensor,
+        tokens: tuple[Tensor, Tensor],
         queries: Tensor | None,
         mass: Tensor | None,
         seen: int = 0,
     ) -> LayerView:
+        """What a policy reads: keys and values `[Hkv, held, D]`, `queries [1, Hq, q, D]`, `mass [1, Hq, held]`."""
+        keys, values = tokens
         return LayerView(
             keys=keys[None],
             values=values[None],
-            queries=None if queries is None else queries[None].to(keys.dtype),
+            queries=None if queries is None else queries.to(keys.dtype),
             scaling=layer.scaling,
             softcap=layer.softcap,
             mass=mass,
@@ -245,7 +244,7 @@ class Compactor:
         for index, layer in enumerate(self.layers):
             source = table[: -(-eviction.held // layer.block_size)]
             keys, values = layer.read(source, eviction.held)
-            chosen = self._select(index, request_id, eviction, *layer.decode(keys, values))  # [Hkv, kept]
+            chosen = self._select(index, request_id, eviction, layer.decode(keys, values))  # [Hkv, kept]
             layer.cache[target[-1]].zero_()  # behind the last token may lie what others have left
             layer.layout.write(layer.cache, target, _gather(keys, chosen), _gather(values, chosen))
         self.totals.compactions += 1
@@ -255,29 +254,26 @@ class Compactor:
         elif self.config.interval == 0 or self.config.interval >= self._scored:
             self._tails.release(request_id)  # the next eviction needs none of these queries
 
-    def _select(self, index: int, request_id: str, eviction: Eviction, keys: Tensor, values: Tensor) -> Tensor:
+    def _select(self, index: int, request_id: str, eviction: Eviction, tokens: tuple[Tensor, Tensor]) -> Tensor:
         layer = self.layers[index]
         mass = None
         queries = None
         if self.policy.streams:
             state = self._mass[request_id]
             if state.pending:
-                gathered = self._tails.last(index, request_id, eviction.seen, state.pending)
-                view = self._view(layer, keys, values, gathered, state.layers.get(index))
+                gathered = self._tails.last(index, [request_id], eviction.seen, state.pending)
+                view = self._view(layer, tokens, gathered, state.layers.get(index))
                 state.layers[index] = self.policy.accumulate(view)
             mass = state.layers[index]
         elif self._scored:
-            queries = self._tails.last(index, request_id, eviction.seen, min(self._scored, eviction.seen))
-        head_score = self.policy.score(self._view(layer, keys, values, queries, mass, eviction.seen))
+            queries = self._tails.last(index, [request_id], eviction.seen, min(self._scored, eviction.seen))
+        head_score = self.policy.score(self._view(layer, tokens, queries, mass, eviction.seen))
         budget = torch.tensor([eviction.budget])
         seed = layer_seed(self.config.seed, layer.index, eviction.seen)
-        selection = select(head_score, layer.kv_heads, budget, self.config.selection, seed=seed)
-        chosen = selection.indices[0]
-        if chosen.shape[1] != eviction.kept:
-            raise ScoreError(f"{chosen.shape[1]} tokens were selected, and the scheduler has room for {eviction.kept}")
+        selection = select(head_score, layer.kv_heads, budget, self.config, seed=seed)
         if mass is not None:
             self._mass[request_id].layers[index] = kept_mass(mass, selection.indices)
-        return chosen
+        return selection.indices[0]
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .metrics import install as install_metrics
-from .settings import KEY, engine_config, request_budget
+from .settings import KEY, engine_config, request_config
 
 SCHEDULER = "crushkv.vllm.scheduler.CrushScheduler"
 ASYNC_SCHEDULER = "crushkv.vllm.scheduler.CrushAsyncScheduler"
@@ -43,7 +43,7 @@ def register() -> None:
         config = engine_config(self.vllm_config.additional_config)
         if config is not None:
             try:
-                request_budget(
+                request_config(
                     config, getattr(params, "extra_args", None), bytes_per_token(self.vllm_config), CLIENT_SOURCE
                 )
             except ConfigError as error:  # as what vLLM's server answers with "bad request"

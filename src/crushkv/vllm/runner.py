@@ -15,11 +15,11 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, M
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from ..config import CrushConfig
+from ..core import Clock
 from .compactor import Compaction, Compactor, PagedLayer, StepRow
 from .log import logger
-from .schedule import EvictionSchedule
-from .settings import request_schedule
-from .support import bytes_per_token, check_layers, check_signature
+from .settings import request_clock
+from .support import check_layers, check_signature
 
 MOST_REASONS = 10  # in the log
 
@@ -71,10 +71,9 @@ class CompactingRunner(GPUModelRunner):
     def start(self, config: CrushConfig, layers: dict[str, PagedLayer]) -> None:
         """Takes vLLM's attention layers and begins to watch them."""
         self.crush = Compactor(config, list(layers.values()))
-        self.crush_bytes_per_token = bytes_per_token(self.vllm_config)
         self.crush_reported = 0.0  # of the seconds spent, how many the scheduler has heard of
         self.crush_dropped: dict[str, int] = {}
-        self.crush_schedules: dict[str, EvictionSchedule | None] = {}
+        self.crush_clocks: dict[str, Clock | None] = {}
         self.crush_failed: set[str] = set()  # requests that the scheduler will start anew
         self.crush_reasons: set[str] = set()  # why, as far as the log has been told
         modules = self.compilation_config.static_forward_context
@@ -93,7 +92,7 @@ class CompactingRunner(GPUModelRunner):
 
     def _start_anew(self, request_id: str) -> None:
         self.crush_dropped.pop(request_id, None)
-        self.crush_schedules.pop(request_id, None)
+        self.crush_clocks.pop(request_id, None)
         self.crush_failed.discard(request_id)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
@@ -126,24 +125,21 @@ class CompactingRunner(GPUModelRunner):
         first = np.cumsum(num_scheduled_tokens) - num_scheduled_tokens
         rows = []
         for row, request_id in enumerate(request_ids):
-            schedule = self._schedule(request_id)
-            if schedule is not None:
+            clock = self._clock(request_id)
+            if clock is not None:
                 before, tokens = int(computed[row]), int(num_scheduled_tokens[row])
                 held = before + tokens - int(dropped[row])
-                rows.append(StepRow(request_id, schedule, before, int(first[row]), tokens, table[row], held))
+                rows.append(StepRow(request_id, clock, before, int(first[row]), tokens, table[row], held))
         return rows
 
-    def _schedule(self, request_id: str) -> EvictionSchedule | None:
-        if request_id not in self.crush_schedules:
+    def _clock(self, request_id: str) -> Clock | None:
+        if request_id not in self.crush_clocks:
             assert self.crush is not None
             request = self.requests[request_id]
-            self.crush_schedules[request_id] = request_schedule(
-                self.crush.config,
-                request.num_prompt_tokens,
-                request.sampling_params.extra_args,
-                self.crush_bytes_per_token,
+            self.crush_clocks[request_id] = request_clock(
+                self.crush.config, request.num_prompt_tokens, request.sampling_params.extra_args
             )
-        return self.crush_schedules[request_id]
+        return self.crush_clocks[request_id]
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         if self.crush is None:

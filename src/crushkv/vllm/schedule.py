@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 
 from ..config import CrushConfig
-from ..core import Budget
+from ..core import Clock, Shares
 from ..core.zones import divide
 
 
@@ -28,51 +27,38 @@ class Eviction:
 
 @dataclass(frozen=True)
 class EvictionSchedule:
-    """Of one request. Both sides compute it from the request alone, so nothing has to be reported back.
+    """Of one request, as the scheduler keeps it. Workers know its clock, and are told how many tokens are kept.
 
-    A request is compacted at its *points*: the end of its prompt, and then every `interval` tokens. No step of the
-    scheduler crosses a point, so a request that was preempted and starts anew is compacted at the same points, with
-    the same queries, and goes on with the same tokens.
+    No step of the scheduler crosses a point of the clock, so a request that was preempted and starts anew is compacted
+    at the same points, with the same queries, and goes on with the same tokens.
 
     Attributes:
         prompt: tokens of the prompt.
-        budgets: each holds; the smallest decides.
+        shares: of the engine's budget, and of the request's own; the smaller one decides.
         bytes_per_token: keys and values of one token in all layers, for budgets in bytes.
         block_size: tokens in a block of vLLM's; an eviction that frees none does not take place.
     """
 
     config: CrushConfig
     prompt: int
-    budgets: tuple[Budget, ...]
+    shares: tuple[Shares, ...]
     bytes_per_token: int
     block_size: int = 1
 
-    def is_point(self, seen: int) -> bool:
-        return self.next_point(seen - 1) == seen
-
-    def next_point(self, seen: int) -> int | None:
-        """The first point behind `seen` tokens, None if there is none."""
-        if seen < self.prompt:
-            return self.prompt
-        interval = self.config.interval
-        return self.prompt + ((seen - self.prompt) // interval + 1) * interval if interval else None
+    @property
+    def clock(self) -> Clock:
+        """Says when the request is compacted; its workers have the same."""
+        return Clock(self.config.interval, self.prompt)
 
     def eviction(self, seen: int, held: int) -> Eviction | None:
         """What happens at the point `seen` to a request that holds `held` tokens; None where all are kept."""
-        config = self.config
-        budget = max(min(map(self._tokens, self.budgets, repeat(seen))), min(seen, config.sink + config.window))
-        if held <= budget:
+        budget = min(shares.alike(seen, self.bytes_per_token) for shares in self.shares)
+        if self.shares[0].nothing_to_do(held, budget):
             return None
-        zones = divide(torch.tensor([held]), torch.tensor([budget]), config.sink, config.window, config.page_size)
-        kept = int(zones.kept(config.page_size))
+        kept = int(divide(torch.tensor([held]), torch.tensor([budget]), self.config).kept)
         if -(-kept // self.block_size) == -(-held // self.block_size):
             return None  # tokens would be lost, and no block would come free
         return Eviction(seen, held, budget, kept)
-
-    def _tokens(self, budget: Budget, seen: int) -> int:
-        if budget.kind == "fraction" and seen < self.config.min_tokens:
-            return seen
-        return int(budget.tokens(torch.tensor([seen]), self.bytes_per_token))
 
     def most_held(self, seen: int) -> int:
         """The most tokens that the request holds at a time until it has seen `seen`, from the beginning."""
@@ -82,7 +68,7 @@ class EvictionSchedule:
         while True:
             if (eviction := self.eviction(point, held)) is not None:
                 held = eviction.kept
-            following = self.next_point(point)
+            following = self.clock.next_point(point)
             end = seen if following is None else min(seen, following)
             held += end - point
             most = max(most, held)

@@ -12,6 +12,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import RequestStatus
 
 from .._version import __version__
+from ..core import Shares
 from ..importance import Policy
 from .blocks import CompactingManager
 from .log import logger
@@ -79,7 +80,7 @@ class CrushScheduler(Scheduler):
             config.interval,
             self.blocks.block_size,
         )
-        whole = EvictionSchedule(config, longest, (config.parsed_budget,), self.bytes_per_token, self.blocks.block_size)
+        whole = EvictionSchedule(config, longest, (Shares(config, 1),), self.bytes_per_token, self.blocks.block_size)
         if whole.eviction(longest, longest) is None:
             logger.warning(
                 "crushkv: nothing will be compressed: of a request of max_model_len=%d tokens, budget=%s frees no "
@@ -128,7 +129,7 @@ class CrushScheduler(Scheduler):
         """The last say on how many tokens a step computes: no step crosses a point of the schedule."""
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         schedule = self.blocks.schedules.get(request.request_id)
-        point = None if schedule is None else schedule.next_point(num_computed_tokens)
+        point = None if schedule is None else schedule.clock.next_point(num_computed_tokens)
         return tokens if point is None else min(tokens, point - num_computed_tokens)
 
     def _get_local_prefix_cache_hit(self, request: Any) -> tuple[Any, int, int, bool]:

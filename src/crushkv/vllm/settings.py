@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..config import CrushConfig
-from ..core import Budget
+from ..core import Clock, Shares
 from ..errors import ConfigError
 from ..text import quoted
 from .schedule import EvictionSchedule
@@ -88,16 +88,16 @@ def check_budget(config: CrushConfig, bytes_per_token: int) -> None:
         )
 
 
-def request_budget(
+def request_config(
     config: CrushConfig,
     extra_args: Mapping[str, Any] | None,
     bytes_per_token: int = 0,
     source: str = REQUEST_SOURCE,
-) -> Budget | None:
-    """What `SamplingParams.extra_args["crushkv"]` asks for: a budget, or None for "off".
+) -> CrushConfig | None:
+    """What `SamplingParams.extra_args["crushkv"]` asks for: the engine's configuration, perhaps with another budget.
 
-    `"off"` (or false, 0) leaves the request's cache alone, `"on"` (or true, 1) is the default. Everything else is a
-    budget of its own, which can only lower the engine's: the smaller one holds at each eviction.
+    `"off"` (or false, 0) leaves the request's cache alone, which is None here; `"on"` (or true, 1) is the default.
+    Everything else is a budget of its own, which can only lower the engine's: the smaller one holds at each eviction.
 
     Args:
         bytes_per_token: keys and values of one token in all layers; 0 leaves a budget in bytes unchecked.
@@ -110,7 +110,7 @@ def request_budget(
     given = (extra_args or {}).get(KEY, "on")
     word = given.strip().lower() if isinstance(given, str) and len(given) < 10 else given
     if word in _ON or word is True or (isinstance(word, int) and word == 1):
-        return config.parsed_budget
+        return config
     if word in _OFF or word is False or (isinstance(word, int) and word == 0):
         return None
     try:
@@ -118,7 +118,21 @@ def request_budget(
         check_budget(asked, bytes_per_token)
     except ConfigError as error:
         raise ConfigError(f"{source}: accepted are 'on', 'off' or a budget; {error}") from None
-    return asked.parsed_budget
+    return asked
+
+
+def _accepted(config: CrushConfig, extra_args: Mapping[str, Any] | None) -> CrushConfig | None:
+    """What a request asks for, which was checked when it came in. Of one that came another way, what is not accepted
+    counts as "off"."""
+    try:
+        return request_config(config, extra_args)
+    except ConfigError:
+        return None
+
+
+def request_clock(config: CrushConfig, prompt: int, extra_args: Mapping[str, Any] | None) -> Clock | None:
+    """When a request with a prompt of so many tokens is compacted; None for one that is left alone."""
+    return None if _accepted(config, extra_args) is None else Clock(config.interval, prompt)
 
 
 def request_schedule(
@@ -128,14 +142,9 @@ def request_schedule(
     bytes_per_token: int,
     block_size: int = 1,
 ) -> EvictionSchedule | None:
-    """When and how far a request is compacted; None for one that is left alone.
-
-    What it asks for was checked when it came in. Of one that came another way, what is not accepted counts as "off".
-    """
-    try:
-        budget = request_budget(config, extra_args)
-    except ConfigError:
+    """When and how far a request is compacted; None for one that is left alone."""
+    asked = _accepted(config, extra_args)
+    if asked is None:
         return None
-    if budget is None:
-        return None
-    return EvictionSchedule(config, prompt, (config.parsed_budget, budget), bytes_per_token, block_size)
+    shares = tuple(Shares(each, layers=1) for each in (config, asked))  # all layers keep as many
+    return EvictionSchedule(config, prompt, shares, bytes_per_token, block_size)

@@ -1,16 +1,17 @@
-"""How many tokens a layer keeps: budgets as a fraction, as tokens or as bytes, and their split over the layers."""
+"""A budget as the user gives it: a fraction, a number of tokens, or bytes."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from .errors import ConfigError
+from .text import quoted
 
-from ..errors import ConfigError
-from ..text import quoted
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _BYTES = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([KMG]i?B|B)", re.IGNORECASE)
@@ -95,29 +96,3 @@ class Budget:
             return seen * self.amount.numerator // self.amount.denominator
         limit = int(self.amount) if self.kind == "tokens" else int(self.amount // bytes_per_token)
         return seen.clamp(max=limit)
-
-
-def pyramid(tokens: Tensor, seen: Tensor, layer: int, layers: int, least: int, steepness: int) -> Tensor:
-    """Budget of one layer when budgets shrink linearly with depth (PyramidKV, arXiv 2406.02069, section 4.2).
-
-    Args:
-        tokens: mean budget of the layers, `[B]`.
-        seen: tokens seen, `[B]`; no layer can keep more.
-        layer, layers: index of this layer, and how many layers share the budget.
-        least: what a layer keeps in any case (sink and recent).
-        steepness: the paper's beta: the last layer is left a `1 / steepness` share of the mean.
-
-    The sum over the layers is exactly `layers * tokens`: the slope is lowered where the first layer would
-    otherwise get more than there is.
-    """
-    low = (tokens // steepness).clamp(min=least).minimum(tokens)
-    high = (2 * tokens - low).minimum(seen)
-    low = 2 * tokens - high
-    if layers == 1:
-        return tokens
-    # Linear from high to low. What rounding adds in the upper half it takes away in the mirrored lower half,
-    # and a middle layer gets exactly the mean, so that the sum is exact.
-    steps = layers - 1
-    mirrored = min(layer, steps - layer)
-    drop = (high - low) * mirrored // steps
-    return high - drop if 2 * layer < steps else low + drop if 2 * layer > steps else tokens
