@@ -96,13 +96,14 @@ class _InspectedLayer(CrushLayer):
     def evict(self, call: AttentionCall) -> None:
         storage, plan = self.storage, self.plan
         seen = torch.full((storage.rows,), storage.length, device=storage.device)
-        if not plan.shares.untouched(seen).all() and storage.length > int(
-            (budget := self._budget(call, seen, seen)).max()
-        ):
-            if plan.policy.streams:
-                self._accumulate_gathered(call)
-            head_score = plan.policy.score(self._view(call))
-            self.stands_for = stands_for(head_score, storage.kv_heads, budget, plan.config, self._seed)
+        if not bool(plan.shares.untouched(seen).all()):
+            self._fit_formats(call)
+            budget = self._tokens_kept(seen, seen)
+            if storage.length > int(budget.max()):
+                if plan.policy.streams:
+                    self._accumulate_gathered(call)
+                head_score = plan.policy.score(self._view(call))
+                self.stands_for = stands_for(head_score, storage.kv_heads, budget, plan.config, self._seed)
         super().evict(call)
 
 

@@ -285,7 +285,8 @@ class CrushLayer(CacheLayerMixin):
         count, seen = self.real_tokens()
         if bool(plan.shares.untouched(seen).all()):
             return
-        budget = self._budget(call, seen, count)
+        self._fit_formats(call)
+        budget = self._tokens_kept(seen, count)
         if plan.shares.nothing_to_do(held, int(budget.minimum(count).max())):
             return
         if plan.policy.streams:
@@ -315,20 +316,18 @@ class CrushLayer(CacheLayerMixin):
             count = self.real.sum(-1)
         return count, count if self.evicted is None else count + self.evicted
 
-    @property
-    def _contested(self) -> bool:
-        """Whether there is more than sink and window."""
-        return self.storage.length > self.plan.shares.always
-
-    def _budget(self, call: AttentionCall, seen: Tensor, held: Tensor) -> Tensor:
-        """Tokens that are kept of rows that have seen and hold so many real ones, `[B]`."""
-        if self._contested:
+    def _fit_formats(self, call: AttentionCall) -> None:
+        """Fits the formats of quantized tokens to what is held, where there is more than sink and window."""
+        if self.storage.length > self.plan.shares.always:
             rope, forms = self.plan.key_formats(self.index, self.storage.device)
             config = self.plan.config
             queries, limit = call.queries[:, :, -config.window :], config.logit_limit
             last = None if limit is None else LastQueries(queries, call.scaling, limit, config.sink)
             self.storage.fit(self.real, rope, forms, self.query_energy, last)
             self.query_energy = None
+
+    def _tokens_kept(self, seen: Tensor, held: Tensor) -> Tensor:
+        """How many tokens are kept of rows that have seen and hold so many real ones, `[B]`."""
         return self.plan.tokens_kept(self.index, seen, held, self.storage.sizes())
 
     def _text_order(self) -> Tensor:
