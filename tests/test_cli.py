@@ -646,6 +646,30 @@ def test_warnings_of_crushkv_are_one_line(crushkv: Any, tiny: Path) -> None:
 # The other commands
 
 
+def test_run_compares_caches_side_by_side(crushkv: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `make run`, over a shorter document: random weights answer nothing, but hold what real ones would."""
+    monkeypatch.setattr("crushkv.demo.document", lambda: TEXT * 20)
+    asked = ["run", "--model", tiny, "--questions", 2, "--max-new-tokens", 3]
+    shown = crushkv(*asked)
+    assert shown.code == 0, shown.err
+    for text in (
+        "full cache",
+        "balanced",
+        "KVCrush as",
+        "published",
+        "0 of 2",
+        "KV cache at 16 bits",
+        "[6/6] question 2",
+    ):
+        assert text in shown.out + shown.err, text
+    result = crushkv(*asked, "--json", "--config", "budget={0.5,0.25}").json
+    assert list(result["summary"]) == ["full", "budget=0.5", "budget=0.25"]
+    fractions = [run["bytes_fraction"] for run in result["summary"].values()]
+    assert fractions[0] == 1 and 0.4 < fractions[1] <= 0.51 and 0.2 < fractions[2] <= 0.26
+    assert [set(question["runs"]) for question in result["questions"]] == [set(result["summary"])] * 2
+    assert result["configs"]["budget=0.5"] == CrushConfig(budget=0.5).to_dict()
+
+
 def test_policies_as_json_and_as_a_table(crushkv: Any) -> None:
     listed = {policy["name"]: policy for policy in crushkv("policies", "--json").json["policies"]}
     assert set(listed) == set(policies())
