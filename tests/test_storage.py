@@ -55,9 +55,14 @@ def test_quantization_equals_plain_code(bits: int, tokens: int, size: int, group
             numbers = x[0, head, token, start : start + length].tolist()
             codes, low, span = quantized(numbers, bits)
             expected = dequantized(codes, low, span, bits)
-            assert out[0, head, token, start : start + length].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-            bound = span / 2 ** (bits + 1) * 1.001  # half a cell
-            assert max(abs(a - b) for a, b in zip(numbers, expected, strict=True)) <= bound
+            cell = span / 2**bits
+            held = out[0, head, token, start : start + length].tolist()
+            for number, got, want in zip(numbers, held, expected, strict=True):
+                assert abs(number - want) <= cell / 2 * 1.001
+                # In float32, a number on the border of two cells may fall into either.
+                border = (number - low) / cell
+                on_border = abs(border - round(border)) < 1e-3
+                assert got == pytest.approx(want, rel=1e-4, abs=1e-5 + cell * on_border)
 
 
 def test_codes_nest() -> None:

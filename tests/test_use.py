@@ -333,7 +333,9 @@ def test_prompt_tuning() -> None:
     full = tuned.generate(**prompts([60]), **GREEDY)
     with KVCrush(budget=1.0)(tuned) as session:
         assert torch.equal(tuned.generate(**prompts([60]), **GREEDY), full)
-    assert session.cache.report().tokens_seen == 60 + 8 + GREEDY["max_new_tokens"] - 1
+    # PEFT 0.21 reads its embeddings again in each step where Transformers calls the cache `cache`: with any cache.
+    again = GREEDY["max_new_tokens"] if CACHE == "cache" else 1
+    assert session.cache.report().tokens_seen == 60 + 8 * again + GREEDY["max_new_tokens"] - 1
     with KVCrush(**SMALL)(tuned) as session:
         tuned.generate(**prompts([60]), **GREEDY)
     assert session.cache.report().bytes_fraction < 0.8

@@ -56,16 +56,14 @@ def as_one_task(samples: Sequence[Sample]) -> list[Sample]:
 
 def in_short(tables: Tables) -> None:
     """The README's."""
-    head = ["", "bytes held"]
-    for model, table in tables.items():
-        prompts = len(table.groups["full"])
-        head += [f"{model}: KL, mean of {prompts} prompts", "median", "worst"]
+    prompts = " and ".join(str(len(table.groups["full"])) for table in tables.values())
+    head = ["preset", "bytes held", *(f"KL, {model.removesuffix('-Instruct')}: mean (worst)" for model in tables)]
     first = next(iter(tables.values()))
     lines = []
     for name in SHORT:
         spreads = [table.spread_cells(name) for table in tables.values()]
-        lines.append([LABELS[name], first.bytes(name), *(cell for s in spreads for cell in (s[0], s[1], s[3]))])
-    show("Presets, in short", head, lines)
+        lines.append([LABELS[name], first.bytes(name), *(f"{mean} ({worst})" for mean, _, _, worst in spreads)])
+    show(f"Presets, in short: {prompts} prompts", head, lines)
 
 
 def goals(tables: Tables) -> None:
