@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from architectures import prompts, small_model
 from crushkv import ConfigError, CrushCache, CrushError, KVCrush, UnsupportedModelError
 from crushkv.core import Tier
-from crushkv.hf.interface import passed
+from crushkv.hf.interface import cache_in, passed
 
 SMALL: dict[str, Any] = {
     "budget": 0.4,
@@ -171,7 +171,7 @@ def test_the_peak_of_the_prefill_is_one_full_layer(model: Any) -> None:
     seen: list[list[int]] = []
 
     def watch(module: Any, args: Any, kwargs: Any) -> None:
-        seen.append([layer.storage.length for layer in kwargs["past_key_values"].crushed_layers])
+        seen.append([layer.storage.length for layer in cache_in(kwargs).crushed_layers])
 
     hooks = [layer.self_attn.register_forward_pre_hook(watch, with_kwargs=True) for layer in model.model.layers]
     cache = KVCrush(**SMALL).cache(model)

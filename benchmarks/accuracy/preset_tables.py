@@ -149,6 +149,8 @@ def plot(tables: Tables, path: Path) -> None:
 def _read(folder: Path, kind: str) -> dict[str, list[Sample]]:
     """Samples by model, SmolLM2 first."""
     files = sorted(folder.glob(f"{kind}*.jsonl*"), reverse=True)
+    if not files:
+        return {}
     return {model.removesuffix(" (embedded)"): s for model, s in by_model(read_report_samples(files)).items()}
 
 
@@ -164,7 +166,8 @@ def main() -> None:
     for model, table in tables.items():
         of_model(model, table)
     widths(tables)
-    answers({model: Table(samples) for model, samples in scores.items()})
+    if scores:
+        answers({model: Table(samples) for model, samples in scores.items()})
     if arguments.plot is not None:
         plot(tables, arguments.plot)
 
