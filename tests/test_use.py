@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -90,25 +91,29 @@ def test_a_thread_that_is_started_in_a_block(model: Any) -> None:
     assert kinds == ["CrushCache"]
 
 
-def test_two_threads_in_one_block_have_caches_of_their_own(model: Any) -> None:
-    inputs = [prompts([100], seed=seed) for seed in range(2)]
-    alone = []
-    results: dict[int, Any] = {}
+def test_threads_in_one_block_have_caches_of_their_own(model: Any) -> None:
+    inputs = [prompts([100], seed=seed) for seed in range(3)]
+    results: list[list[Any]] = [[] for _ in inputs]
+    interval = sys.getswitchinterval()
     with KVCrush(**SMALL)(model):
         alone = [model.generate(**each, **GREEDY) for each in inputs]
 
         def work(index: int) -> None:
-            results[index] = [model.generate(**inputs[index], **GREEDY, return_dict_in_generate=True) for _ in range(3)]
+            for _ in range(8):
+                results[index].append(model.generate(**inputs[index], **GREEDY, return_dict_in_generate=True))
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for index in range(2):
-        assert all(torch.equal(found.sequences, alone[index]) for found in results[index])
-    caches = {id(found[CACHE]) for found in results[0] + results[1]}
-    assert len(caches) == 6
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+        try:
+            sys.setswitchinterval(1e-5)  # threads take turns wherever they can
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+    for found, expected in zip(results, alone, strict=True):
+        assert [torch.equal(each.sequences, expected) for each in found] == [True] * 8
+    assert len({id(each[CACHE]) for found in results for each in found}) == 24
 
 
 def answers(model: Any) -> Iterator[str]:

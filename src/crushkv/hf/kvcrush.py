@@ -189,9 +189,9 @@ class Session:
 
     def new_cache(self, model: Any) -> CrushCache:
         """A cache for a call of `model`, which is the session's, or one inside it."""
-        self._ran = True
-        self._cache = CrushCache(model, self.config)
-        return self._cache
+        cache = CrushCache(model, self.config)
+        self._ran, self._cache = True, cache
+        return cache  # and not self._cache, which may be another thread's by now
 
     def use(self, cache: Any) -> None:
         """Accepts a cache that the user passed.
