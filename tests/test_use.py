@@ -116,6 +116,27 @@ def test_threads_in_one_block_have_caches_of_their_own(model: Any) -> None:
     assert len({id(each[CACHE]) for found in results for each in found}) == 24
 
 
+def test_a_new_cache_is_its_own_threads(model: Any) -> None:
+    made: list[Any] = []  # kept, so that no two have one id
+    interval = sys.getswitchinterval()
+    with KVCrush(**SMALL)(model) as session:
+        model.generate(**prompts([100]), **GREEDY)
+
+        def work() -> None:
+            made.extend(session.new_cache(model) for _ in range(200))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        try:
+            sys.setswitchinterval(1e-6)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+    assert len({id(cache) for cache in made}) == len(made) == 800
+
+
 def answers(model: Any) -> Iterator[str]:
     with KVCrush(**SMALL)(model):
         for _ in range(3):
