@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reference
 from crushkv import CrushConfig
 from crushkv.config_text import parse_config
-from crushkv.errors import ConfigError
+from crushkv.errors import ConfigError, ScoreError
 from crushkv.importance import (
     LayerView,
     Policy,
@@ -24,6 +24,7 @@ from crushkv.importance import (
     policies,
     register,
     registry,
+    scores,
 )
 
 
@@ -273,3 +274,18 @@ def test_a_policy_that_does_not_load_fails_for_its_own_name(monkeypatch: pytest.
 def test_two_policies_of_one_name() -> None:
     with pytest.raises(ConfigError, match="registered twice"):
         register(type("Other", (Newest,), {"name": "h2o"}))
+
+
+@pytest.mark.parametrize("cut", [(slice(None), slice(None), slice(1, None)), (slice(1), slice(None), slice(None)), 0])
+def test_scores_of_another_shape_are_refused(cut: object) -> None:
+    @dataclass(frozen=True)
+    class Cut(Policy):
+        name = "cut"
+        paper = "none"
+
+        def score(self, view: LayerView) -> torch.Tensor:
+            return view.keys.sum(-1)[cut]
+
+    _, keys, values = tensors()
+    with pytest.raises(ScoreError, match=r"policy 'cut' gave scores of shape .*: expected \[2, heads, 50\]"):
+        scores(Cut(), LayerView(keys=keys, values=values, queries=None, scaling=1.0))

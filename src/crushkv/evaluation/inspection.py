@@ -18,6 +18,7 @@ from ..hf import CacheReport, CrushCache, CrushLayer
 from ..hf.interface import passed
 from ..hf.layer import AttentionCall
 from ..hf.support import check_prompt
+from ..importance import scores
 from .pages import environment
 from .token_text import tokenize
 
@@ -102,7 +103,7 @@ class _InspectedLayer(CrushLayer):
             if storage.length > int(budget.max()):
                 if plan.policy.streams:
                     self._accumulate_gathered(call)
-                head_score = plan.policy.score(self._view(call))
+                head_score = scores(plan.policy, self._view(call))
                 self.stands_for = stands_for(head_score, storage.kv_heads, budget, plan.config, self._seed)
         super().evict(call)
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..core import BatchTail, Tier, layer_seed, select, stage, tail_length
 from ..errors import UnsupportedModelError
-from ..importance import LayerView, kept_mass, last_where_hidden
+from ..importance import LayerView, kept_mass, scores
 from ..storage import LastQueries, TieredStorage
 from ..storage.buffers import take
 from .arrangement import arrange
@@ -294,7 +294,7 @@ class CrushLayer(CacheLayerMixin):
         order = self._text_order() if storage.blocked else None
         with stage("importance"):
             view = self._view(call, order)
-            head_score = last_where_hidden(plan.policy.score(view), view.hidden)
+            head_score = scores(plan.policy, view)
         with stage("selection"):
             selection = select(head_score, storage.kv_heads, budget, plan.config, view.real, self._seed)
         with stage("gather"):

@@ -1,7 +1,7 @@
 """Importance policies: which cached tokens matter, judged from queries, keys and values."""
 
 from .attention import attention_mass, attention_with_mass
-from .base import GATHERED, LayerView, Policy, kept_mass, last_where_hidden
+from .base import GATHERED, LayerView, Policy, kept_mass, scores
 from .expected_attention import ExpectedAttention
 from .h2o import H2O
 from .key_diff import KeyDiff
@@ -33,8 +33,8 @@ __all__ = [
     "check_loads",
     "failed_policies",
     "kept_mass",
-    "last_where_hidden",
     "make_policy",
     "policies",
     "register",
+    "scores",
 ]

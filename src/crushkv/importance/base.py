@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ScoreError
 
 _MOST = 10**6
 
@@ -119,3 +119,18 @@ class Policy(ABC):
 
         Finite everywhere; what stands at padding is not read.
         """
+
+
+def scores(policy: Policy, view: LayerView) -> Tensor:
+    """What a policy says of every token: float32 `[B, H, S]`, hidden ones last.
+
+    Raises:
+        ScoreError: the shape is another one. A policy may be anybody's, and fewer scores would be other tokens'.
+    """
+    found = policy.score(view)
+    rows, _, tokens, _ = view.keys.shape
+    if found.ndim != 3 or (found.shape[0], found.shape[2]) != (rows, tokens):
+        raise ScoreError(
+            f"policy {policy.name!r} gave scores of shape {tuple(found.shape)}: expected [{rows}, heads, {tokens}]"
+        )
+    return last_where_hidden(found, view.hidden)

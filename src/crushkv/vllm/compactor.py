@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import CrushConfig
 from ..core import Clock, QueryTails, layer_seed, select, tail_length
-from ..importance import LayerView, kept_mass
+from ..importance import LayerView, kept_mass, scores
 from .layout import CacheLayout
 from .schedule import Eviction
 
@@ -267,7 +267,7 @@ class Compactor:
             mass = state.layers[index]
         elif self._scored:
             queries = self._tails.last(index, [request_id], eviction.seen, min(self._scored, eviction.seen))
-        head_score = self.policy.score(self._view(layer, tokens, queries, mass, eviction.seen))
+        head_score = scores(self.policy, self._view(layer, tokens, queries, mass, eviction.seen))
         budget = torch.tensor([eviction.budget])
         seed = layer_seed(self.config.seed, layer.index, eviction.seen)
         selection = select(head_score, layer.kv_heads, budget, self.config, seed=seed)
