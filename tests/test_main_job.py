@@ -23,7 +23,7 @@ pytestmark = pytest.mark.model
 def result() -> dict[str, Any]:
     """The main job over three questions, as a user runs it."""
     command = [sys.executable, "-m", "crushkv", "run", "--questions", "3", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
