@@ -389,6 +389,11 @@ def phi3() -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def skip_where_the_text_is_forgotten(full: Any) -> None:
+    if full[CACHE].get_seq_length() < 79:
+        pytest.skip("this release of Transformers throws the cache away and reads the last token alone, with any cache")
+
+
 @pytest.mark.parametrize("fields", [SMALL, {**SMALL, "bits": 4}], ids=str)
 def test_a_cache_that_is_thrown_away_in_the_middle(fields: dict[str, Any]) -> None:
     model, inputs = phi3(), prompts([60, 41])
@@ -396,6 +401,7 @@ def test_a_cache_that_is_thrown_away_in_the_middle(fields: dict[str, Any]) -> No
     full = model.generate(**inputs, **longer)
     with KVCrush(budget=1.0)(model):
         assert torch.equal(model.generate(**inputs, **longer).sequences, full.sequences)
+    skip_where_the_text_is_forgotten(full)
     with KVCrush(**fields)(model) as session:
         found = model.generate(**inputs, **longer)
         assert found[CACHE] is session.cache
@@ -412,6 +418,8 @@ def test_a_cache_that_is_thrown_away_in_the_middle(fields: dict[str, Any]) -> No
 def test_a_cache_of_ones_own_that_is_thrown_away_is_told() -> None:
     """Outside of a block nobody can give the model another one."""
     model, inputs = phi3(), prompts([60])
+    longer: dict[str, Any] = {**GREEDY, "max_new_tokens": 20, "return_dict_in_generate": True}
+    skip_where_the_text_is_forgotten(model.generate(**inputs, **longer))
     cache = KVCrush(**SMALL).cache(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
