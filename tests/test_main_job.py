@@ -58,7 +58,8 @@ def test_the_peak_is_lower(result: dict[str, Any], name: str) -> None:
     # The allocator's leftovers only ever add to a peak: the lowest of several is nearest to what was needed.
     runs = {kind: [question["runs"][kind] for question in result["questions"]] for kind in (FULL, name)}
     full, crushed = (min(run["peak_above_start_bytes"] for run in runs[kind]) for kind in (FULL, name))
-    assert full - crushed > (runs[FULL][0]["memory_bytes"] - runs[name][0]["memory_bytes"]) / 2
+    # With three caches in turn, leftovers stay in all of them: a quarter of what is saved has to show.
+    assert full - crushed > (runs[FULL][0]["memory_bytes"] - runs[name][0]["memory_bytes"]) / 4
 
 
 def test_the_embedded_model_is_the_same_in_pieces_and_compressed_twice() -> None:
