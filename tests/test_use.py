@@ -8,7 +8,8 @@ import gc
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -91,10 +92,23 @@ def test_a_thread_that_is_started_in_a_block(model: Any) -> None:
     assert kinds == ["CrushCache"]
 
 
+def at_once(works: list[Callable[[], None]], switch_seconds: float) -> None:
+    """Runs each in a thread of its own. They take turns wherever they can, as often as `switch_seconds` says."""
+    interval = sys.getswitchinterval()
+    threads = [threading.Thread(target=work) for work in works]
+    try:
+        sys.setswitchinterval(switch_seconds)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_threads_in_one_block_have_caches_of_their_own(model: Any) -> None:
     inputs = [prompts([100], seed=seed) for seed in range(3)]
     results: list[list[Any]] = [[] for _ in inputs]
-    interval = sys.getswitchinterval()
     with KVCrush(**SMALL)(model):
         alone = [model.generate(**each, **GREEDY) for each in inputs]
 
@@ -102,15 +116,7 @@ def test_threads_in_one_block_have_caches_of_their_own(model: Any) -> None:
             for _ in range(8):
                 results[index].append(model.generate(**inputs[index], **GREEDY, return_dict_in_generate=True))
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-        try:
-            sys.setswitchinterval(1e-5)  # threads take turns wherever they can
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
+        at_once([partial(work, i) for i in range(len(inputs))], switch_seconds=1e-5)
     for found, expected in zip(results, alone, strict=True):
         assert [torch.equal(each.sequences, expected) for each in found] == [True] * 8
     assert len({id(each[CACHE]) for found in results for each in found}) == 24
@@ -118,22 +124,13 @@ def test_threads_in_one_block_have_caches_of_their_own(model: Any) -> None:
 
 def test_a_new_cache_is_its_own_threads(model: Any) -> None:
     made: list[Any] = []  # kept, so that no two have one id
-    interval = sys.getswitchinterval()
     with KVCrush(**SMALL)(model) as session:
         model.generate(**prompts([100]), **GREEDY)
 
         def work() -> None:
             made.extend(session.new_cache(model) for _ in range(200))
 
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        try:
-            sys.setswitchinterval(1e-6)
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
+        at_once([work] * 4, switch_seconds=1e-6)
     assert len({id(cache) for cache in made}) == len(made) == 800
 
 
