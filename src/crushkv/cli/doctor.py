@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .models import ModelError, load_config, load_local
-from .options import with_options
+from .options import Json, with_options
 from .output import print_json, result_console, size
 from .system import examine
 
@@ -29,7 +29,7 @@ def doctor(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="With --model: length of the prompt.", metavar="TOKENS", min=1)] = 4096,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what is installed here and what runs on it; of a model, which layers will be compressed and which not.
 

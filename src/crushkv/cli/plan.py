@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from rich.table import Table
 from ..config import CrushConfig
 from .doctor import key_lines, measured_keys
 from .models import load_config
-from .options import with_options
+from .options import Json, with_options
 from .output import print_json, result_console, size
 
 NOT_LOADED = "`--load` or `crushkv doctor --model` measures it"
@@ -30,7 +31,7 @@ def plan(
         ),
     ] = None,
     load: Annotated[bool, typer.Option("--load", help="Load the model, too, and say how RoPE turns its keys.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
     config: CrushConfig,
 ) -> None:
     """Show how a budget is split between the tiers, for a model and a prompt's length.
@@ -84,18 +85,12 @@ def plan(
 def _table(layers: list[dict[str, Any]], config: CrushConfig) -> Table:
     """One line for layers that do the same."""
     table = Table("layers", "sink", "important", "representative", "recent", "bytes a layer")
-    start = 0
-    for end in range(1, len(layers) + 1):
-        same = end < len(layers) and all(
-            layers[end][key] == layers[start][key] for key in layers[start] if key not in ("layer", "rope", "keys")
-        )
-        if same:
-            continue
-        first = layers[start]
-        span = str(start) if end == start + 1 else f"{start}-{end - 1}"
-        tokens = (str(first[tier]) for tier in ("sink", "important", "representative", "recent"))
-        table.add_row(span, *tokens, size(first["nbytes"]))
-        start = end
+    tiers = ("sink", "important", "representative", "recent")
+    for shown, group in itertools.groupby(layers, lambda layer: [layer[name] for name in (*tiers, "nbytes")]):
+        numbers = [layer["layer"] for layer in group]
+        span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+        *tokens, nbytes = shown
+        table.add_row(span, *map(str, tokens), size(nbytes))
     bits = config.to_dict()
     representative = bits["representative_bits"] or bits["bits"]
     table.add_section()
