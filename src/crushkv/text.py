@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -77,3 +78,8 @@ def size(count: float | None) -> str:
             return f"{amount:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         amount /= 1024
     return f"{amount:.2f} GiB"
+
+
+def release(version: str | None) -> tuple[int, ...]:
+    """Major and minor number of a version; of none, one that is below all others."""
+    return tuple(int(part) for part in re.findall(r"\d+", version or "0")[:2])

@@ -62,8 +62,8 @@ def _examine_model(model: str, tokens: int) -> dict[str, Any]:
     total = sum(kind.nbytes for kind in kinds)
     compressed = sum(kind.nbytes for kind in kinds if kind.compressed)
     keys, unknown = measured_keys(model, tokens)
-    of_layer = iter(keys or itertools.repeat({"rope": None, "keys": None}))
     none: dict[str, Any] = {"rope": None, "keys": None}
+    of_layer = iter(keys or itertools.repeat(none))
     return {
         "name": name,
         "supported": True,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CrushError
+from ..text import release
 from .output import installed, missing, versions
 
 # The ranges that pyproject.toml asks for.
@@ -82,16 +83,11 @@ def vllm_plugin() -> dict[str, Any]:
 def _problems(known: dict[str, str | None]) -> list[str]:
     low, high = TRANSFORMERS
     problems = []
-    if not low <= _release(known["transformers"]) < high:
+    if not low <= release(known["transformers"]) < high:
         problems.append(f"transformers {known['transformers']}: needed is {_text(low)} or later, below {_text(high)}")
-    if not _release(known["torch"]) >= TORCH:
+    if not release(known["torch"]) >= TORCH:
         problems.append(f"torch {known['torch']}: needed is {_text(TORCH)} or later")
     return problems
-
-
-def _release(version: str | None) -> tuple[int, ...]:
-    """Major and minor number."""
-    return tuple(int(part) for part in re.findall(r"\d+", version or "0")[:2])
 
 
 def _text(release: tuple[int, ...]) -> str:

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from ..errors import CrushError
+from ..text import release
 
 # Transformers 5.24 calls the argument and the output `cache`.
 _NAMES = ("cache", "past_key_values")
@@ -64,7 +65,7 @@ CACHE = _cache_argument()
 """The name of the argument, and of the output, that is the cache."""
 
 
-CHUNKS_LATER_TURNS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+CHUNKS_LATER_TURNS = release(transformers.__version__) >= (5, 23)
 """Whether `prefill_chunk_size` may be used in a turn after the first: earlier releases read what the cache has seen
 once more, and count positions from 0."""
 
