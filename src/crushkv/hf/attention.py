@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .. import kernels
 from ..errors import UnsupportedModelError, nearest
+from ..importance import attention_with_mass
 from ..storage import turn
-from . import cpu_attention
 from .autograd import full_precision
 from .layer import AttentionCall, CrushLayer
+from .masks import visible
+from .plain_call import is_causal, is_plain
 
 if TYPE_CHECKING:
     from .cache import CrushCache
@@ -48,6 +52,7 @@ class _Mark:
     cache: CrushCache
     layer: CrushLayer
     values: Tensor
+    packed: bool = False  # what was returned leaves out what the layer holds packed
     attended: _Attended | None = None
 
     def belongs(self, key: Tensor) -> bool:
@@ -66,7 +71,7 @@ _latent = _Latent()
 
 def mark(keys: Tensor, values: Tensor, layer: CrushLayer, cache: CrushCache) -> None:
     """Marks keys that a cache returns, so that the attention call that receives them is known."""
-    found = _Mark(cache, layer, values)
+    found = _Mark(cache, layer, values, packed=keys.shape[2] < layer.storage.length)
     if layer.plan.latent:
         _latent.mark = found
     else:
@@ -137,6 +142,8 @@ class CrushAttention:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
         output: tuple[Tensor | None, ...]
         if (shared := found.attended) is not None:
+            # These layers need all keys and values as tensors, and before anything of them is evicted.
+            found.layer.plan.reads_packed = False
             with full_precision(query.device):
                 turned = query if shared.turned_keys is None else turn(query, shared.turned_keys)
             output = attend(module, turned, key, value, _last_rows(shared.mask, query.shape[2]), *args, **kwargs)
@@ -149,25 +156,46 @@ class CrushAttention:
         with full_precision(query.device):
             mask = layer.mask(attention_mask, query, aligned="flash" in self.name)
             _check_causal(module, layer, query, attention_mask, kwargs)
-            turned_keys, turned_values = layer.storage.rotations()
-            turned = query if turned_keys is None else turn(query, turned_keys)
-        plain = not args and cpu_attention.replaceable(module, attend, query, mask, kwargs)
+        of_keys, of_values = layer.storage.rotations()
+        # Eager attention is each model's own function, which may do more than its arguments say.
+        plain = not args and self.original is not None and not layer.plan.latent and is_plain(query, kwargs)
         mass = None
         if plain and query.shape[2] == 1:
-            output = (cpu_attention.decode(turned, key, value, scaling), None)
-        elif plain and layer.streams and query.shape[2] == key.shape[2]:
-            attended, mass = cpu_attention.prefill_with_mass(query, key, value, scaling)
-            output = (attended, None)
+            attended = kernels.attend(query, layer.storage, scaling, _slots_shown(mask, key.shape[1]))
+            output = (attended.transpose(1, 2), None)
+        elif plain and mask is None and self._can_give_mass(layer, query, key):
+            # The policy would compute QK^T once more.
+            attended, mass = attention_with_mass(query, key, value, scaling)
+            output = (attended.transpose(1, 2).contiguous(), None)
         else:
+            if found.packed:
+                key, value = layer.storage.attended()
+            with full_precision(query.device):
+                turned = query if of_keys is None else turn(query, of_keys)
             output = attend(module, turned, key, value, mask, *args, **kwargs)
-        found.attended = _Attended(module, mask, turned_keys, turned_values)
+            with full_precision(query.device):
+                output = _turned_back(output, of_values)
+        found.attended = _Attended(module, mask, of_keys, of_values)
         call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass, kwargs.get("s_aux"))
         if layer.plan.latent:
             call = replace(call, keys=key, values=value)
         with full_precision(query.device):
-            output = _turned_back(output, turned_values)
             layer.after_attention(call)
         return output
+
+    def _can_give_mass(self, layer: CrushLayer, query: Tensor, key: Tensor) -> bool:
+        """Whether a whole prompt is read on a CPU for a policy that adds up the attention of all queries."""
+        on_cpu = self.original is sdpa_attention_forward and query.device.type == "cpu"
+        return on_cpu and layer.streams and query.shape[2] == key.shape[2]
+
+
+def _slots_shown(mask: Tensor | None, kv_heads: int) -> Tensor | None:
+    """A mask over physical slots for one token a row, as bool `[B, P]` or `[B, Hkv, P]`."""
+    if mask is None:
+        return None
+    shown = visible(mask if mask.ndim == 2 else mask[:, :, 0])
+    # One flag for all query heads, or the same for those of a group.
+    return shown if mask.ndim == 2 else shown[:, 0] if shown.shape[1] == 1 else shown[:, :: shown.shape[1] // kv_heads]
 
 
 def _check_causal(
@@ -180,7 +208,7 @@ def _check_causal(
     """
     if query.shape[2] == 1:
         return
-    if (mask is None or mask.ndim == 2) and not cpu_attention.is_causal(module, kwargs):
+    if (mask is None or mask.ndim == 2) and not is_causal(module, kwargs):
         raise UnsupportedModelError(
             f"{type(module).__name__} attends to later tokens as well (its is_causal is False): KVCrush compresses "
             "caches of text that is read in one direction"

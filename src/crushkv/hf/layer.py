@@ -106,6 +106,11 @@ class CrushLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        """Takes in the tokens of a pass; returns all keys and values, or, while decoding, those that are not packed.
+
+        The attention function, which sees what is returned here, reads the packed ones as they are, or asks for
+        `attended()`. Before anything is packed, it has received a whole prompt's keys from here.
+        """
         if self.batch_size not in (-1, key_states.shape[0]):
             raise UnsupportedModelError(
                 f"the cache holds {self.batch_size} rows, but the input has {key_states.shape[0]}: use one cache a "
@@ -115,7 +120,12 @@ class CrushLayer(CacheLayerMixin):
             self._move(key_states.device)
         end = self.plan.clock.prompt_end
         reserve = 0 if end is None else max(0, end - self.seen - key_states.shape[2])
-        return self.storage.append(key_states, value_states, reserve)
+        self.storage.append(key_states, value_states, reserve)
+        dense = self.storage.dense
+        decodes = key_states.shape[2] == 1 and not torch.is_grad_enabled()
+        if decodes and self.plan.reads_packed and dense.keys is not None and dense.values is not None:
+            return dense.keys, dense.values
+        return self.storage.attended()
 
     # Around attention
 

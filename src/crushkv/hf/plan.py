@@ -26,6 +26,7 @@ class Plan:
         ropes: how the keys of each compressed layer turn; none where nothing is quantized.
         profile: of the model; None: widths of channels are chosen from each prompt.
         latent: the cache holds latents (MLA), from which each layer makes the keys and values that it attends to.
+        reads_packed: attention reads packed tokens from the storage, and need not receive them from the cache.
         clock: says when tokens are evicted, in logical lengths; it knows where the prompt being read ends.
     """
 
@@ -35,6 +36,7 @@ class Plan:
     profile: Profile | None = None
     latent: bool = False
     warned: bool = False
+    reads_packed: bool = field(init=False)
     clock: Clock = field(init=False)
     policy: Policy = field(init=False)
     shares: Shares = field(init=False)
@@ -48,6 +50,7 @@ class Plan:
         self.policy = self.config.make_policy()
         self.shares = Shares(self.config, self.layers)
         self.formats = self.config.formats
+        self.reads_packed = not self.latent
 
     @property
     def measures_energy(self) -> bool:

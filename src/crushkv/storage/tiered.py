@@ -63,7 +63,7 @@ class TieredStorage:
         self.bases: tuple[Basis, Basis] | None = None
         self.forms: Sequence[ChannelFormat | None] = ()  # of the keys of each block, where channels have own widths
         self._own_forms = False  # not shared with other caches
-        self._blocks: list[tuple[Part, Part]] = []
+        self.blocks: list[tuple[Part, PackedTensor]] = []  # keys and values of each tier, packed
         self._positions: Tensor | None = None  # int32 [B, Hkv, slots of the last `keep`]
 
     # Size
@@ -92,7 +92,7 @@ class TieredStorage:
     @property
     def blocked(self) -> int:
         """Slots in blocks."""
-        return sum(keys.tokens for keys, _ in self._blocks)
+        return sum(keys.tokens for keys, _ in self.blocks)
 
     @property
     def length(self) -> int:
@@ -112,7 +112,7 @@ class TieredStorage:
     @property
     def nbytes(self) -> int:
         """Bytes held, room to grow included."""
-        blocks = sum(keys.nbytes + values.nbytes for keys, values in self._blocks)
+        blocks = sum(keys.nbytes + values.nbytes for keys, values in self.blocks)
         return self.dense.nbytes + blocks + sum(basis.nbytes for basis in self.bases or ())
 
     @property
@@ -120,7 +120,7 @@ class TieredStorage:
         """Bytes of what is held with two bytes for each number that is not quantized, and without room to grow."""
         if self.empty:
             return 0
-        codes = sum(part.nbytes for pair in self._blocks for part in pair if part.bits != RAW)
+        codes = sum(part.nbytes for pair in self.blocks for part in pair if part.bits != RAW)
         codes += sum(basis.spread.nbytes for basis in self.bases or () if basis.spread is not None)
         return codes + (self.nbytes - codes - self.dense.room_nbytes) * 2 // self._dense_keys.element_size()
 
@@ -154,11 +154,10 @@ class TieredStorage:
 
     # What goes in
 
-    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> tuple[Tensor, Tensor]:
-        """Adds tokens at the end, with room for `reserve` more; returns what `attended` does."""
+    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> None:
+        """Adds tokens at the end, with room for `reserve` more."""
         self.dense.append(keys, values, reserve)
         self.seen += keys.shape[2]
-        return self.attended()
 
     @torch.no_grad()
     def fit(
@@ -224,25 +223,25 @@ class TieredStorage:
         # What only fills rows up may point into a block.
         dense = (stays - self.blocked).clamp(min=0)
         positions = self.positions.gather(2, indices).to(torch.int32)
-        self._blocks = list(zip(self._moved_keys(blocks), self._moved(1, blocks), strict=True))
+        self.blocks = list(zip(self._moved_keys(blocks), self._moved(1, blocks), strict=True))
         self._positions = positions
         self.dense.keep(dense)
         if not self.blocked:
-            self._blocks, self.bases, self.forms = [], None, ()
+            self.blocks, self.bases, self.forms = [], None, ()
             self.formats, self.widened_by = self._formats, 0
 
     def _moved_keys(self, parts: Sequence[Tensor]) -> Sequence[Part]:
         return self._recoded(parts) if self.formats.by_channel else self._moved(0, parts)
 
-    def _moved(self, which: int, parts: Sequence[Tensor]) -> Sequence[Part]:
+    def _moved(self, which: int, parts: Sequence[Tensor]) -> list[PackedTensor]:
         """Keys (0) or values (1) of the tokens in the slots of each part, in the format of its block."""
         if not parts:
             return []
         x, basis = self._source(which)
         widest, group_size = int(self.formats.important[which]), self.formats.group_size
         positions = self.positions
-        if self._blocks:
-            held = [part.coordinates() for block in self._blocks if isinstance(part := block[which], PackedTensor)]
+        if self.blocks:
+            held = [part.coordinates() for block in self.blocks if isinstance(part := block[which], PackedTensor)]
             new = Coordinates.of(x, basis, positions[..., self.blocked :], widest, group_size)
             source = Coordinates.joined([*held, new])
             moved = [source.gather(part) for part in parts]
@@ -270,7 +269,7 @@ class TieredStorage:
         _, basis = self._source(0)
         assert basis.spread is not None
         start, result = 0, list[Part]()
-        before: list[Part | None] = [keys for keys, _ in self._blocks]
+        before: list[Part | None] = [keys for keys, _ in self.blocks]
         before += [None] * (len(parts) - len(before))
         of_parts = zip(parts, self._numbers(parts), before, self.formats.blocks, self.forms, strict=True)
         for part, numbers, old, bits, form in of_parts:
@@ -294,11 +293,11 @@ class TieredStorage:
         """Keys less their centre of the tokens in the slots of each part, float32 `[B, Hkv, P, D]`."""
         x, basis = self._source(0)
         positions = self.positions
-        if not self._blocks:  # a whole prompt, most of which goes: only what stays is looked at
+        if not self.blocks:  # a whole prompt, most of which goes: only what stays is looked at
             return [basis.coordinates(take(x, part), positions.gather(2, part)) for part in parts]
         blocked = self.blocked
         numbers, start = torch.empty((self.rows, self.kv_heads, self.length, x.shape[-1]), device=x.device), 0
-        for keys, _ in self._blocks:
+        for keys, _ in self.blocks:
             self._write_numbers(keys, numbers[:, :, start : start + keys.tokens])
             start += keys.tokens
         numbers[:, :, blocked:] = basis.coordinates(x, positions[..., blocked:])
@@ -313,13 +312,13 @@ class TieredStorage:
         """
         keys, values = self.dense.keys, self.dense.values
         assert keys is not None and values is not None
-        if self.bases is None or not self._blocks:
+        if self.bases is None or not self.blocks:
             return keys, values
         return self._unpacked(0, keys), self._unpacked(1, values)
 
     def rotations(self) -> tuple[Tensor | None, Tensor | None]:
         """What `attended` keys and values are multiplied with from the right, `[D, D]`; None: they are as they were."""
-        if self.bases is None or not self._blocks:
+        if self.bases is None or not self.blocks:
             return None, None
         keys, values = self.bases
         return keys.rotation, values.rotation
@@ -327,7 +326,7 @@ class TieredStorage:
     def read(self) -> tuple[Tensor, Tensor]:
         """Copies of keys and values as the model made them, but for what quantization and projection lost."""
         found = self.attended()
-        if not self._blocks:
+        if not self.blocks:
             return found
         keys, values = (
             x.clone() if matrix is None else turn(x, matrix.T)
@@ -342,7 +341,7 @@ class TieredStorage:
         shape = (rows, heads, self.length, size)
         out = self._workspace.take(("keys", "values")[which], shape, dense.dtype, dense.device)
         start = 0
-        for block in self._blocks:
+        for block in self.blocks:
             end = start + block[which].tokens
             self._unpack(block[which], basis, start, out[:, :, start:end])
             start = end
@@ -376,8 +375,9 @@ class TieredStorage:
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it, which may repeat."""
         self.dense.select_rows(rows)
-        for part in (part for pair in self._blocks for part in pair):
+        for part in (part for pair in self.blocks for part in pair):
             part.select_rows(rows)
+        self.blocks = list(self.blocks)  # another list: what was prepared for the old one holds no longer
         for basis in self.bases or ():
             basis.select_rows(rows)
         if self._positions is not None:
@@ -387,7 +387,7 @@ class TieredStorage:
         """Everything that is held, by name."""
         named = {"keys": self.dense.keys, "values": self.dense.values, "positions": self._positions}
         for which, name in enumerate(("keys", "values")):
-            for number, block in enumerate(self._blocks):
+            for number, block in enumerate(self.blocks):
                 named |= {f"block{number}.{name}.{key}": t for key, t in block[which].tensors.items()}
             if self.bases is not None:
                 basis = self.bases[which]
@@ -425,7 +425,7 @@ class TieredStorage:
             forms.append(form)
             if of_keys:
                 held = PackedTensor(int(bits[0]), of_keys) if form is None else ChannelTensor(form, of_keys)
-                self._blocks.append((held, PackedTensor(bits[1], of_values)))
+                self.blocks.append((held, PackedTensor(bits[1], of_values)))
         if self.formats.by_channel:
             self.forms, self._own_forms = forms, True
 

@@ -1,0 +1,8 @@
+"""Attention of new tokens over everything that a layer holds: the one door, and what computes behind it.
+
+Nothing heavy is imported here: an implementation is imported when it is first asked for.
+"""
+
+from .choice import VARIABLE, attend, available, chosen
+
+__all__ = ["VARIABLE", "attend", "available", "chosen"]

@@ -1,0 +1,89 @@
+"""Which implementation computes attention over packed tokens."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, nearest
+from ..storage import TieredStorage
+
+VARIABLE = "CRUSHKV_KERNELS"
+"""Environment variable that names the implementation to use."""
+# The fastest first. The last one runs everywhere.
+NAMES = ("plain",)
+
+
+class Kernels(Protocol):
+    """An implementation: a module of this package."""
+
+    def missing(self) -> str | None:
+        """Why it cannot run on this machine; None: it can."""
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it computes on tensors of a device."""
+
+    def refusal(self, queries: Tensor, store: TieredStorage) -> str | None:
+        """Why it cannot attend to what is held; None: it can."""
+
+    def attend(self, queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
+        """As `attend` below."""
+
+
+@lru_cache
+def _named(name: str) -> Kernels:
+    module: Kernels = importlib.import_module(f"{__package__}.{name}")
+    return module
+
+
+@lru_cache
+def available() -> dict[str, str | None]:
+    """Every implementation, and why it cannot run here (None: it can)."""
+    return {name: _named(name).missing() for name in NAMES}
+
+
+def chosen(device: torch.device) -> str:
+    """The implementation for tensors of a device: the one that `CRUSHKV_KERNELS` names, or the fastest.
+
+    Raises:
+        ConfigError: the variable names none, or one that cannot run on this machine or device.
+    """
+    return _chosen(os.environ.get(VARIABLE, ""), device.type)
+
+
+@lru_cache
+def _chosen(named: str, device_type: str) -> str:
+    device = torch.device(device_type)
+    can = [name for name, missing in available().items() if missing is None and _named(name).runs_on(device)]
+    if not named:
+        return can[0]
+    if named in can:
+        return named
+    if named in NAMES:
+        why = available()[named] or f"it does not compute on the device {device_type!r}"
+        raise ConfigError(f"{VARIABLE}={named!r} cannot run here: {why}. What can: {', '.join(can)}")
+    raise ConfigError(f"{VARIABLE}={named!r} is unknown.{nearest(named, NAMES)} What can run here: {', '.join(can)}")
+
+
+def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None = None) -> Tensor:
+    """Attention of one new token a row over everything that `store` holds, the token itself included.
+
+    Packed tokens are read as they are packed where the chosen implementation can, and unpacked where it cannot.
+
+    Args:
+        queries: `[B, Hq, 1, D]`, after RoPE.
+        scaling: of the logits.
+        shown: which slots may be seen, bool `[B, P]` or `[B, Hkv, P]`; None: all.
+
+    Returns:
+        `[B, Hq, 1, Dv]`, in the dtype of the queries.
+    """
+    kernels = _named(chosen(queries.device))
+    if kernels.refusal(queries, store) is not None:
+        kernels = _named("plain")
+    return kernels.attend(queries, store, scaling, shown)
