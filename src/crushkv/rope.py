@@ -44,7 +44,7 @@ class Rope:
             cosines, sines = (t.index_select(0, positions.flatten()).view(*positions.shape, -1) for t in tables)
             return cosines, sines
         angles = _product(positions, self.frequencies)
-        return angles.cos(), angles.sin()
+        return angles.cos().float(), angles.sin().float()
 
     def to(self, device: torch.device) -> Rope:
         """The same on another device, which the keys' own saves a copy at each call."""
@@ -61,8 +61,9 @@ _TABLED = 32768
 
 
 def _product(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Angles `[..., D]`, in float32 as models have them: at far positions its rounding is a part of the angle."""
-    return positions[..., None].float() * frequencies.to(positions.device)
+    """Angles `[..., D]`, exact, so that two ways to compute a turn agree at far positions, too. Models round them to
+    float32, which moves a centre by next to nothing, and is a part of what remains when it is subtracted."""
+    return positions[..., None].double() * frequencies.to(positions.device).double()
 
 
 @lru_cache(maxsize=2)
@@ -70,7 +71,7 @@ def _table(frequencies: tuple[float, ...], reach: int, device: torch.device) -> 
     """Cosine and sine at every position below `reach`: `[reach, D]` each. Layers that turn alike share it."""
     with torch.inference_mode(False):
         angles = _product(torch.arange(reach, device=device), torch.tensor(frequencies))
-        return angles.cos(), angles.sin()
+        return angles.cos().float(), angles.sin().float()
 
 
 @dataclass(frozen=True)

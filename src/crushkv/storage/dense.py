@@ -33,6 +33,10 @@ class DenseStorage:
         return None if self._values is None else self._values[:, :, : self.length]
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        return None if self._keys is None else self._keys.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, room to grow included."""
         return sum(t.untyped_storage().nbytes() for t in (self._keys, self._values) if t is not None)

@@ -1,0 +1,304 @@
+"""Attention straight from packed tokens on a CPU, by a compiled library (cpu.cpp).
+
+The library is built when crushkv is installed, where there is a C++ compiler, once for each set of instructions. It
+knows nothing of Python or PyTorch: it gets pointers, in the structures below, and runs on PyTorch's own threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..rope import Rope
+from ..storage import RAW, TieredStorage
+from ..storage.block import PackedTensor
+from ..storage.channels import ChannelTensor
+
+# The best first.
+_BUILDS = ("avx512", "avx2", "portable")
+_RAW, _BY_TOKEN, _BY_CHANNEL = range(3)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As in cpu.cpp.
+_HEADS, _SIZE, _LANES, _FINE = 16, 256, 8, 32
+
+_pointer, _int, _long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class _Numbers(ctypes.Structure):
+    _fields_ = (
+        ("kind", _int),
+        ("bits", _int),
+        ("groups", _int),
+        ("unused", _int),
+        ("planes", _pointer * 3),
+        ("plane_rows", _long * 3),
+        ("zero", _pointer),
+        ("span", _pointer),
+        ("raw", _pointer),
+        ("row_stride", _long),
+        ("head_stride", _long),
+    )
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        ("tokens", _long),
+        ("keys", _Numbers),
+        ("values", _Numbers),
+        ("plane_row", _pointer * 3),
+        ("width", _pointer),
+        ("unit", _pointer),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _long) for name in ("rows", "kv_heads", "group", "size", "value_size")),
+        *((name, _long) for name in ("kept", "slots", "blocks", "pairs", "padded")),
+        *((name, _pointer) for name in ("block", "positions", "centre", "first", "second", "still")),
+        ("still_count", _long),
+        *((name, _pointer) for name in ("coarse", "fine", "of_keys", "of_values")),
+        ("dtype", _int),
+        ("threads", _int),
+        *((name, _pointer) for name in ("queries", "output", "shown")),
+        ("shown_row", _long),
+        ("shown_head", _long),
+        ("scaling", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True)
+class _Library:
+    build: str
+    attend: ctypes._NamedFuncPointer
+
+
+@lru_cache
+def _library() -> _Library | None:
+    """The best build that runs on this processor; None: there is none."""
+    for build in _BUILDS:
+        for path in sorted(Path(__file__).parent.glob(f"_cpu_{build}.*")):
+            try:
+                found = ctypes.CDLL(str(path))
+            except OSError:  # of another platform
+                continue
+            if not found.runs():
+                continue
+            for name, structure in (("layer", _Layer), ("block", _Block)):
+                size = getattr(found, f"size_of_{name}")
+                size.restype = _long
+                if size() != ctypes.sizeof(structure):  # built from another version
+                    return None
+            if (entry := _openmp()) is not None:
+                found.use_parallel(entry)
+            return _Library(build, found.attend)
+    return None
+
+
+def _openmp() -> ctypes.c_void_p | None:
+    """The entry of the OpenMP library that PyTorch runs on, so that both share their threads."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    bundled += sorted(Path(torch.__file__).parents[1].glob("torch.libs/libgomp*.so*"))
+    for name in (None, *bundled):  # first what is loaded for all
+        try:
+            return ctypes.cast(ctypes.CDLL(name and str(name)).GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def missing() -> str | None:
+    if _library() is None:
+        return "its library was not built: that takes a C++ compiler (g++) when crushkv is installed from source"
+    return None
+
+
+def build() -> str:
+    """The instructions that the library in use was built for."""
+    library = _library()
+    return "none" if library is None else library.build
+
+
+def runs_on(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def refusal(queries: Tensor, store: TieredStorage) -> str | None:
+    if not store.blocks:
+        return "nothing is packed"
+    return _prepared(store).refusal or _of_queries(queries, store)
+
+
+def _of_queries(queries: Tensor, store: TieredStorage) -> str | None:
+    if queries.dtype not in _DTYPES or queries.dtype != store.dense.dtype:
+        return f"queries are {queries.dtype}, and what is held is {store.dense.dtype}"
+    group = queries.shape[1] // store.kv_heads
+    return f"{group} query heads a KV head" if group > _HEADS else None
+
+
+def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
+    """See `kernels.attend`."""
+    library, prepared = _library(), _prepared(store)
+    assert library is not None
+    queries = queries.contiguous()
+    layer = prepared.layer
+    rows, heads, _, _ = queries.shape
+    output = queries.new_empty((rows, heads, 1, layer.value_size))
+    layer.group = heads // layer.kv_heads
+    layer.slots = store.length
+    layer.threads = torch.get_num_threads()
+    layer.queries, layer.output, layer.scaling = queries.data_ptr(), output.data_ptr(), scaling
+    prepared.see_dense(store)
+    layer.shown = None
+    if shown is not None:
+        shown = shown.to(torch.uint8).contiguous()
+        layer.shown = shown.data_ptr()
+        by_head = shown.ndim == 3
+        layer.shown_head = shown.shape[-1] if by_head else 0
+        layer.shown_row = shown.shape[-1] * (shown.shape[1] if by_head else 1)
+    library.attend(ctypes.byref(layer))
+    return output
+
+
+class _Prepared:
+    """What stays the same from one eviction to the next, as the library reads it."""
+
+    def __init__(self, store: TieredStorage) -> None:
+        self.blocks = store.blocks  # another list as soon as anything in it changes
+        self.held: list[Tensor] = []  # what only pointers refer to
+        self.reach = 0
+        self.refusal = _refusal(store)
+        self.layer = _Layer()
+        if self.refusal is None:
+            self._fill(store)
+
+    def _fill(self, store: TieredStorage) -> None:
+        assert store.bases is not None and store.kept_positions is not None
+        of_keys, of_values = store.bases
+        layer = self.layer
+        keys, values = store.dense.keys, store.dense.values
+        assert keys is not None and values is not None
+        layer.rows, layer.kv_heads, _, layer.size = keys.shape
+        layer.value_size = values.shape[-1]
+        layer.kept, layer.blocks = store.kept, len(store.blocks)
+        layer.dtype = _DTYPES[keys.dtype]
+        self.block_array = (_Block * (layer.blocks + 1))()
+        layer.block = ctypes.cast(self.block_array, ctypes.c_void_p)
+        for block, (of_block, its_values) in zip(self.block_array, store.blocks, strict=False):
+            block.tokens = its_values.tokens
+            self._packed(block.values, its_values)
+            if isinstance(of_block, ChannelTensor):
+                self._channels(block, of_block, of_keys.spread)
+            else:
+                self._packed(block.keys, of_block)
+        layer.positions = self._pointer(store.kept_positions)
+        layer.of_keys, layer.of_values = self._pointer(of_keys.rotation), self._pointer(of_values.rotation)
+        if of_keys.centre is not None:
+            layer.centre = self._pointer(of_keys.centre.float())
+            self._turns(of_keys.rope, layer.size, store.seen)
+
+    def _pointer(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self.held.append(tensor.contiguous())
+        return self.held[-1].data_ptr()
+
+    def _packed(self, numbers: _Numbers, tensor: PackedTensor) -> None:
+        held = tensor.tensors
+        numbers.bits = tensor.bits
+        if tensor.bits == RAW:
+            self._raw(numbers, held["raw"].contiguous())
+            return
+        numbers.kind, numbers.groups = _BY_TOKEN, held["zero"].shape[-1]
+        for i, name in enumerate(name for name in held if name.startswith("plane")):
+            numbers.planes[i] = self._pointer(held[name])
+        numbers.zero, numbers.span = self._pointer(held["zero"]), self._pointer(held["span"])
+
+    def _raw(self, numbers: _Numbers, tensor: Tensor) -> None:
+        numbers.kind, numbers.raw = _RAW, self._pointer(tensor)
+        numbers.row_stride, numbers.head_stride = tensor.stride()[:2]
+
+    def _channels(self, block: _Block, keys: ChannelTensor, spread: Tensor | None) -> None:
+        assert spread is not None
+        numbers, form = block.keys, keys.form
+        numbers.kind = _BY_CHANNEL
+        for i, (width, channels, _) in enumerate(form.planes):
+            row = torch.full((form.widths.numel(),), -1, dtype=torch.int32)
+            row[channels] = torch.arange(len(channels), dtype=torch.int32)
+            block.plane_row[i] = self._pointer(row)
+            numbers.planes[i], numbers.plane_rows[i] = self._pointer(keys.tensors[f"plane{width}"]), len(channels)
+        numbers.span = self._pointer(keys.tensors["scale"])
+        block.width = self._pointer(form.widths.to(torch.uint8))
+        block.unit = self._pointer((form.steps * spread.float())[:, :, 0])
+
+    def _turns(self, rope: Rope | None, size: int, seen: int) -> None:
+        layer = self.layer
+        if rope is None:
+            first, second, still, frequencies = [], [], list(range(size)), torch.zeros(0)
+        else:
+            pairs = [(a, b) for a, b in enumerate(rope.partner.tolist()) if a < b]
+            first, second = [a for a, _ in pairs], [b for _, b in pairs]
+            turned = {*first, *second}
+            still = [d for d in range(size) if d not in turned]
+            # R_p x has x[a] cos(p f[a]) + x[b] sin(p f[a]) in channel a.
+            frequencies = rope.frequencies[first]
+        layer.pairs, layer.padded = len(first), -(-len(first) // _LANES) * _LANES
+        layer.first, layer.second = (self._pointer(torch.tensor(x, dtype=torch.int32)) for x in (first, second))
+        layer.still, layer.still_count = self._pointer(torch.tensor(still, dtype=torch.int32)), len(still)
+        if first:
+            coarse, fine = _tables(tuple(frequencies.tolist()), 1 << max(seen // _FINE, 1).bit_length())
+            layer.coarse, layer.fine = self._pointer(coarse), self._pointer(fine)
+
+    def see_dense(self, store: TieredStorage) -> None:
+        """Tells the library where the tokens are that came since."""
+        block, keys, values = self.block_array[len(self.blocks)], store.dense.keys, store.dense.values
+        assert keys is not None and values is not None
+        block.tokens = store.dense.length
+        for numbers, tensor in ((block.keys, keys), (block.values, values)):
+            numbers.kind, numbers.raw = _RAW, tensor.data_ptr()
+            numbers.row_stride, numbers.head_stride = tensor.stride()[:2]
+
+
+_prepared_stores: WeakKeyDictionary[TieredStorage, _Prepared] = WeakKeyDictionary()
+
+
+def _prepared(store: TieredStorage) -> _Prepared:
+    found = _prepared_stores.get(store)
+    if found is None or found.blocks is not store.blocks:
+        found = _prepared_stores[store] = _Prepared(store)
+    return found
+
+
+def _refusal(store: TieredStorage) -> str | None:
+    """Why what is held cannot be read as it is."""
+    assert store.bases is not None
+    if any(basis.projection is not None for basis in store.bases):
+        return "keys and values are projected to a lower rank"
+    keys, values = store.dense.keys, store.dense.values
+    assert keys is not None and values is not None
+    if max(keys.shape[-1], values.shape[-1]) > _SIZE:
+        return f"heads of more than {_SIZE} channels"
+    packed: Sequence[PackedTensor] = [p for pair in store.blocks for p in pair if isinstance(p, PackedTensor)]
+    for tensor, size in ((t, t.tensors["zero"]) for t in packed if t.bits != RAW):
+        groups, channels = size.shape[-1], tensor.tensors["plane0"].shape[-1]
+        if groups > 1 and channels // groups % _LANES:
+            return f"groups of {channels // groups} numbers"
+    return None
+
+
+@lru_cache(maxsize=8)
+def _tables(frequencies: tuple[float, ...], intervals: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at every `_FINE`-th position, and at those between: `[positions, 2, padded]`."""
+    each = torch.zeros(-(-len(frequencies) // _LANES) * _LANES, dtype=torch.float64)
+    each[: len(frequencies)] = torch.tensor(frequencies, dtype=torch.float64)
+    with torch.inference_mode(False):
+        tables = (torch.arange(n)[:, None] * step * each for n, step in ((intervals, _FINE), (_FINE, 1)))
+        coarse, fine = (torch.stack([angles.cos(), angles.sin()], dim=1).float() for angles in tables)
+    return coarse, fine
