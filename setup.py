@@ -1,10 +1,18 @@
-"""The compiled kernels; pyproject.toml has all the rest. Where they cannot be built, the installation goes on without."""
+"""The compiled kernels; pyproject.toml has the rest. Where they cannot be built, crushkv is installed without them."""
 
 import platform
 
 from setuptools import Extension, setup
 
-FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast", "-pthread"]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-ffp-contract=fast",
+    "-pthread",
+]
 BUILDS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     BUILDS["avx2"] = ["-mavx2", "-mfma"]

@@ -153,6 +153,7 @@ def _print(found: dict[str, Any]) -> None:
     embedded = found["embedded_model"]
     table.add_row("embedded model", Text(embedded["folder"] if embedded["ready"] else embedded["advice"]))
     table.add_row("attention", Text(_yes_no(found["attention_implementations"])))
+    table.add_row("kernels", Text(found["kernels"]["text"]))
     table.add_row("features", Text(_yes_no(found["features"])))
     plugin = found["vllm_plugin"]
     if found["optional"]["vllm"] or not plugin["loaded"]:

@@ -40,6 +40,7 @@ def examine() -> dict[str, Any]:
         "memory": memory(),
         "embedded_model": model,
         "attention_implementations": attention,
+        "kernels": _kernels(),
         "vllm_plugin": vllm_plugin(),
         "features": {
             "generation": not problems,
@@ -63,6 +64,23 @@ def attention_implementations() -> dict[str, bool]:
         return check is not None and bool(check())
 
     return {name: present(name) for name in SUPPORTED}
+
+
+def _kernels() -> dict[str, Any]:
+    """What attends to packed tokens on each device, and in words, why nothing faster does."""
+    import torch
+
+    from .. import kernels
+
+    devices = [torch.device("cpu"), *[torch.device("cuda")] * torch.cuda.is_available()]
+    try:
+        chosen = {device.type: kernels.described(device) for device in devices}
+    except CrushError as error:
+        return {"chosen": None, "missing": {}, "text": str(error)}
+    missing = {name: reason for name, reason in kernels.available().items() if reason is not None}
+    text = ", ".join(f"{device}: {name}" for device, name in chosen.items())
+    text += "".join(f"; not {name}: {reason}" for name, reason in missing.items())
+    return {"chosen": chosen, "missing": missing, "text": text}
 
 
 def vllm_plugin() -> dict[str, Any]:

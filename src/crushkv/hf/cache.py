@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .. import kernels
 from ..config import CrushConfig
 from ..core import Tier
 from ..errors import UnsupportedModelError
@@ -48,6 +49,8 @@ class CacheReport:
             keys was not found, or there is none, and the mean is taken as they are.
         widened_layers: compressed layers whose keys got more bits than asked for, and how many, because the error of
             the attention logits would have been large.
+        kernels: what attends to the tokens of the compressed layers while decoding: `cpu (avx2)`, or `plain`, which
+            unpacks them first, and why.
         profile: where the widths of key channels come from: a file, or "the prompt"; None: channels have equal widths.
     """
 
@@ -63,6 +66,7 @@ class CacheReport:
     rope_layers: int = 0
     widened_layers: Mapping[int, int] = field(default_factory=dict)
     profile: str | None = None
+    kernels: str | None = None
 
     @property
     def bytes_fraction(self) -> float:
@@ -259,6 +263,7 @@ class CrushCache(Cache):
             rope_layers=sum(layer.storage.centred_before_rope for layer in crushed),
             widened_layers={layer.index: layer.storage.widened_by for layer in crushed if layer.storage.widened_by},
             profile=self._profile_name(),
+            kernels=kernels.reader(crushed[0].storage) if crushed else None,
         )
 
 

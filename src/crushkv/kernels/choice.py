@@ -28,6 +28,9 @@ class Kernels(Protocol):
     def runs_on(self, device: torch.device) -> bool:
         """Whether it computes on tensors of a device."""
 
+    def build(self) -> str:
+        """What it was compiled for, in a word; empty where nothing is."""
+
     def refusal(self, queries: Tensor, store: TieredStorage) -> str | None:
         """Why it cannot attend to what is held; None: it can."""
 
@@ -68,6 +71,24 @@ def _chosen(named: str, device_type: str) -> str:
         why = available()[named] or f"it does not compute on the device {device_type!r}"
         raise ConfigError(f"{VARIABLE}={named!r} cannot run here: {why}. What can: {', '.join(can)}")
     raise ConfigError(f"{VARIABLE}={named!r} is unknown.{nearest(named, NAMES)} What can run here: {', '.join(can)}")
+
+
+def described(device: torch.device) -> str:
+    """`chosen`, and what that was compiled for: `cpu (avx2)`."""
+    name = chosen(device)
+    build = _named(name).build()
+    return f"{name} ({build})" if build else name
+
+
+def reader(store: TieredStorage) -> str:
+    """What attends to the tokens of a layer: `described`, or `plain` and the reason."""
+    if not store.blocks:
+        return "plain (nothing is packed)"
+    queries = torch.empty(
+        (store.rows, store.kv_heads, 1, store.sizes().sizes[0]), dtype=store.dense.dtype, device="meta"
+    )
+    reason = _named(chosen(store.device)).refusal(queries, store)
+    return described(store.device) if reason is None else f"plain ({reason})"
 
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None = None) -> Tensor:

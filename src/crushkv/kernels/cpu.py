@@ -21,8 +21,8 @@ from ..storage import RAW, TieredStorage
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
 
-# The best first.
-_BUILDS = ("avx512", "avx2", "portable")
+# Sets of instructions, the best first.
+BUILDS = ("avx512", "avx2", "portable")
 _RAW, _BY_TOKEN, _BY_CHANNEL = range(3)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # As in cpu.cpp.
@@ -75,55 +75,61 @@ class _Layer(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class _Library:
+class Library:
+    """A compiled library: the instructions it was built for, and its function."""
+
     build: str
     attend: ctypes._NamedFuncPointer
 
 
 @lru_cache
-def _library() -> _Library | None:
-    """The best build that runs on this processor; None: there is none."""
-    for build in _BUILDS:
-        for path in sorted(Path(__file__).parent.glob(f"_cpu_{build}.*")):
-            try:
-                found = ctypes.CDLL(str(path))
-            except OSError:  # of another platform
-                continue
-            if not found.runs():
-                continue
-            for name, structure in (("layer", _Layer), ("block", _Block)):
-                size = getattr(found, f"size_of_{name}")
-                size.restype = _long
-                if size() != ctypes.sizeof(structure):  # built from another version
-                    return None
-            if (entry := _openmp()) is not None:
-                found.use_parallel(entry)
-            return _Library(build, found.attend)
+def load(build: str) -> Library | None:
+    """The library that was built for some instructions; None: it is not there, or does not run on this processor."""
+    for path in sorted(Path(__file__).parent.glob(f"_cpu_{build}.*")):
+        try:
+            found = ctypes.CDLL(str(path))
+        except OSError:  # of another platform
+            continue
+        sizes = (found.size_of_layer, found.size_of_block)
+        for size in sizes:
+            size.restype = _long
+        if [size() for size in sizes] != [ctypes.sizeof(_Layer), ctypes.sizeof(_Block)]:
+            continue  # of another version of crushkv
+        if found.runs():
+            found.use_parallel(_openmp())
+            return Library(build, found.attend)
     return None
 
 
+@lru_cache
+def library() -> Library | None:
+    """The best one."""
+    return next((found for found in map(load, BUILDS) if found is not None), None)
+
+
+@lru_cache
 def _openmp() -> ctypes.c_void_p | None:
     """The entry of the OpenMP library that PyTorch runs on, so that both share their threads."""
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     bundled += sorted(Path(torch.__file__).parents[1].glob("torch.libs/libgomp*.so*"))
     for name in (None, *bundled):  # first what is loaded for all
         try:
-            return ctypes.cast(ctypes.CDLL(name and str(name)).GOMP_parallel, ctypes.c_void_p)
+            return ctypes.cast(ctypes.CDLL(None if name is None else str(name)).GOMP_parallel, ctypes.c_void_p)
         except (OSError, AttributeError):
             continue
     return None
 
 
 def missing() -> str | None:
-    if _library() is None:
+    if library() is None:
         return "its library was not built: that takes a C++ compiler (g++) when crushkv is installed from source"
     return None
 
 
 def build() -> str:
     """The instructions that the library in use was built for."""
-    library = _library()
-    return "none" if library is None else library.build
+    found = library()
+    return "none" if found is None else found.build
 
 
 def runs_on(device: torch.device) -> bool:
@@ -145,8 +151,8 @@ def _of_queries(queries: Tensor, store: TieredStorage) -> str | None:
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
     """See `kernels.attend`."""
-    library, prepared = _library(), _prepared(store)
-    assert library is not None
+    compiled, prepared = library(), _prepared(store)
+    assert compiled is not None
     queries = queries.contiguous()
     layer = prepared.layer
     rows, heads, _, _ = queries.shape
@@ -163,7 +169,7 @@ def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor 
         by_head = shown.ndim == 3
         layer.shown_head = shown.shape[-1] if by_head else 0
         layer.shown_row = shown.shape[-1] * (shown.shape[1] if by_head else 1)
-    library.attend(ctypes.byref(layer))
+    compiled.attend(ctypes.byref(layer))
     return output
 
 

@@ -17,6 +17,10 @@ def runs_on(device: torch.device) -> bool:
     return True
 
 
+def build() -> str:
+    return ""
+
+
 def refusal(queries: Tensor, store: TieredStorage) -> str | None:
     return None
 
