@@ -21,19 +21,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from crushkv import CrushConfig, kernels
 from crushkv.benchmark import FULL
 from crushkv.presets import PRESETS
-from crushkv.text import size
 from gpu_kernels import Layer, copy_bandwidth, rows
 from gpu_model import (
     LLAMA_8B,
@@ -48,6 +44,7 @@ from gpu_model import (
     with_profile,
     write_profile,
 )
+from gpu_report import RATIOS, Clock, Report, console, kernel_table, request_table, say, size_of
 from subject import machine
 
 ROOT = Path(__file__).parents[1]
@@ -56,51 +53,7 @@ TESTS = ("tests/test_kernels_gpu.py", "tests/test_on_gpu.py")
 ORDER = ((32768, 1), (8192, 8), (32768, 8), (65536, 1), (8192, 1), (65536, 8))
 KERNELS_SHARE = 0.25  # of the time, at most
 TEST_SECONDS = 60.0  # kept for the tests
-RATIOS = ("ttft_seconds", "tpot_seconds", "kv_bytes", "memory_bytes", "peak_above_start_bytes")
 GIB = 2**30
-console = Console(width=140, highlight=False)
-
-
-class Clock:
-    """Seconds since the run began, and those that are left of it."""
-
-    def __init__(self, minutes: float) -> None:
-        self._start, self._length = time.monotonic(), 60 * minutes
-
-    @property
-    def passed(self) -> float:
-        return time.monotonic() - self._start
-
-    @property
-    def left(self) -> float:
-        return self._length - self.passed
-
-
-class Report:
-    """What was found, in a file that is written anew with each row."""
-
-    def __init__(self, folder: Path, clock: Clock) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "gpu.json"
-        self.found: dict[str, Any] = {"kernels": [], "requests": [], "tests": None}
-        self._clock = clock
-
-    def note(self, **values: Any) -> None:
-        self.found |= values
-        self.write()
-
-    def add(self, section: str, row: dict[str, Any]) -> None:
-        self.found[section].append(row)
-        self.write()
-
-    def write(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.found | {"seconds": self._clock.passed}, indent=1) + "\n")
-        partial.replace(self.path)
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def sizes(lengths: Sequence[int], batches: Sequence[int]) -> list[tuple[int, int]]:
@@ -137,28 +90,6 @@ def measure_kernels(report: Report, clock: Clock, shape: dict[str, Any], asked: 
     console.print(kernel_table(report.found["kernels"]))
 
 
-def kernel_table(found: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="attention of one token over one layer", title_justify="left")
-    for name in ("tokens", "batch", "format", "kernels", "time", "speed-up", "bytes", "ratio", "of copy", "error"):
-        table.add_column(name, justify="left" if name in ("format", "kernels") else "right", overflow="fold")
-    for row in found:
-        head = f"{row['tokens']:,}", str(row["batch"]), row["method"], row.get("implementation", "")
-        if row["error"] is not None:
-            table.add_row(*head, row["error"])
-            continue
-        off = row["relative_error"]
-        table.add_row(
-            *head,
-            f"{1e6 * row['seconds']:,.0f} us",
-            f"{row['speedup']:.2f}x",
-            size(row["bytes"]),
-            f"{row['bytes_ratio']:.3f}",
-            f"{row['of_copy']:.0%}",
-            "-" if off is None else f"{off:.1e}",
-        )
-    return table
-
-
 # Whole requests
 
 
@@ -192,7 +123,7 @@ def measure_requests(
                 row |= {"ratios": ratios(row, full), "took_seconds": took}
                 report.add("requests", row)
                 say(f"[{clock.passed:4.0f} s] {tokens} x {batch}, {name}: {row['error'] or 'done'}, {took:.1f} s")
-            console.print(request_table([row for row in report.found["requests"] if _size(row) == (tokens, batch)]))
+            console.print(request_table([row for row in report.found["requests"] if size_of(row) == (tokens, batch)]))
     waits = {row["method"]: row["synchronisations"] for row in report.found["requests"] if row.get("synchronisations")}
     if waits:
         say("where a decoded token makes the host wait for the GPU, of the last size:")
@@ -221,37 +152,6 @@ def ratios(row: dict[str, Any], full: dict[str, Any] | None) -> dict[str, float]
     if full is None:
         return {}
     return {name: row[name] / full[name] for name in RATIOS if row.get(name) is not None and full.get(name)}
-
-
-def request_table(found: Sequence[dict[str, Any]]) -> Table:
-    tokens, batch = _size(found[0])
-    table = Table(title=f"{tokens:,} tokens, batch of {batch}; x: by the full cache", title_justify="left")
-    heads = ("cache", "TTFT", "x", "TPOT", "x", "KV", "x", "allocated", "x", "peak above weights", "x", "waits")
-    for number, name in enumerate(heads):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for row in found:
-        if row["error"] is not None:
-            table.add_row(row["method"], row["error"])
-            continue
-        cells = []
-        for name in RATIOS:
-            value, ratio = row[name], row["ratios"].get(name)
-            cells += [_figure(name, value), "-" if ratio is None else f"{ratio:.3f}"]
-        waits = row["synchronisations"]
-        table.add_row(row["method"], *cells, "-" if waits is None else str(sum(waits.values())))
-    return table
-
-
-def _figure(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    if name == "ttft_seconds":
-        return f"{value:.2f} s"
-    return f"{1000 * value:.1f} ms" if name == "tpot_seconds" else size(int(value))
-
-
-def _size(row: dict[str, Any]) -> tuple[int, int]:
-    return row["tokens"], row["batch"]
 
 
 # Tests

@@ -24,6 +24,7 @@ from crushkv.benchmark import ENGINE, FULL, Record, share
 from crushkv.fingerprint import fingerprint
 from crushkv.hf.cache import CrushCache, kv_bytes, kv_bytes_at_16_bits
 from crushkv.hf.energies import energies_of
+from crushkv.hf.interface import passed
 from crushkv.hf.measure import PeakMemory
 from crushkv.hf.rope import find_ropes
 from crushkv.presets import PRESETS
@@ -173,7 +174,7 @@ def _measured(model: Any, request: Request, method: str, config: CrushConfig | N
 
 def next_token(model: Any, tokens: Tensor, cache: Any) -> Tensor:
     """The token that is likeliest to follow, `[B, 1]`. Logits of the last position only: a prompt's take gigabytes."""
-    logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits: Tensor = model(input_ids=tokens, **passed(cache), use_cache=True, logits_to_keep=1).logits
     return logits.argmax(-1)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch.utils.backend_registration")
+pytestmark = pytest.mark.slow  # half a minute of one core
 ROOT = Path(__file__).parents[1]
 
 

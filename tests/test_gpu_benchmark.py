@@ -14,6 +14,7 @@ import pytest
 
 from crushkv.presets import PRESETS
 
+pytestmark = pytest.mark.slow  # half a minute of one core
 ROOT = Path(__file__).parents[1]
 SIZES = [(512, 1), (512, 2)]
 RATIOS = ("ttft_seconds", "tpot_seconds", "kv_bytes", "memory_bytes", "peak_above_start_bytes")
