@@ -38,7 +38,9 @@ class Rope:
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the angles at `positions [...]`: `[..., D]` each."""
-        if positions.numel() >= 256 and int(positions.max()) < _TABLED:
+        # A GPU computes faster than it looks up, and would be waited for to learn how far the positions reach.
+        on_cpu = positions.device.type == "cpu"
+        if on_cpu and positions.numel() >= 256 and int(positions.max()) < _TABLED:
             reach = 1 << max(int(positions.max()), 1).bit_length()
             tables = _table(tuple(self.frequencies.tolist()), reach, positions.device)
             cosines, sines = (t.index_select(0, positions.flatten()).view(*positions.shape, -1) for t in tables)
@@ -55,8 +57,8 @@ class Rope:
         return (energy + energy[..., self.partner.to(energy.device)]) / 2
 
 
-# Below this position, cosines and sines are looked up, since computing them takes several times as long. A table of so
-# many for heads of 128 channels takes 32 MiB.
+# Below this position, cosines and sines are looked up on a CPU, since computing them takes several times as long. A
+# table of so many for heads of 128 channels takes 32 MiB.
 _TABLED = 32768
 
 

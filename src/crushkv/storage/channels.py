@@ -24,8 +24,10 @@ _FACTORS = (0.8, 1.0, 1.25, 1.6, 2.2)
 # A scale is a power of 2 ** (1 / 16) in eight bits: finer than what the search is about.
 _OCTAVE, _UNIT = 16, 128
 _LEAST = 1e-6
-# Tokens that are quantized at a time: few enough for the numbers to stay in the processor's cache.
+# Tokens that are quantized at a time on a CPU: few enough for the numbers to stay in its cache. Elsewhere so many
+# numbers: each step of the search is a pass over them, of which few and long ones are wanted, in bounded memory.
 _TOGETHER = 512
+_NUMBERS_TOGETHER = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,9 @@ def quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
     Args:
         spread: float `[B, Hkv, 1, D]`, the root mean square of each channel.
     """
-    parts = [_quantize(part, spread.float(), form) for part in x.split(_TOGETHER, dim=2)]
+    rows, heads, _, size = x.shape
+    together = _TOGETHER if x.device.type == "cpu" else max(_TOGETHER, _NUMBERS_TOGETHER // (rows * heads * size))
+    parts = [_quantize(part, spread.float(), form) for part in x.split(together, dim=2)]
     return ChannelCodes(*(torch.cat([getattr(p, name) for p in parts], dim=2) for name in ("codes", "scale")))
 
 
