@@ -16,7 +16,7 @@ from ..storage import TieredStorage
 VARIABLE = "CRUSHKV_KERNELS"
 """Environment variable that names the implementation to use."""
 # The fastest first. The last one runs everywhere.
-NAMES = ("cpu", "plain")
+NAMES = ("gpu", "cpu", "plain")
 
 
 class Kernels(Protocol):

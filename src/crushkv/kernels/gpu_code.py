@@ -1,0 +1,367 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The GPU's code, in Triton. `gpu` calls it, and says what the tensors hold.
+
+Letters: B rows, H query heads, Hkv KV heads, G query heads a KV head, P tokens of a block, D channels of a key, E
+channels of a value. Logits are in units of log2, so that `exp2` takes them.
+
+A block's tokens are walked in tiles of TILE tokens. Planes of w bits hold 8 / w stretches of tokens, so the tiles that
+lie at the same place of each stretch share their bytes: these are visited one after the other, and the bytes come from
+the cache but for the first time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(32)  # rows of a plane of channels that are multiplied at a time
+
+
+@triton.jit
+def query_weights(weights, offsets, queries, channels, units, middles, factor, D, KV_HEADS, G: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """What the codes of each plane's rows are multiplied with: `weights [blocks, B * H, SLOTS]`, float16.
+
+    offsets: `[blocks, B * H]`, the product with the middles of the codes, which each logit is too large by.
+    channels: `[blocks, Hkv, SLOTS]` of the slots, units: `[blocks, B, Hkv, SLOTS]` of their codes, 0 where a slot is
+    empty, middles: `[blocks, Hkv, SLOTS]` of their codes. Program: (row and query head, block).
+    """
+    row, block = tl.program_id(0), tl.program_id(1)
+    queried = tl.num_programs(0)
+    slots = tl.arange(0, SLOTS)
+    at = (block * KV_HEADS + row // G % KV_HEADS) * SLOTS + slots
+    q = tl.load(queries + row * D + tl.load(channels + at)).to(tl.float32)
+    units_at = (block * (queried // G) + row // G) * SLOTS + slots
+    w = (q * tl.load(units + units_at) * factor).to(tl.float16)
+    at_out = block * queried + row
+    tl.store(weights + at_out * SLOTS + slots, w)
+    tl.store(offsets + at_out, tl.sum(w.to(tl.float32) * tl.load(middles + at), 0))
+
+
+@triton.jit(do_not_specialize=["rows", "positions"])
+def centre_logits(
+    out,
+    queries,
+    first,
+    second,
+    of_first,
+    of_second,
+    table,
+    table_rest,
+    factor,
+    rows,
+    positions,
+    D,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`out [B * H, positions]`: the product of each query with its head's centre, turned to each position.
+
+    It is `z @ table.T` with `z[k] = q[first[k]] * of_first[k] + q[second[k]] * of_second[k]`. Numbers are split into
+    two of float16 each, so that the product is as exact as one in float32. Program: (tile of positions, of rows).
+    """
+    k = tl.arange(0, K)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    position = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    real, reached = row < rows, position < positions
+    at = (row // G)[:, None] * K + k[None, :]
+    q_row = queries + row[:, None] * D
+    z = tl.load(q_row + tl.load(first + k)[None, :], mask=real[:, None], other=0).to(tl.float32)
+    z *= tl.load(of_first + at, mask=real[:, None], other=0)
+    q = tl.load(q_row + tl.load(second + k)[None, :], mask=real[:, None], other=0).to(tl.float32)
+    z = (z + q * tl.load(of_second + at, mask=real[:, None], other=0)) * factor
+    most = tl.maximum(tl.max(tl.abs(z), 1), 1e-30)
+    z = z / most[:, None]
+    high = z.to(tl.float16)
+    rest = (z - high.to(tl.float32)).to(tl.float16)
+    at_table = position[None, :] * K + k[:, None]
+    t = tl.load(table + at_table, mask=reached[None, :], other=0)
+    t_rest = tl.load(table_rest + at_table, mask=reached[None, :], other=0)
+    product = tl.dot(high, t_rest)
+    product = tl.dot(rest, t, product)
+    product = tl.dot(high, t, product) * most[:, None]
+    at_out = row.to(tl.int64)[:, None] * positions + position[None, :]
+    tl.store(out + at_out, product, mask=real[:, None] & reached[None, :])
+
+
+@triton.jit
+def _plane(base, tokens, channels, shown, P, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Bytes `[TILE, channels]` of one plane `[P * WIDTH / 8, SIZE]` that hold the tokens' bits."""
+    place = tokens
+    if WIDTH < 8:
+        place = tokens % ((P * WIDTH + 7) // 8)
+    return tl.load(base + place[:, None] * SIZE + channels[None, :], mask=shown, other=0)
+
+
+@triton.jit
+def _bits(x, tokens, P, WIDTH: tl.constexpr):
+    """The tokens' bits of the bytes `x [TILE, channels]`."""
+    if WIDTH < 8:
+        shift = tokens // ((P * WIDTH + 7) // 8) * WIDTH
+        x = (x >> shift.to(tl.uint8)[:, None]) & ((1 << WIDTH) - 1)
+    return x
+
+
+@triton.jit
+def _codes(first, second, tokens, P, BITS: tl.constexpr):
+    """Codes as float16 of the bytes of their planes."""
+    if BITS == 3:
+        return (_bits(first, tokens, P, 2) * 2 + _bits(second, tokens, P, 1)).to(tl.float16)
+    return _bits(first, tokens, P, BITS).to(tl.float16)
+
+
+@triton.jit
+def _channel_product(logits, plane, weights, run, t, k, BYTES, WIDTH: tl.constexpr):
+    """Adds the product of the weights `[M, slots]` with a head's rows of one plane of channels.
+
+    run: points to the first row, the number of rows and the first slot. t: bytes `[TILE]` in stretch k. The last bytes
+    of a row may stand for no token. What is added up for these is left out later: a mask by tokens would be one by
+    bytes, and each byte be loaded alone.
+    """
+    start, count, slot = tl.load(run), tl.load(run + 1), tl.load(run + 2)
+    at = (k % WIDTH) * BYTES + t
+    shift = (k - k % WIDTH).to(tl.uint8)
+    for i in range(0, count, CHUNK):
+        row = i + tl.arange(0, CHUNK)
+        w = tl.load(weights + slot + row[None, :])
+        bytes_ = plane + (start + row).to(tl.int64)[:, None] * (BYTES * WIDTH) + at[None, :]
+        x = tl.load(bytes_, mask=(row < count)[:, None] & (t < BYTES)[None, :], other=0)
+        logits = tl.dot(w, ((x >> shift) & ((1 << WIDTH) - 1)).to(tl.float16), logits)
+    return logits
+
+
+# Numbers that differ from call to call or from layer to layer: none of them is worth a kernel of its own.
+_VARYING = ["P", "stretch", "plane4_rows", "plane2_rows", "plane1_rows", "of_centre_length", "position_step"]
+_VARYING += ["positions_length", "first_slot", "first_split", "splits", "all_splits", "shown_row", "shown_head"]
+_UNALIGNED = ["totals", "greatest", "offsets", "runs", "of_centre", "positions", "shown", "k_zero", "k_span"]
+_UNALIGNED += ["v_zero", "v_span"]
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
+def attend_block(
+    sums,  # float32 [all_splits, B * H, E]: values, weighted by exp2(logit - greatest)
+    totals,  # float32 [all_splits, B * H]: of these weights
+    greatest,  # float32 [all_splits, B * H]
+    queries,  # [B * H, D]
+    weights,  # float16 [B * H, SLOTS] of `query_weights`
+    offsets,  # [B * H] of `query_weights`
+    runs,  # int32 [Hkv, 3, 3], see `_channel_product`, of the planes of 4, 2 and 1 bits
+    of_centre,  # float32 [B * H, of_centre_length] of `centre_logits`
+    positions,  # int32 [B, Hkv, positions_length]
+    shown,  # uint8, strides shown_row and shown_head, over all slots
+    k0,  # keys: planes of channels, 4 bits; or the first plane of tokens; or numbers
+    k1,  # 2 bits; second plane
+    k2,  # 1 bit
+    k_zero,  # zero, or a token's scale
+    k_span,
+    v0,
+    v1,
+    v_zero,
+    v_span,
+    factor,  # of logits
+    P,
+    stretch,  # tokens of each of STRETCHES, over ALIGNED
+    plane4_rows,  # rows of all heads
+    plane2_rows,
+    plane1_rows,
+    of_centre_length,
+    position_step,  # 0 where keys do not turn
+    positions_length,
+    first_slot,  # of the block
+    first_split,
+    splits,  # that share this block
+    all_splits,
+    shown_row,
+    shown_head,
+    k_row,  # strides of numbers
+    k_head,
+    v_row,
+    v_head,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    D_FILLED: tl.constexpr,
+    E_FILLED: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    K_BITS: tl.constexpr,  # 0: widths by channel
+    V_BITS: tl.constexpr,
+    K_GROUPS: tl.constexpr,
+    K_GROUP_FILLED: tl.constexpr,
+    V_GROUPS: tl.constexpr,
+    V_GROUPS_FILLED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    MASKED: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+    PRODUCT: tl.constexpr,  # dtype in which numbers are multiplied
+):
+    """Attention over a part of one block. Program: (part, KV head, row).
+
+    Rows of the matrices are query heads, once for each group of a value's channels, whose weights are its own: what a
+    row finds in other groups' channels is left out at the end.
+    """
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads = tl.num_programs(1)
+    kv = row.to(tl.int64) * kv_heads + head
+    m = tl.arange(0, M)
+    real_row = m < G * V_GROUPS
+    query = kv * G + m % G
+    group = tl.where(real_row, m // G, 0)
+    d, e = tl.arange(0, D_FILLED), tl.arange(0, E_FILLED)
+    n = tl.arange(0, TILE)
+    length = stretch * ALIGNED
+    tiles = (length + TILE - 1) // TILE * STRETCHES
+    first, last = tiles * split // splits, tiles * (split + 1) // splits
+
+    if K_BITS == 0:
+        weight_rows = weights + query[:, None] * SLOTS
+        offset = tl.load(offsets + query)
+    elif K_BITS == 16:
+        q = tl.load(queries + query[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0)
+    low = tl.zeros([M], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    most = tl.full([M], float("-inf"), tl.float32)
+    acc = tl.zeros([M, E_FILLED], tl.float32)
+    for tile in range(first, last):
+        k = tile % STRETCHES
+        t = tile // STRETCHES * TILE + n
+        token = k * length + t
+        real = (t < length) & (token < P)
+        # Values first, so that they are under way while the logits are made.
+        of_value = real[:, None] & (e < E)[None, :]
+        if V_BITS == 16:
+            v = tl.load(v0 + row.to(tl.int64) * v_row + head.to(tl.int64) * v_head + token[:, None] * E + e[None, :], mask=of_value, other=0)  # fmt: skip
+        elif V_BITS == 3:
+            x0 = _plane(v0 + kv * ((P * 2 + 7) // 8) * E, token, e, of_value, P, E, 2)
+            x1 = _plane(v1 + kv * ((P + 7) // 8) * E, token, e, of_value, P, E, 1)
+        else:
+            x0 = _plane(v0 + kv * ((P * V_BITS + 7) // 8) * E, token, e, of_value, P, E, V_BITS)
+            x1 = x0
+
+        logits = tl.zeros([M, TILE], tl.float32)
+        if K_BITS == 0:
+            run = runs + head * 9
+            b = row.to(tl.int64) * length
+            logits = _channel_product(logits, k0 + b * plane4_rows * 4, weight_rows, run, t, k, length, 4)
+            logits = _channel_product(logits, k1 + b * plane2_rows * 2, weight_rows, run + 3, t, k, length, 2)
+            logits = _channel_product(logits, k2 + b * plane1_rows, weight_rows, run + 6, t, k, length, 1)
+            scale = tl.load(k_zero + kv * P + token, mask=real, other=0).to(tl.float32)
+            logits = (logits - offset[:, None]) * tl.exp2((scale - 128) / 16)[None, :]
+        elif K_BITS == 16:
+            at = row.to(tl.int64) * k_row + head.to(tl.int64) * k_head + token[:, None] * D + d[None, :]
+            numbers = tl.load(k0 + at, mask=real[:, None] & (d < D)[None, :], other=0)
+            logits = tl.dot(q.to(PRODUCT), tl.trans(numbers.to(PRODUCT)), input_precision="ieee") * factor
+        else:
+            for g in tl.static_range(K_GROUPS):
+                c = tl.arange(0, K_GROUP_FILLED)
+                channel = g * (D // K_GROUPS) + c
+                inside = c < D // K_GROUPS
+                q = tl.load(queries + query[:, None] * D + channel[None, :], mask=inside[None, :], other=0)
+                q = (q.to(tl.float32) * factor).to(tl.float16)
+                of_key = real[:, None] & inside[None, :]
+                if K_BITS == 3:
+                    y0 = _plane(k0 + kv * ((P * 2 + 7) // 8) * D, token, channel, of_key, P, D, 2)
+                    y1 = _plane(k1 + kv * ((P + 7) // 8) * D, token, channel, of_key, P, D, 1)
+                else:
+                    y0 = _plane(k0 + kv * ((P * K_BITS + 7) // 8) * D, token, channel, of_key, P, D, K_BITS)
+                    y1 = y0
+                product = tl.dot(q, tl.trans(_codes(y0, y1, token, P, K_BITS)))
+                at = (kv * P + token) * K_GROUPS + g
+                width = tl.exp2((tl.load(k_span + at, mask=real, other=0).to(tl.float32) - 128) / 8 - K_BITS)
+                zero = tl.load(k_zero + at, mask=real, other=0).to(tl.float32) * (2.0**K_BITS / 255)
+                product += tl.sum(q.to(tl.float32), 1)[:, None] * (0.5 - zero)[None, :]
+                logits += product * width[None, :]
+        if CENTRED:
+            position = tl.load(positions + kv * positions_length + first_slot + token, mask=real, other=0)
+            at = query[:, None] * of_centre_length + (position * position_step)[None, :]
+            logits += tl.load(of_centre + at, mask=real[None, :], other=0)
+        seen = real
+        if MASKED:
+            at = row.to(tl.int64) * shown_row + head.to(tl.int64) * shown_head + first_slot + token
+            seen &= tl.load(shown + at, mask=real, other=0) != 0
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+
+        if V_BITS == 16:
+            raised, highest = logits, logits
+        else:
+            # A range is a power of two: it goes into the exponent.
+            at = (kv * P + token) * V_GROUPS
+            span = tl.load(v_span + at[None, :] + group[:, None], mask=real[None, :], other=0).to(tl.float32)
+            raised = logits + (span - 128) / 8
+            every = tl.arange(0, V_GROUPS_FILLED)
+            spans = tl.load(v_span + at[:, None] + every[None, :], mask=real[:, None] & (every < V_GROUPS)[None, :], other=0)  # fmt: skip
+            highest = logits + ((tl.max(spans.to(tl.int32), 1).to(tl.float32) - 128) / 8)[None, :]
+        now = tl.maximum(most, tl.max(highest, 1))
+        base = tl.where(now == float("-inf"), 0.0, now)
+        decay = tl.exp2(most - base)
+        most = now
+        p = tl.exp2(raised - base[:, None])
+        if V_BITS == 16:
+            total = total * decay + tl.sum(p, 1)
+            acc = tl.dot(p.to(PRODUCT), v.to(PRODUCT), acc * decay[:, None], input_precision="ieee")
+        else:
+            total = total * decay + tl.sum(tl.exp2(logits - base[:, None]), 1)
+            p = p.to(tl.float16)
+            zero = tl.load(v_zero + at[None, :] + group[:, None], mask=real[None, :], other=0).to(tl.float32)
+            low = low * decay + tl.sum(p.to(tl.float32) * (0.5 - zero * (2.0**V_BITS / 255)), 1)
+            acc = tl.dot(p, _codes(x0, x1, token, P, V_BITS), acc * decay[:, None])
+
+    if V_BITS != 16:
+        acc = (acc + low[:, None]) * (1.0 / 2**V_BITS)
+    at = (first_split + split).to(tl.int64) * tl.num_programs(2) * kv_heads * G + query
+    own = real_row[:, None] & (group[:, None] == (e // (E // V_GROUPS))[None, :]) & (e < E)[None, :]
+    tl.store(sums + at[:, None] * E + e[None, :], acc, mask=own)
+    tl.store(totals + at, total, mask=m < G)
+    tl.store(greatest + at, most, mask=m < G)
+
+
+@triton.jit(do_not_specialize=["rotated_splits", "all_splits"], do_not_specialize_on_alignment=["totals", "greatest"])
+def merge(
+    out,  # [B * H, E]
+    sums,
+    totals,
+    greatest,
+    rotation,  # float32 [E, E]
+    rotated_splits,  # the first ones, whose sums are rotated
+    all_splits,
+    E: tl.constexpr,
+    E_FILLED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROTATED: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Joins what `attend_block` found in all parts. Program: (row and query head, CHANNELS of the output)."""
+    row, rows = tl.program_id(0), tl.num_programs(0)
+    s = tl.arange(0, SPLITS)
+    most = tl.full([SPLITS], float("-inf"), tl.float32)
+    for i in range(0, all_splits, SPLITS):
+        most = tl.maximum(most, tl.load(greatest + (i + s) * rows + row, mask=i + s < all_splits, other=float("-inf")))
+    top = tl.max(most, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    total = tl.zeros([SPLITS], tl.float32)
+    acc = tl.zeros([CHANNELS], tl.float32)
+    for i in range(0, all_splits, SPLITS):
+        at, inside = (i + s) * rows + row, i + s < all_splits
+        w = tl.exp2(tl.load(greatest + at, mask=inside, other=float("-inf")) - top)
+        total += w * tl.load(totals + at, mask=inside, other=0)
+        if ROTATED:
+            inside &= i + s >= rotated_splits
+        x = tl.load(sums + at.to(tl.int64)[:, None] * E + c[None, :], mask=inside[:, None] & (c < E)[None, :], other=0)
+        acc += tl.sum(w[:, None] * x, 0)
+    if ROTATED:
+        e = tl.arange(0, E_FILLED)
+        rotated = tl.zeros([E_FILLED], tl.float32)
+        for i in range(0, rotated_splits, SPLITS):
+            at, inside = (i + s) * rows + row, i + s < rotated_splits
+            w = tl.exp2(tl.load(greatest + at, mask=inside, other=float("-inf")) - top)
+            x = tl.load(sums + at.to(tl.int64)[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0)  # fmt: skip
+            rotated += tl.sum(w[:, None] * x, 0)
+        matrix = tl.load(rotation + c[:, None] * E + e[None, :], mask=(c < E)[:, None] & (e < E)[None, :], other=0)
+        acc += tl.sum(matrix * rotated[None, :], 1)
+    whole = tl.sum(total, 0)
+    acc = acc / tl.where(whole == 0, 1.0, whole)
+    tl.store(out + row * E + c, acc.to(out.dtype.element_ty), mask=c < E)

@@ -1,0 +1,282 @@
+"""What the GPU's kernels need of a layer besides the tokens: made once for each eviction, or once for many layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+
+from ..rope import Rope
+from ..storage import RAW, ChannelFormat, TieredStorage
+from ..storage.basis import Basis
+from ..storage.block import PackedTensor
+from ..storage.channels import ChannelTensor
+from ..storage.packing import PLANES
+
+CHUNK = 32
+"""Rows of a plane of channels that are multiplied at a time."""
+_PROGRAMS_A_PROCESSOR = 4
+_MOST_SPLITS = 128
+
+
+def power_of_two(number: int, least: int = 16) -> int:
+    """The least one that is no less than both: sizes of matrices on the device."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
+@lru_cache
+def _programs(device: torch.device) -> int:
+    """How many programs a device runs at a time, about."""
+    if device.type != "cuda":
+        return 16
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * _PROGRAMS_A_PROCESSOR
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the tokens of a block, or those that are not packed, are walked and divided.
+
+    Attributes:
+        tokens: P.
+        stretches: see `gpu_code`.
+        stretch: tokens of each.
+        splits: programs that share the tokens of a head.
+    """
+
+    tokens: int
+    stretches: int
+    stretch: int
+    splits: int
+
+    @classmethod
+    def over(cls, tokens: int, stretches: int, tile: int, heads: int, device: torch.device) -> Walk:
+        """heads: of all rows."""
+        stretch = -(-tokens // stretches)
+        tiles = -(-stretch // tile) * stretches
+        return cls(tokens, stretches, stretch, max(1, min(tiles, _programs(device) // heads, _MOST_SPLITS)))
+
+    @property
+    def aligned(self) -> int:
+        """What the length of a stretch is a multiple of, as far as it makes loads wider."""
+        return next(by for by in (16, 4, 1) if self.stretch % by == 0)
+
+
+def tile_of(sizes: tuple[int, int], device: torch.device) -> int:
+    """Tokens a tile, for head sizes of keys and values: what the registers of four warps hold."""
+    if device.type != "cuda":  # the interpreter's time goes by numbers
+        return 16
+    return max(16, min(128, 8192 // power_of_two(max(sizes))))
+
+
+def _stretches(keys: PackedTensor | ChannelTensor, values: PackedTensor) -> int:
+    """Of the narrowest plane of a block."""
+    widths = [min(PLANES[part.bits]) for part in (keys, values) if part.bits in PLANES]
+    return 8 if isinstance(keys, ChannelTensor) else 8 // min(widths, default=8)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the rows of the planes of one format stand among the weights of a query.
+
+    Attributes:
+        channels: int32 `[Hkv, SLOTS]`, the channel of each slot.
+        powers: float32 `[Hkv, SLOTS]`, the place value of the plane's lowest bit in the code; 0: the slot is empty.
+        middles: float32 `[Hkv, SLOTS]`, half of the greatest number in the plane.
+        runs: int32 `[Hkv, 3, 3]`, first row, number of rows and first slot of each plane.
+        rows: of each plane, over all heads.
+    """
+
+    channels: Tensor
+    powers: Tensor
+    middles: Tensor
+    runs: Tensor
+    rows: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, form: ChannelFormat) -> Slots:
+        heads, size = form.widths.shape
+        room = -(-size // CHUNK) * CHUNK
+        slots = power_of_two(3 * room)
+        channels, runs = torch.zeros(heads, slots, dtype=torch.int32), torch.zeros(heads, 3, 3, dtype=torch.int32)
+        powers, middles = torch.zeros(heads, slots), torch.zeros(heads, slots)
+        rows = []
+        for number, (width, flat, shift) in enumerate(form.planes):
+            flat, head = flat.cpu(), flat.cpu() // size
+            count = head.bincount(minlength=heads)
+            start = count.cumsum(0) - count
+            slot = number * room + torch.arange(len(flat)) - start[head]
+            channels[head, slot] = (flat % size).int()
+            powers[head, slot] = (1 << shift.cpu().long()[:, 0]).float()
+            middles[head, slot] = ((1 << width) - 1) / 2
+            runs[:, number] = torch.stack([start, count, torch.full_like(start, number * room)], dim=-1).int()
+            rows.append(len(flat))
+        device = form.widths.device
+        found = (t.to(device) for t in (channels, powers, middles, runs))
+        return cls(*found, (rows[0], rows[1], rows[2]))
+
+
+_slots: WeakKeyDictionary[ChannelFormat, Slots] = WeakKeyDictionary()
+
+
+def _slots_of(form: ChannelFormat) -> Slots:
+    if form not in _slots:
+        with torch.inference_mode(False):
+            _slots[form] = Slots.of(form)
+    return _slots[form]
+
+
+@dataclass(frozen=True)
+class Turning:
+    """The product of a query with a turned centre, as a product with a table: see `gpu_code.centre_logits`.
+
+    Attributes:
+        first, second: int32 `[K]`, channels of the query. of_first, of_second: int64 `[K]`, those of the centre that
+            they are multiplied with. signs: float32 `[K]` each, 0 where nothing is added.
+        table, table_rest: float16 `[positions, K]`, cosines and sines, and what float16 rounds off them.
+    """
+
+    first: Tensor
+    second: Tensor
+    of_first: Tensor
+    of_second: Tensor
+    first_signs: Tensor
+    second_signs: Tensor
+    table: Tensor
+    table_rest: Tensor
+
+
+@lru_cache(maxsize=4)
+def _turning(partner: tuple[int, ...], frequencies: tuple[float, ...], reach: int, device: torch.device) -> Turning:
+    """For all positions below `reach`."""
+    pairs = [(a, b) for a, b in enumerate(partner) if b > a]
+    still = [a for a, b in enumerate(partner) if b == a]
+    # A row: the query's channels, the centre's, their signs, and the frequency of a cosine (0) or a sine (1). The
+    # product of a pair is (q_a c_a + q_b c_b) cos + (q_a c_b - q_b c_a) sin.
+    rows: list[tuple[float, ...]] = [(a, b, a, b, 1, 1, frequencies[a], 0) for a, b in pairs]
+    rows += [(a, b, b, a, 1, -1, frequencies[a], 1) for a, b in pairs]
+    for i in range(0, len(still), 2):
+        a, b = still[i], still[min(i + 1, len(still) - 1)]
+        rows.append((a, b, a, b, 1, float(b != a), 0, 0))
+    rows += [(0,) * 8] * (power_of_two(len(rows)) - len(rows))
+    with torch.inference_mode(False):
+        columns = torch.tensor(rows, dtype=torch.float64, device=device).unbind(-1)
+        channels, (first, second, turns, is_sine) = columns[:4], (column.float() for column in columns[4:])
+        # In float32, as models have them: at far positions its rounding is a part of the angle.
+        angles = torch.arange(reach, device=device)[:, None].float() * turns
+        exact = torch.where(is_sine > 0, angles.sin(), angles.cos())
+        table = exact.half()
+        of_query, of_centre = (c.int() for c in channels[:2]), (c.long() for c in channels[2:])
+        return Turning(*of_query, *of_centre, first, second, table, (exact - table.float()).half())
+
+
+_kinds: WeakKeyDictionary[Rope, tuple[tuple[int, ...], tuple[float, ...]]] = WeakKeyDictionary()
+
+
+def _turning_of(rope: Rope | None, size: int, positions: int, device: torch.device) -> Turning:
+    """Layers that turn alike share it."""
+    if rope is None:
+        return _turning(tuple(range(size)), (0.0,) * size, 1, device)
+    if rope not in _kinds:
+        _kinds[rope] = tuple(rope.partner.tolist()), tuple(rope.frequencies.tolist())
+    return _turning(*_kinds[rope], 1 << max(positions - 1, 1).bit_length(), device)
+
+
+@dataclass(frozen=True)
+class Centre:
+    """turning; factors of its first and second channels, float32 `[B, Hkv, K]`; and the number of positions."""
+
+    turning: Turning
+    of_first: Tensor
+    of_second: Tensor
+    positions: int
+
+    @classmethod
+    def of(cls, basis: Basis, seen: int) -> Centre:
+        assert basis.centre is not None
+        centre = basis.centre[:, :, 0].float()
+        turning = _turning_of(basis.rope, centre.shape[-1], seen, centre.device)
+        first = centre[..., turning.of_first] * turning.first_signs
+        second = centre[..., turning.of_second] * turning.second_signs
+        return cls(turning, first, second, 1 if basis.rope is None else seen)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is needed of a layer until its blocks change.
+
+    Attributes:
+        made_for: a tensor of its first block.
+        positions: `store.kept_positions`, contiguous.
+        walks: of the blocks.
+        slots: of the blocks whose keys have widths by channel, by the block's number.
+        channels, middles: their `Slots`, stacked `[blocks, Hkv, SLOTS]`. units: float32 `[blocks, B, Hkv, SLOTS]`, what
+            one step of a plane's number is worth in a channel.
+    """
+
+    made_for: ReferenceType[Tensor]
+    positions: Tensor
+    walks: list[Walk]
+    centre: Centre
+    slots: dict[int, Slots]
+    channels: Tensor | None = None
+    middles: Tensor | None = None
+    units: Tensor | None = None
+
+    @classmethod
+    def of(cls, store: TieredStorage) -> Prepared:
+        assert store.bases is not None and store.kept_positions is not None
+        basis = store.bases[0]
+        sizes = store.sizes().sizes
+        walks, slots, units = [], dict[int, Slots](), []
+        for number, (keys, values) in enumerate(store.blocks):
+            heads = store.rows * store.kv_heads
+            walks.append(
+                Walk.over(keys.tokens, _stretches(keys, values), tile_of(sizes, store.device), heads, store.device)
+            )
+            if isinstance(keys, ChannelTensor):
+                assert basis.spread is not None
+                found = slots[number] = _slots_of(keys.form)
+                unit = (keys.form.steps * basis.spread.float())[:, :, 0]
+                units.append(unit.gather(-1, found.channels.long().expand(len(unit), -1, -1)) * found.powers)
+        stacked: dict[str, Any] = {}
+        if slots:
+            stacked = {
+                name: torch.stack([getattr(s, name) for s in slots.values()]) for name in ("channels", "middles")
+            } | {"units": torch.stack(units)}
+        made_for = ref(_first_tensor(store))
+        centre = Centre.of(basis, store.seen)
+        return cls(made_for, store.kept_positions.contiguous(), walks, centre, slots, **stacked)
+
+    def fits(self, store: TieredStorage) -> bool:
+        return self.made_for() is _first_tensor(store)
+
+
+def _first_tensor(store: TieredStorage) -> Tensor:
+    """Of the values of the first block: another one whenever tokens move."""
+    return next(iter(store.blocks[0][1].tensors.values()))
+
+
+_prepared: WeakKeyDictionary[TieredStorage, Prepared] = WeakKeyDictionary()
+
+
+def prepared(store: TieredStorage) -> Prepared | None:
+    """None: it holds no blocks."""
+    if not store.blocks:
+        _prepared.pop(store, None)
+        return None
+    found = _prepared.get(store)
+    if found is None or not found.fits(store):
+        found = _prepared[store] = Prepared.of(store)
+    return found
+
+
+def groups_of(part: PackedTensor | ChannelTensor) -> int:
+    """Groups of channels with a range of their own in each token."""
+    if isinstance(part, ChannelTensor) or part.bits == RAW:
+        return 1
+    return math.prod(part.tensors["span"].shape[3:])

@@ -1,0 +1,276 @@
+"""The GPU's kernels against the plain ones; `test_kernels_gpu.py` runs this in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from crushkv import kernels
+from crushkv.config import CrushConfig
+from crushkv.kernels import gpu, plain
+from crushkv.presets import PRESETS
+from crushkv.rope import Rope
+from crushkv.storage import RAW, Formats, TieredStorage
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rope_of(size: int, turned: int | None = None, base: float = 100.0) -> Rope:
+    """Half-split pairs of the first `turned` channels."""
+    turned = size if turned is None else turned
+    half = turned // 2
+    frequencies = base ** -(torch.arange(half) / half)
+    partner = torch.cat([torch.arange(half, turned), torch.arange(half), torch.arange(turned, size)])
+    return Rope(partner, torch.cat([-frequencies, frequencies, torch.zeros(size - turned)]))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def shape_of(store: TieredStorage) -> tuple[int, int, int, int]:
+    assert store.dense.keys is not None and store.dense.values is not None
+    return store.rows, store.kv_heads, store.dense.keys.shape[-1], store.dense.values.shape[-1]
+
+
+def keep(store: TieredStorage, part: float = 0.8, dense: int = 4) -> None:
+    """Keeps a part of the tokens, other ones for each head, of which the last `dense` stay out of the blocks."""
+    rows, heads, *_ = shape_of(store)
+    formats, length = store.formats, store.length
+    kept = int(part * (length - 8)) if store.blocked == 0 else length - 8 - length // 10
+    order = torch.rand(rows, heads, length - 8, device=DEVICE).argsort(-1)[..., :kept].sort(-1).values
+    tail = torch.arange(length - 8, length, device=DEVICE).expand(rows, heads, -1)
+    recent = 8 - dense
+    lengths = [kept] if len(formats.contested) == 1 else [kept - kept // 3, kept // 3]
+    if formats.recent_block:
+        lengths += [recent]
+    else:
+        lengths[-1] += recent
+    store.keep(torch.cat([order, tail], dim=-1), (*lengths, dense))
+
+
+def held(
+    formats: Formats,
+    tokens: int = 60,
+    shape: tuple[int, int, int, int] = (1, 2, 32, 32),
+    rope: Rope | None = None,
+    dtype: torch.dtype = torch.float32,
+    dense: int = 4,
+) -> TieredStorage:
+    torch.manual_seed(0)
+    rows, heads, size, size_of_values = shape
+    keys = torch.randn(rows, heads, tokens, size) * torch.linspace(0.2, 3, size)
+    centre = 5 * torch.randn(heads, 1, size)
+    keys = keys + centre if rope is None else rope.turned(keys + centre, torch.arange(tokens))
+    store = TieredStorage(formats)
+    store.append(keys.to(DEVICE, dtype), random(rows, heads, tokens, size_of_values, dtype=dtype))
+    store.fit(None, rope if rope is None else rope.to(DEVICE))
+    keep(store, dense=dense)
+    return store
+
+
+def check(store: TieredStorage, group: int = 2, shown: Tensor | None = None, steps: int = 1) -> None:
+    """New tokens come, one by one, and the output is that of the plain kernels."""
+    rows, heads, size, size_of_values = shape_of(store)
+    dtype = store.dense.keys.dtype  # type: ignore[union-attr]
+    for _ in range(steps):
+        store.append(random(rows, heads, 1, size, dtype=dtype), random(rows, heads, 1, size_of_values, dtype=dtype))
+        queries = random(rows, heads * group, 1, size, dtype=dtype)
+        if shown is not None:
+            shown = torch.cat([shown, torch.ones_like(shown[..., :1])], dim=-1)
+        assert gpu.refusal(queries, store) is None
+        found = gpu.attend(queries, store, size**-0.5, shown)
+        expected = plain.attend(queries, store, size**-0.5, shown)
+        assert found.shape == expected.shape and found.dtype == dtype and bool(found.isfinite().all())
+        # Products are of float16, as far as codes and weights go; the plain ones round what they unpack.
+        bound = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+        error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+        assert error < bound
+
+
+WIDTHS = [8, 4, 3, 2, RAW]
+
+
+def some(cases: Iterable[Any], quick: Any) -> list[Any]:
+    """All of them, of which only one is quick: the interpreter takes a second for a few thousand numbers."""
+    return [case if case == quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+
+@pytest.mark.parametrize("values", some(WIDTHS, 4))
+def test_widths_of_values(values: int) -> None:
+    check(held(Formats((3.5, values), (3.5, values), by_channel=True), rope=rope_of(32)))
+
+
+@pytest.mark.parametrize("keys", some(WIDTHS, 3))
+def test_widths_of_keys_that_are_alike(keys: int) -> None:
+    check(held(Formats((keys, 4), (keys, 4)), rope=rope_of(32)))
+
+
+@pytest.mark.parametrize("keys", some([1, 1.5, 2.25, 4.25, 6], 6))
+def test_widths_of_keys_by_channel(keys: float) -> None:
+    check(held(Formats((keys, 8), (keys, 8), by_channel=True), rope=rope_of(32)))
+
+
+@pytest.mark.parametrize("preset", some(PRESETS, "small"))
+def test_presets(preset: str) -> None:
+    formats = CrushConfig.preset(preset).formats
+    store = held(formats, shape=(1, 2, 128, 128), rope=rope_of(128), dtype=torch.bfloat16, dense=0)
+    assert len(store.blocks) == len(formats.blocks)
+    check(store, group=4)
+
+
+@pytest.mark.parametrize("group", some([1, 3, 7, 16], 7))
+def test_queries_of_a_group(group: int) -> None:
+    check(held(Formats((3, 3), (2, 2), (8, 8), by_channel=True), shape=(1, 2, 128, 128)), group)
+
+
+SIZES = [(64, 64), (80, 80), (96, 96), (256, 256), (16, 12), (20, 40)]
+
+
+@pytest.mark.parametrize("sizes", some(SIZES, (20, 40)), ids=str)
+def test_head_sizes(sizes: tuple[int, int]) -> None:
+    for formats in (Formats((3, 3), (3, 3), (8, 8), by_channel=True), Formats((4, 4), (2, 2))):
+        check(held(formats, shape=(1, 1, *sizes), rope=rope_of(sizes[0])))
+
+
+@pytest.mark.parametrize("group_size", some([8, 16], 16))
+def test_ranges_of_a_token(group_size: int) -> None:
+    check(held(Formats((8, 3), (8, 3), group_size=group_size)))
+
+
+@pytest.mark.parametrize("dtype", some([torch.float16, torch.bfloat16], torch.float16), ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    for formats in (Formats((3, 3), (3, 3), (8, 8), by_channel=True), Formats((RAW, 4), (RAW, 4))):
+        check(held(formats, rope=rope_of(32), dtype=dtype))
+
+
+@pytest.mark.parametrize("rope", some([None, rope_of(32, 16), rope_of(32, 30), rope_of(32, base=1e4)], None))
+def test_ways_to_turn(rope: Rope | None) -> None:
+    check(held(Formats((3, 3), (3, 3), by_channel=True), rope=rope))
+    check(held(Formats((4, 4), (4, 4)), rope=rope))
+
+
+@pytest.mark.slow
+def test_interleaved_pairs() -> None:
+    half = rope_of(32).frequencies[16:]
+    partner = torch.arange(32).view(-1, 2).flip(-1).flatten()
+    rope = Rope(partner, torch.stack([-half, half], dim=-1).flatten())
+    check(held(Formats((3, 3), (3, 3), by_channel=True), rope=rope))
+
+
+@pytest.mark.parametrize("tokens", some([9, 10, 17, 136, 137, 300], 10))
+def test_numbers_of_tokens(tokens: int) -> None:
+    """Stretches that are full and that are not, tiles of one token and of all."""
+    for formats in (Formats((2.25, 3), (2.25, 3), by_channel=True), Formats((3, 2), (3, 2))):
+        check(held(formats, tokens, shape=(1, 1, 32, 32), rope=rope_of(32)))
+
+
+@pytest.mark.parametrize("by_head", some([False, True], True))
+def test_slots_that_are_not_shown(by_head: bool) -> None:
+    store = held(Formats((3, 3), (2, 2), (8, 8), by_channel=True), rope=rope_of(32))
+    rows, heads, *_ = shape_of(store)
+    shown = torch.rand((rows, heads, store.length) if by_head else (rows, store.length), device=DEVICE) < 0.5
+    shown[0, ..., :20] = False  # whole parts of a block
+    check(store, shown=shown)
+    other = shown.transpose(0, -1).contiguous().transpose(0, -1)
+    assert other.stride() != shown.stride()
+    check(held(Formats((3, 3), (2, 2), (8, 8), by_channel=True), rope=rope_of(32)), shown=other)
+
+
+def test_what_is_prepared_follows_the_blocks() -> None:
+    store = held(Formats((4, 4), (4, 4)), shape=(2, 1, 32, 32), rope=rope_of(32), dense=0)
+    check(store, steps=2)
+    for _ in range(2):
+        keep(store)
+        check(store)
+    store.select_rows(torch.tensor([1, 1, 0], device=DEVICE))
+    check(store)
+    again = TieredStorage(store.formats)
+    again.load_state(store.state(), store.seen)
+    check(again)
+    for kept in (store, again):
+        kept.clear()
+    store.append(random(2, 1, 5, 32), random(2, 1, 5, 32))
+    check(store)
+
+
+@pytest.mark.parametrize("tokens", some([1, 2, 100], 2))
+def test_nothing_but_tokens_that_are_not_packed(tokens: int) -> None:
+    store = TieredStorage(Formats((4, 4), (4, 4)))
+    store.append(random(2, 3, tokens, 80), random(2, 3, tokens, 80), reserve=7)
+    check(store)
+
+
+@pytest.mark.slow
+def test_many_tokens_that_are_not_packed() -> None:
+    store = held(Formats((3, 3), (3, 3), by_channel=True), rope=rope_of(32))
+    store.append(random(1, 2, 100, 32), random(1, 2, 100, 32))
+    check(store)
+
+
+@pytest.mark.slow
+def test_far_positions() -> None:
+    """Float32 has the angle, and the product with a large centre is as exact as in float32."""
+    store = held(Formats((4, 4), (4, 4), by_channel=True), rope=rope_of(32, base=1e4))
+    store.append(random(1, 2, 1000, 32), random(1, 2, 1000, 32))
+    keep(store)
+    check(store)
+
+
+@pytest.mark.slow
+def test_large_and_small_numbers() -> None:
+    formats = Formats((4, 4), (4, 4), by_channel=True)
+    for scale in (1e-3, 1e3):
+        store = TieredStorage(formats)
+        store.append(random(1, 2, 60, 32), random(1, 2, 60, 32) * scale)
+        store.fit(None)
+        keep(store)
+        check(store)
+
+
+def test_what_is_refused() -> None:
+    store = held(Formats((4, 4), (4, 4), rank=8))
+    queries = random(1, 4, 1, 32)
+    assert "projected" in (gpu.refusal(queries, store) or "")
+    # The door takes what can.
+    assert torch.equal(kernels.attend(queries, store, 0.1), plain.attend(queries, store, 0.1, None))
+    store = held(Formats((4, 4), (4, 4)))
+    assert gpu.refusal(queries, store) is None
+    cases: list[tuple[Any, str]] = [
+        (queries.clone().requires_grad_(), "gradients"),
+        (queries.half(), "float16"),
+        (random(1, 4, 2, 32), "shape"),
+        (random(1, 2 * 128, 1, 32), "too many queries"),
+    ]
+    for wrong, why in cases:
+        assert why in (gpu.refusal(wrong, store) or "")
+
+
+def test_it_is_chosen() -> None:
+    assert kernels.available()["gpu"] is None and kernels.chosen(DEVICE) == "gpu"
+
+
+def test_no_launch_waits_for_the_device() -> None:
+    if DEVICE.type != "cuda":
+        pytest.skip("there is no CUDA device")
+    store = held(Formats((4.25, 3), (2, 2), (8, 8), by_channel=True), rope=rope_of(32), dtype=torch.float16)
+    queries = random(1, 4, 1, 32, dtype=torch.float16)
+    gpu.attend(queries, store, 0.1, None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gpu.attend(queries, store, 0.1, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+def test_every_format_of_a_tier_is_covered() -> None:
+    """Each width of keys beside each of values."""
+    for keys, values in itertools.product((8, RAW), (8, 2)):
+        check(held(Formats((keys, values), (keys, values)), tokens=30, shape=(1, 1, 32, 32)))
