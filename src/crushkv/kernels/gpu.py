@@ -23,7 +23,8 @@ from .gpu_prepared import Centre, Prepared, Walk, groups_of, power_of_two, prepa
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_ROWS, _MOST_CHANNELS, _MOST_KEY_GROUPS = 64, 256, 8
 LAUNCH = {"num_warps": 8, "num_stages": 1, "maxnreg": 128}
-"""How a block's programs run: as many of them as a processor's registers hold twice."""
+"""How a block's programs run: a processor's registers hold two of them."""
+_LARGE_LAUNCH = {"num_warps": 8, "num_stages": 1}
 _LOG2E = 1.4426950408889634
 
 
@@ -146,7 +147,7 @@ class _Call:
         centre_logits[(-(-centre.positions // tile), -(-rows // together))](
             logits, self.queries, turning.first, turning.second, centre.of_first, centre.of_second, turning.table,
             turning.table_rest, self.factor, rows, centre.positions, self.size,
-            G=self.group, K=len(turning.first), ROWS=together, TILE=tile, num_warps=4,
+            G=self.group, K=len(turning.first), ROWS=together, TILE=tile, num_warps=8,
         )  # fmt: skip
         turns = self.store.bases is not None and self.store.bases[0].rope is not None
         return {
@@ -192,6 +193,7 @@ class _Call:
         numbers = ("plane4_rows", "plane2_rows", "plane1_rows", "k_row", "k_head", "v_row", "v_head")
         of_positions = ("of_centre_length", "position_step", "positions_length")
         groups = arguments.get("V_GROUPS", 1)
+        filled_rows = power_of_two(self.group * groups)
         aligned = walk.aligned if arguments["K_BITS"] == 0 else 1
         every = (
             dict.fromkeys((*names, "v1", "v_zero", "v_span"), unused)
@@ -218,7 +220,7 @@ class _Call:
             D_FILLED=power_of_two(size_of_keys),
             E_FILLED=power_of_two(size_of_values),
             G=self.group,
-            M=power_of_two(self.group * groups),
+            M=filled_rows,
             ROOM=room_of(size_of_keys),
             MASKED=shown is not None,
             STRETCHES=walk.stretches,
@@ -226,7 +228,7 @@ class _Call:
             TILE=self.tile,
             PRODUCT=_product_dtype(self.queries.dtype),
             FOUR=not _interpreted(),
-            **LAUNCH,
+            **(LAUNCH if filled_rows == 16 else _LARGE_LAUNCH),
         )
 
     def _merged(self, rotation: Tensor | None, packed_splits: int) -> Tensor:
