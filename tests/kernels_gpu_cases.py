@@ -83,6 +83,7 @@ def check(store: TieredStorage, group: int = 2, shown: Tensor | None = None, ste
         queries = random(rows, heads * group, 1, size, dtype=dtype)
         if shown is not None:
             shown = torch.cat([shown, torch.ones_like(shown[..., :1])], dim=-1)
+            shown = torch.stack([shown, ~shown], dim=-1)[..., 0]  # flags with gaps between them
         assert gpu.refusal(queries, store) is None
         found = gpu.attend(queries, store, size**-0.5, shown)
         expected = plain.attend(queries, store, size**-0.5, shown)
@@ -99,7 +100,6 @@ WIDTHS = [8, 4, 3, 2, RAW]
 def some(cases: Iterable[Any], quick: Any) -> list[Any]:
     """All of them, of which only one is quick: the interpreter takes a second for a few thousand numbers."""
     return [case if case == quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
-
 
 
 @pytest.mark.parametrize("values", some(WIDTHS, 4))
@@ -120,14 +120,14 @@ def test_widths_of_keys_by_channel(keys: float) -> None:
 @pytest.mark.parametrize("preset", some(PRESETS, "small"))
 def test_presets(preset: str) -> None:
     formats = CrushConfig.preset(preset).formats
-    store = held(formats, shape=(1, 2, 128, 128), rope=rope_of(128), dtype=torch.bfloat16, dense=0)
+    store = held(formats, shape=(1, 1, 128, 128), rope=rope_of(128), dtype=torch.bfloat16, dense=0)
     assert len(store.blocks) == len(formats.blocks)
     check(store, group=4)
 
 
 @pytest.mark.parametrize("group", some([1, 3, 7, 16], 7))
 def test_queries_of_a_group(group: int) -> None:
-    check(held(Formats((3, 3), (2, 2), (8, 8), by_channel=True), shape=(1, 2, 128, 128)), group)
+    check(held(Formats((3, 3), (2, 2), (8, 8), by_channel=True), shape=(1, 1, 128, 128)), group)
 
 
 SIZES = [(64, 64), (80, 80), (96, 96), (256, 256), (16, 12), (20, 40)]
@@ -173,14 +173,11 @@ def test_numbers_of_tokens(tokens: int) -> None:
 
 @pytest.mark.parametrize("by_head", some([False, True], True))
 def test_slots_that_are_not_shown(by_head: bool) -> None:
-    store = held(Formats((3, 3), (2, 2), (8, 8), by_channel=True), rope=rope_of(32))
+    store = held(Formats((3, 3), (2, 2), (8, 8), by_channel=True), shape=(2, 2, 32, 32), rope=rope_of(32))
     rows, heads, *_ = shape_of(store)
     shown = torch.rand((rows, heads, store.length) if by_head else (rows, store.length), device=DEVICE) < 0.5
     shown[0, ..., :20] = False  # whole parts of a block
     check(store, shown=shown)
-    other = shown.transpose(0, -1).contiguous().transpose(0, -1)
-    assert other.stride() != shown.stride()
-    check(held(Formats((3, 3), (2, 2), (8, 8), by_channel=True), rope=rope_of(32)), shown=other)
 
 
 def test_what_is_prepared_follows_the_blocks() -> None:

@@ -18,10 +18,13 @@ from torch import Tensor
 from ..storage import RAW, TieredStorage, turn
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
-from .gpu_prepared import Centre, Prepared, Walk, groups_of, power_of_two, prepared, tile_of
+from .gpu_prepared import Centre, Prepared, Walk, groups_of, power_of_two, prepared, room_of, tile_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_ROWS, _MOST_CHANNELS, _MOST_KEY_GROUPS = 64, 256, 8
+LAUNCH = {"num_warps": 8, "num_stages": 1, "maxnreg": 128}
+"""How a block's programs run: a processor's registers hold two of them."""
+_LARGE_LAUNCH = {"num_warps": 8, "num_stages": 1}
 _LOG2E = 1.4426950408889634
 
 
@@ -148,7 +151,7 @@ class _Call:
         centre_logits[(-(-centre.positions // tile), -(-rows // together))](
             logits, self.queries, turning.first, turning.second, centre.of_first, centre.of_second, turning.table,
             turning.table_rest, self.factor, rows, centre.positions, self.size,
-            G=self.group, K=len(turning.first), ROWS=together, TILE=tile, num_warps=4,
+            G=self.group, K=len(turning.first), ROWS=together, TILE=tile, num_warps=8,
         )  # fmt: skip
         turns = self.store.bases is not None and self.store.bases[0].rope is not None
         return {
@@ -191,13 +194,14 @@ class _Call:
             shown_strides = (shown.stride(0), shown.stride(1) if shown.shape[1] > 1 else 0)
         unused = self.queries
         names = ("weights", "offsets", "runs", "of_centre", "positions", "k1", "k2", "k_zero", "k_span")
-        numbers = ("plane4_rows", "plane2_rows", "plane1_rows", "of_centre_length", "position_step")
-        numbers += ("positions_length", "k_row", "k_head", "v_row", "v_head")
+        numbers = ("plane4_rows", "plane2_rows", "plane1_rows", "k_row", "k_head", "v_row", "v_head")
+        of_positions = ("of_centre_length", "position_step", "positions_length")
         groups = arguments.get("V_GROUPS", 1)
+        filled_rows = power_of_two(self.group * groups)
         aligned = walk.aligned if arguments["K_BITS"] == 0 else 1
         every = (
             dict.fromkeys((*names, "v1", "v_zero", "v_span"), unused)
-            | dict.fromkeys(numbers, 0)
+            | dict.fromkeys((*numbers, *of_positions), 0)
             | {"queries": self.queries, "CENTRED": False, "SLOTS": 16, "K_GROUPS": 1, "K_GROUP_FILLED": 16}
             | {"V_GROUPS": 1}
             | arguments
@@ -220,14 +224,15 @@ class _Call:
             D_FILLED=power_of_two(size_of_keys),
             E_FILLED=power_of_two(size_of_values),
             G=self.group,
-            M=power_of_two(self.group * groups),
-            V_GROUPS_FILLED=power_of_two(groups, 1),
+            M=filled_rows,
+            ROOM=room_of(size_of_keys),
             MASKED=shown is not None,
             STRETCHES=walk.stretches,
             ALIGNED=aligned,
             TILE=self.tile,
             PRODUCT=_product_dtype(self.queries.dtype),
-            num_warps=4,
+            FOUR=not _interpreted(),
+            **(LAUNCH if filled_rows == 16 else _LARGE_LAUNCH),
         )
 
     def _merged(self, rotation: Tensor | None, packed_splits: int) -> Tensor:
@@ -259,4 +264,5 @@ def _value_arguments(part: PackedTensor) -> dict[str, Any]:
         raw = tensors["raw"]
         return {"v0": raw, "v_row": raw.stride(0), "v_head": raw.stride(1), "V_BITS": RAW}
     planes = {f"v{i}": tensors[f"plane{i}"] for i in range(2) if f"plane{i}" in tensors}
-    return {**planes, "v_zero": tensors["zero"], "v_span": tensors["span"], "V_GROUPS": groups_of(part), "V_BITS": part.bits}  # fmt: skip
+    ranges = {"v_zero": tensors["zero"], "v_span": tensors["span"], "V_GROUPS": groups_of(part)}
+    return {**planes, **ranges, "V_BITS": part.bits}

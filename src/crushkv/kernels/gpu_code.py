@@ -18,7 +18,19 @@ CHUNK = tl.constexpr(32)  # rows of a plane of channels that are multiplied at a
 
 
 @triton.jit
-def query_weights(weights, offsets, queries, channels, units, middles, factor, D, KV_HEADS, G: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+def query_weights(
+    weights,
+    offsets,
+    queries,
+    channels,
+    units,
+    middles,
+    factor,
+    D,
+    KV_HEADS,
+    G: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     """What the codes of each plane's rows are multiplied with: `weights [blocks, B * H, SLOTS]`, float16.
 
     offsets: `[blocks, B * H]`, the product with the middles of the codes, which each logit is too large by.
@@ -94,6 +106,48 @@ def _plane(base, tokens, channels, shown, P, SIZE: tl.constexpr, WIDTH: tl.const
     return tl.load(base + place[:, None] * SIZE + channels[None, :], mask=shown, other=0)
 
 
+def _four_codes(planes: tuple[int, ...]) -> tl.constexpr:
+    """PTX that makes float16 of the codes in four bytes at a time. A byte behind 0x64 is the float16 of 1024 more."""
+    # Inputs are read before the first output is written, which may stand in the same register.
+    lines = ["mov.b32 %x0, $2;"]
+    for number, width in enumerate(planes):
+        shifted, mask = f"%x{number}", 0x01010101 * ((1 << width) - 1)
+        if width < 8:
+            source, shift = f"${2 + 2 * number}", f"${3 + 2 * number}"
+            lines += [f"and.b32 %s, {shift}, 7;", f"shr.b32 {shifted}, {source}, %s;"]
+            lines += [f"and.b32 {shifted}, {shifted}, {mask:#x};"]
+    if len(planes) == 2:
+        lines.append("mad.lo.u32 %x0, %x0, 2, %x1;")
+    lines += ["mov.b32 %m, 0x64646464;", "mov.b32 %b, 0x64006400;"]
+    for number, bytes_ in enumerate(("0x4140", "0x4342")):
+        lines += [f"prmt.b32 %y, %x0, %m, {bytes_};", f"sub.f16x2 ${number}, %y, %b;"]
+    text = "{ .reg .b32 %x0, %x1, %s, %m, %b, %y; " + " ".join(lines) + " }"
+    return tl.constexpr(text.replace("%", ""))
+
+
+_FOUR_1, _FOUR_2, _FOUR_4, _FOUR_8 = (_four_codes((width,)) for width in (1, 2, 4, 8))
+_FOUR_3 = _four_codes((2, 1))
+
+
+@triton.jit
+def _four_of_one(x, shift, WIDTH: tl.constexpr):
+    """Float16 of the WIDTH bits above the shift in each byte."""
+    shift = shift.to(tl.uint8)
+    if WIDTH == 1:
+        return tl.inline_asm_elementwise(_FOUR_1, "=r,=r,r,r", [x, shift], tl.float16, True, 4)
+    if WIDTH == 2:
+        return tl.inline_asm_elementwise(_FOUR_2, "=r,=r,r,r", [x, shift], tl.float16, True, 4)
+    if WIDTH == 4:
+        return tl.inline_asm_elementwise(_FOUR_4, "=r,=r,r,r", [x, shift], tl.float16, True, 4)
+    return tl.inline_asm_elementwise(_FOUR_8, "=r,=r,r", [x], tl.float16, True, 4)
+
+
+@triton.jit
+def _shift(tokens, P, WIDTH: tl.constexpr):
+    """Where the tokens' bits stand in their bytes, uint8 `[TILE, 1]`."""
+    return (tokens // ((P * WIDTH + 7) // 8) * WIDTH).to(tl.uint8)[:, None]
+
+
 @triton.jit
 def _bits(x, tokens, P, WIDTH: tl.constexpr):
     """The tokens' bits of the bytes `x [TILE, channels]`."""
@@ -104,30 +158,39 @@ def _bits(x, tokens, P, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _codes(first, second, tokens, P, BITS: tl.constexpr):
+def _codes(first, second, tokens, P, BITS: tl.constexpr, FOUR: tl.constexpr):
     """Codes as float16 of the bytes of their planes."""
+    if FOUR:
+        if BITS == 3:
+            high, low = _shift(tokens, P, 2), _shift(tokens, P, 1)
+            return tl.inline_asm_elementwise(_FOUR_3, "=r,=r,r,r,r,r", [first, high, second, low], tl.float16, True, 4)
+        return _four_of_one(first, _shift(tokens, P, BITS), BITS)
     if BITS == 3:
         return (_bits(first, tokens, P, 2) * 2 + _bits(second, tokens, P, 1)).to(tl.float16)
     return _bits(first, tokens, P, BITS).to(tl.float16)
 
 
 @triton.jit
-def _channel_product(logits, plane, weights, run, t, k, BYTES, WIDTH: tl.constexpr):
+def _channel_product(logits, plane, weights, run, t, k, BYTES, WIDTH: tl.constexpr, FOUR: tl.constexpr):
     """Adds the product of the weights `[M, slots]` with a head's rows of one plane of channels.
 
-    run: points to the first row, the number of rows and the first slot. t: bytes `[TILE]` in stretch k. The last bytes
+    run: points to the first row and the number of rows. t: bytes `[TILE]` in stretch k. The last bytes
     of a row may stand for no token. What is added up for these is left out later: a mask by tokens would be one by
     bytes, and each byte be loaded alone.
     """
-    start, count, slot = tl.load(run), tl.load(run + 1), tl.load(run + 2)
+    start, count = tl.load(run), tl.load(run + 1)
     at = (k % WIDTH) * BYTES + t
     shift = (k - k % WIDTH).to(tl.uint8)
     for i in range(0, count, CHUNK):
         row = i + tl.arange(0, CHUNK)
-        w = tl.load(weights + slot + row[None, :])
+        w = tl.load(weights + row[None, :])
         bytes_ = plane + (start + row).to(tl.int64)[:, None] * (BYTES * WIDTH) + at[None, :]
         x = tl.load(bytes_, mask=(row < count)[:, None] & (t < BYTES)[None, :], other=0)
-        logits = tl.dot(w, ((x >> shift) & ((1 << WIDTH) - 1)).to(tl.float16), logits)
+        if FOUR:  # noqa: SIM108
+            codes = _four_of_one(x, shift, WIDTH)
+        else:
+            codes = ((x >> shift) & ((1 << WIDTH) - 1)).to(tl.float16)
+        logits = tl.dot(w, codes, logits)
     return logits
 
 
@@ -146,7 +209,7 @@ def attend_block(
     queries,  # [B * H, D]
     weights,  # float16 [B * H, SLOTS] of `query_weights`
     offsets,  # [B * H] of `query_weights`
-    runs,  # int32 [Hkv, 3, 3], see `_channel_product`, of the planes of 4, 2 and 1 bits
+    runs,  # int32 [Hkv, 3, 2], see `_channel_product`, of the planes of 4, 2 and 1 bits
     of_centre,  # float32 [B * H, of_centre_length] of `centre_logits`
     positions,  # int32 [B, Hkv, positions_length]
     shown,  # uint8, strides shown_row and shown_head, over all slots
@@ -189,14 +252,15 @@ def attend_block(
     K_GROUPS: tl.constexpr,
     K_GROUP_FILLED: tl.constexpr,
     V_GROUPS: tl.constexpr,
-    V_GROUPS_FILLED: tl.constexpr,
     SLOTS: tl.constexpr,
+    ROOM: tl.constexpr,  # slots of a plane
     CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
     STRETCHES: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     PRODUCT: tl.constexpr,  # dtype in which numbers are multiplied
+    FOUR: tl.constexpr,  # codes are converted four at a time, which the interpreter cannot
 ):
     """Attention over a part of one block. Program: (part, KV head, row).
 
@@ -221,8 +285,8 @@ def attend_block(
         offset = tl.load(offsets + query)
     elif K_BITS == 16:
         q = tl.load(queries + query[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0)
-    low = tl.zeros([M], tl.float32)
-    total = tl.zeros([M], tl.float32)
+    low = tl.zeros([M, TILE], tl.float32)
+    total = tl.zeros([M, TILE], tl.float32)
     most = tl.full([M], float("-inf"), tl.float32)
     acc = tl.zeros([M, E_FILLED], tl.float32)
     for tile in range(first, last):
@@ -233,7 +297,8 @@ def attend_block(
         # Values first, so that they are under way while the logits are made.
         of_value = real[:, None] & (e < E)[None, :]
         if V_BITS == 16:
-            v = tl.load(v0 + row.to(tl.int64) * v_row + head.to(tl.int64) * v_head + token[:, None] * E + e[None, :], mask=of_value, other=0)  # fmt: skip
+            of_head = v0 + row.to(tl.int64) * v_row + head.to(tl.int64) * v_head
+            v = tl.load(of_head + token[:, None] * E + e[None, :], mask=of_value, other=0)
         elif V_BITS == 3:
             x0 = _plane(v0 + kv * ((P * 2 + 7) // 8) * E, token, e, of_value, P, E, 2)
             x1 = _plane(v1 + kv * ((P + 7) // 8) * E, token, e, of_value, P, E, 1)
@@ -243,11 +308,15 @@ def attend_block(
 
         logits = tl.zeros([M, TILE], tl.float32)
         if K_BITS == 0:
-            run = runs + head * 9
+            run = runs + head * 6
             b = row.to(tl.int64) * length
-            logits = _channel_product(logits, k0 + b * plane4_rows * 4, weight_rows, run, t, k, length, 4)
-            logits = _channel_product(logits, k1 + b * plane2_rows * 2, weight_rows, run + 3, t, k, length, 2)
-            logits = _channel_product(logits, k2 + b * plane1_rows, weight_rows, run + 6, t, k, length, 1)
+            logits = _channel_product(logits, k0 + b * plane4_rows * 4, weight_rows, run, t, k, length, 4, FOUR)
+            logits = _channel_product(
+                logits, k1 + b * plane2_rows * 2, weight_rows + ROOM, run + 2, t, k, length, 2, FOUR
+            )
+            logits = _channel_product(
+                logits, k2 + b * plane1_rows, weight_rows + 2 * ROOM, run + 4, t, k, length, 1, FOUR
+            )
             scale = tl.load(k_zero + kv * P + token, mask=real, other=0).to(tl.float32)
             logits = (logits - offset[:, None]) * tl.exp2((scale - 128) / 16)[None, :]
         elif K_BITS == 16:
@@ -268,7 +337,7 @@ def attend_block(
                 else:
                     y0 = _plane(k0 + kv * ((P * K_BITS + 7) // 8) * D, token, channel, of_key, P, D, K_BITS)
                     y1 = y0
-                product = tl.dot(q, tl.trans(_codes(y0, y1, token, P, K_BITS)))
+                product = tl.dot(q, tl.trans(_codes(y0, y1, token, P, K_BITS, FOUR)))
                 at = (kv * P + token) * K_GROUPS + g
                 width = tl.exp2((tl.load(k_span + at, mask=real, other=0).to(tl.float32) - 128) / 8 - K_BITS)
                 zero = tl.load(k_zero + at, mask=real, other=0).to(tl.float32) * (2.0**K_BITS / 255)
@@ -289,33 +358,40 @@ def attend_block(
         else:
             # A range is a power of two: it goes into the exponent.
             at = (kv * P + token) * V_GROUPS
-            span = tl.load(v_span + at[None, :] + group[:, None], mask=real[None, :], other=0).to(tl.float32)
-            raised = logits + (span - 128) / 8
-            every = tl.arange(0, V_GROUPS_FILLED)
-            spans = tl.load(v_span + at[:, None] + every[None, :], mask=real[:, None] & (every < V_GROUPS)[None, :], other=0)  # fmt: skip
-            highest = logits + ((tl.max(spans.to(tl.int32), 1).to(tl.float32) - 128) / 8)[None, :]
+            span = tl.zeros([M, TILE], tl.float32)
+            zero = tl.zeros([M, TILE], tl.float32)
+            widest = tl.zeros([TILE], tl.float32)
+            for g in tl.static_range(V_GROUPS):
+                of_group = tl.load(v_span + at + g, mask=real, other=0).to(tl.float32) / 8 - 16
+                span = tl.where((group == g)[:, None], of_group[None, :], span)
+                widest = of_group if g == 0 else tl.maximum(widest, of_group)
+                of_group = 0.5 - tl.load(v_zero + at + g, mask=real, other=0).to(tl.float32) * (2.0**V_BITS / 255)
+                zero = tl.where((group == g)[:, None], of_group[None, :], zero)
+            raised, highest = logits + span, logits + widest[None, :]
         now = tl.maximum(most, tl.max(highest, 1))
         base = tl.where(now == float("-inf"), 0.0, now)
         decay = tl.exp2(most - base)
         most = now
         p = tl.exp2(raised - base[:, None])
         if V_BITS == 16:
-            total = total * decay + tl.sum(p, 1)
+            total = total * decay[:, None] + p
             acc = tl.dot(p.to(PRODUCT), v.to(PRODUCT), acc * decay[:, None], input_precision="ieee")
         else:
-            total = total * decay + tl.sum(tl.exp2(logits - base[:, None]), 1)
+            total = total * decay[:, None] + tl.exp2(logits - base[:, None])
             p = p.to(tl.float16)
-            zero = tl.load(v_zero + at[None, :] + group[:, None], mask=real[None, :], other=0).to(tl.float32)
-            low = low * decay + tl.sum(p.to(tl.float32) * (0.5 - zero * (2.0**V_BITS / 255)), 1)
-            acc = tl.dot(p, _codes(x0, x1, token, P, V_BITS), acc * decay[:, None])
+            low = low * decay[:, None] + p.to(tl.float32) * zero
+            acc = tl.dot(p, _codes(x0, x1, token, P, V_BITS, FOUR), acc * decay[:, None])
 
     if V_BITS != 16:
-        acc = (acc + low[:, None]) * (1.0 / 2**V_BITS)
+        acc = (acc + tl.sum(low, 1)[:, None]) * (1.0 / 2**V_BITS)
     at = (first_split + split).to(tl.int64) * tl.num_programs(2) * kv_heads * G + query
     own = real_row[:, None] & (group[:, None] == (e // (E // V_GROUPS))[None, :]) & (e < E)[None, :]
     tl.store(sums + at[:, None] * E + e[None, :], acc, mask=own)
-    tl.store(totals + at, total, mask=m < G)
-    tl.store(greatest + at, most, mask=m < G)
+    # Zero. It ties what is stored here to the product, whose layout the compiler leaves alone: else it makes all
+    # weights a second time in each turn of the loop, in the layout of these stores.
+    nothing = tl.sum(acc, 1) * 0.0
+    tl.store(totals + at, tl.sum(total, 1) + nothing, mask=m < G)
+    tl.store(greatest + at, most + nothing, mask=m < G)
 
 
 @triton.jit(do_not_specialize=["rotated_splits", "all_splits"], do_not_specialize_on_alignment=["totals", "greatest"])
@@ -358,7 +434,8 @@ def merge(
         for i in range(0, rotated_splits, SPLITS):
             at, inside = (i + s) * rows + row, i + s < rotated_splits
             w = tl.exp2(tl.load(greatest + at, mask=inside, other=float("-inf")) - top)
-            x = tl.load(sums + at.to(tl.int64)[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0)  # fmt: skip
+            real = inside[:, None] & (e < E)[None, :]
+            x = tl.load(sums + at.to(tl.int64)[:, None] * E + e[None, :], mask=real, other=0)
             rotated += tl.sum(w[:, None] * x, 0)
         matrix = tl.load(rotation + c[:, None] * E + e[None, :], mask=(c < E)[:, None] & (e < E)[None, :], other=0)
         acc += tl.sum(matrix * rotated[None, :], 1)

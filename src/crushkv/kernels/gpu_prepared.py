@@ -20,7 +20,7 @@ from ..storage.packing import PLANES
 
 CHUNK = 32
 """Rows of a plane of channels that are multiplied at a time."""
-_PROGRAMS_A_PROCESSOR = 4
+_PROGRAMS_A_PROCESSOR = 4  # twice what runs at a time, so that all have work until the end
 _MOST_SPLITS = 128
 
 
@@ -79,6 +79,11 @@ def _stretches(keys: PackedTensor | ChannelTensor, values: PackedTensor) -> int:
     return 8 if isinstance(keys, ChannelTensor) else 8 // min(widths, default=8)
 
 
+def room_of(size: int) -> int:
+    """Slots of a plane."""
+    return -(-size // CHUNK) * CHUNK
+
+
 @dataclass(frozen=True)
 class Slots:
     """Where the rows of the planes of one format stand among the weights of a query.
@@ -87,7 +92,7 @@ class Slots:
         channels: int32 `[Hkv, SLOTS]`, the channel of each slot.
         powers: float32 `[Hkv, SLOTS]`, the place value of the plane's lowest bit in the code; 0: the slot is empty.
         middles: float32 `[Hkv, SLOTS]`, half of the greatest number in the plane.
-        runs: int32 `[Hkv, 3, 3]`, first row, number of rows and first slot of each plane.
+        runs: int32 `[Hkv, 3, 2]`, first row and number of rows of each plane.
         rows: of each plane, over all heads.
     """
 
@@ -100,9 +105,9 @@ class Slots:
     @classmethod
     def of(cls, form: ChannelFormat) -> Slots:
         heads, size = form.widths.shape
-        room = -(-size // CHUNK) * CHUNK
+        room = room_of(size)
         slots = power_of_two(3 * room)
-        channels, runs = torch.zeros(heads, slots, dtype=torch.int32), torch.zeros(heads, 3, 3, dtype=torch.int32)
+        channels, runs = torch.zeros(heads, slots, dtype=torch.int32), torch.zeros(heads, 3, 2, dtype=torch.int32)
         powers, middles = torch.zeros(heads, slots), torch.zeros(heads, slots)
         rows = []
         for number, (width, flat, shift) in enumerate(form.planes):
@@ -113,11 +118,11 @@ class Slots:
             channels[head, slot] = (flat % size).int()
             powers[head, slot] = (1 << shift.cpu().long()[:, 0]).float()
             middles[head, slot] = ((1 << width) - 1) / 2
-            runs[:, number] = torch.stack([start, count, torch.full_like(start, number * room)], dim=-1).int()
+            runs[:, number] = torch.stack([start, count], dim=-1).int()
             rows.append(len(flat))
         device = form.widths.device
-        found = (t.to(device) for t in (channels, powers, middles, runs))
-        return cls(*found, (rows[0], rows[1], rows[2]))
+        of_planes = (rows[0], rows[1], rows[2])
+        return cls(channels.to(device), powers.to(device), middles.to(device), runs.to(device), of_planes)
 
 
 _slots: WeakKeyDictionary[ChannelFormat, Slots] = WeakKeyDictionary()
@@ -165,13 +170,15 @@ def _turning(partner: tuple[int, ...], frequencies: tuple[float, ...], reach: in
     rows += [(0,) * 8] * (power_of_two(len(rows)) - len(rows))
     with torch.inference_mode(False):
         columns = torch.tensor(rows, dtype=torch.float64, device=device).unbind(-1)
-        channels, (first, second, turns, is_sine) = columns[:4], (column.float() for column in columns[4:])
+        first, second = (column.int() for column in columns[:2])
+        of_first, of_second = (column.long() for column in columns[2:4])
+        first_signs, second_signs, turns, is_sine = (column.float() for column in columns[4:])
         # In float32, as models have them: at far positions its rounding is a part of the angle.
         angles = torch.arange(reach, device=device)[:, None].float() * turns
         exact = torch.where(is_sine > 0, angles.sin(), angles.cos())
         table = exact.half()
-        of_query, of_centre = (c.int() for c in channels[:2]), (c.long() for c in channels[2:])
-        return Turning(*of_query, *of_centre, first, second, table, (exact - table.float()).half())
+        rest = (exact - table.float()).half()
+        return Turning(first, second, of_first, of_second, first_signs, second_signs, table, rest)
 
 
 _kinds: WeakKeyDictionary[Rope, tuple[tuple[int, ...], tuple[float, ...]]] = WeakKeyDictionary()
