@@ -84,9 +84,7 @@ def reader(store: TieredStorage) -> str:
     """What attends to the tokens of a layer: `described`, or `plain` and the reason."""
     if not store.blocks:
         return "plain (nothing is packed)"
-    queries = torch.empty(
-        (store.rows, store.kv_heads, 1, store.sizes().sizes[0]), dtype=store.dense.dtype, device="meta"
-    )
+    queries = torch.empty((store.rows, store.kv_heads, 1, store.sizes().sizes[0]), dtype=store.dtype, device="meta")
     reason = _named(chosen(store.device)).refusal(queries, store)
     return described(store.device) if reason is None else f"plain ({reason})"
 

@@ -143,8 +143,8 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
 
 
 def _of_queries(queries: Tensor, store: TieredStorage) -> str | None:
-    if queries.dtype not in _DTYPES or queries.dtype != store.dense.dtype:
-        return f"queries are {queries.dtype}, and what is held is {store.dense.dtype}"
+    if queries.dtype not in _DTYPES or queries.dtype != store.dtype:
+        return f"queries are {queries.dtype}, and what is held is {store.dtype}"
     group = queries.shape[1] // store.kv_heads
     return f"{group} query heads a KV head" if group > _HEADS else None
 

@@ -33,8 +33,9 @@ class DenseStorage:
         return None if self._values is None else self._values[:, :, : self.length]
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        return None if self._keys is None else self._keys.dtype
+    def keys_buffer(self) -> Tensor | None:
+        """The keys with the room behind them: what tells rows, heads, dtype and device without a view being made."""
+        return self._keys
 
     @property
     def nbytes(self) -> int:

@@ -70,19 +70,29 @@ class TieredStorage:
 
     @property
     def empty(self) -> bool:
-        return self.dense.keys is None
+        return self.dense.keys_buffer is None
 
     @property
     def rows(self) -> int:
-        return self._dense_keys.shape[0]
+        return self._keys_buffer.shape[0]
 
     @property
     def kv_heads(self) -> int:
-        return self._dense_keys.shape[1]
+        return self._keys_buffer.shape[1]
 
     @property
     def device(self) -> torch.device:
-        return self._dense_keys.device
+        return self._keys_buffer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is held as the model made it."""
+        return self._keys_buffer.dtype
+
+    @property
+    def _keys_buffer(self) -> Tensor:
+        assert self.dense.keys_buffer is not None, "nothing is held"
+        return self.dense.keys_buffer
 
     @property
     def _dense_keys(self) -> Tensor:
