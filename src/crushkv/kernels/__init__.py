@@ -3,6 +3,7 @@
 Nothing heavy is imported here: an implementation is imported when it is first asked for.
 """
 
-from .choice import VARIABLE, attend, available, chosen, described, reader
+from ..compiled import VARIABLE
+from .choice import attend, available, chosen, described, reader
 
 __all__ = ["VARIABLE", "attend", "available", "chosen", "described", "reader"]

@@ -10,11 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..compiled import VARIABLE
 from ..errors import ConfigError, nearest
 from ..storage import TieredStorage
 
-VARIABLE = "CRUSHKV_KERNELS"
-"""Environment variable that names the implementation to use."""
 # The fastest first. The last one runs everywhere.
 NAMES = ("gpu", "cpu", "plain")
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compiled import quantizer
 from .buffers import take
 from .widths import STEPS
 
@@ -57,6 +58,12 @@ class ChannelFormat:
     def steps(self) -> Tensor:
         """Distance of the levels, float32 `[Hkv, 1, D]`."""
         return torch.tensor(STEPS, device=self.widths.device)[self.widths][:, None]
+
+    @cached_property
+    def size_weights(self) -> Tensor:
+        """What the squares of a token's numbers, in steps, count in its mean square: float32 `[Hkv, 1, D]`."""
+        used = self.widths > 0
+        return (used[:, None] * self.steps.square()) / used.sum(-1).clamp(min=1)[:, None, None]
 
     @cached_property
     def last(self) -> Tensor:
@@ -102,6 +109,13 @@ def quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
         spread: float `[B, Hkv, 1, D]`, the root mean square of each channel.
     """
     rows, heads, _, size = x.shape
+    if (compiled := quantizer(x.device)) is not None:
+        unit = spread.float() * form.steps
+        cost = form.weight[:, None] * unit.square()
+        logs = [math.log2(factor) for factor in _FACTORS]
+        return ChannelCodes(
+            *compiled.channel_codes(x, unit, cost, form.size_weights, form.last, logs, (_OCTAVE, _UNIT))
+        )
     together = _TOGETHER if x.device.type == "cpu" else max(_TOGETHER, _NUMBERS_TOGETHER // (rows * heads * size))
     parts = [_quantize(part, spread.float(), form) for part in x.split(together, dim=2)]
     return ChannelCodes(*(torch.cat([getattr(p, name) for p in parts], dim=2) for name in ("codes", "scale")))
@@ -112,8 +126,7 @@ def _quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
     z = x.float() / unit  # in steps of each channel's quantizer
     # Channels without a width bring the same error whatever the scale.
     cost = (form.weight[:, None] * unit.square()).transpose(-1, -2)  # [B, Hkv, D, 1]
-    used = (form.widths > 0)[:, None] * form.steps.square()
-    size = (z.square() @ used.transpose(-1, -2)) / (form.widths > 0).sum(-1).clamp(min=1)[:, None, None]
+    size = z.square() @ form.size_weights.transpose(-1, -2)
     base = size.sqrt().clamp(min=_LEAST).log2()
     best: tuple[Tensor, Tensor] | None = None
     for factor in _FACTORS:
@@ -151,6 +164,13 @@ class ChannelTensor:
     @classmethod
     def of(cls, codes: ChannelCodes, form: ChannelFormat) -> ChannelTensor:
         rows, _, tokens, _ = codes.codes.shape
+        if (compiled := quantizer(codes.codes.device)) is not None:
+            length = -(-tokens // 8)
+            planes = {
+                f"plane{width}": compiled.pack_channels(codes.codes, channels, shift[:, 0], width, length * width)
+                for width, channels, shift in form.planes
+            }
+            return cls(form, {"scale": codes.scale, **planes})
         by_channel = F.pad(codes.codes.transpose(-1, -2).flatten(1, 2), (0, -tokens % 8))  # [B, Hkv * D, P]
         tensors = {"scale": codes.scale}
         for width, channels, shift in form.planes:

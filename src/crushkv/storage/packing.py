@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..compiled import quantizer
+
 PLANES: dict[int, tuple[int, ...]] = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
 """Widths of the planes for codes of so many bits, the high bits first."""
 
@@ -28,10 +30,13 @@ def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
     Returns:
         The planes, uint8 `[..., ceil(P * width / 8), D]` each.
     """
-    planes = []
+    planes, compiled = [], quantizer(codes.device)
     shift = bits
     for width in PLANES[bits]:
         shift -= width
+        if compiled is not None:
+            planes.append(compiled.pack_tokens(codes, shift, width, _bytes_long(codes.shape[-2], width)))
+            continue
         planes.append(_pack_plane((codes >> shift) & ((1 << width) - 1), width))
     return tuple(planes)
 

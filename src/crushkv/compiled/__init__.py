@@ -1,0 +1,39 @@
+"""What is compiled: functions on plain tensors, of which a plain form in PyTorch stands where they are used.
+
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+VARIABLE = "CRUSHKV_KERNELS"
+"""Environment variable that names what computes attention over packed tokens; `plain` for nothing compiled at all."""
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_missing() -> str | None:
+    """Why Triton cannot be used here; None: it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() and not interpreted():
+        return "there is no CUDA device"
+    return None
+
+
+def quantizer(device: torch.device) -> ModuleType | None:
+    """What quantizes on a device: `gpu_quantize`; None: the plain form does."""
+    if os.environ.get(VARIABLE) == "plain":
+        return None
+    if device.type == ("cpu" if interpreted() else "cuda") and triton_missing() is None:
+        return importlib.import_module(f"{__package__}.gpu_quantize")
+    return None

@@ -1,0 +1,199 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Quantizing and packing on a GPU, in Triton: a few launches where PyTorch takes some hundred for each layer.
+
+The plain forms stand beside the functions that call these: `storage.channels`, `storage.quantization` and
+`storage.packing`. On the border of two cells, a number may fall into the other one here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TOKENS = 32
+_VARYING = ["tokens"]
+
+
+def _filled(number: int) -> int:
+    return max(16, 1 << (number - 1).bit_length())
+
+
+# Keys with a width for each channel
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _channel_codes(
+    codes, scales, x, unit, cost, used, last, tokens, heads, octave, middle, least,
+    D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, FACTORS: tl.constexpr,
+):  # fmt: skip
+    """Program: (tokens, row and head). See `storage.channels.quantize`."""
+    pair = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, D_FILLED)
+    real, of_head = d < D, (pair % heads) * D + d
+    at = (pair * tokens + t)[:, None] * D + d[None, :]
+    inside = (t < tokens)[:, None] & real[None, :]
+    number = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    z = number / tl.load(unit + pair * D + d, mask=real, other=1.0)[None, :]
+    price = tl.load(cost + pair * D + d, mask=real, other=0.0)
+    top = tl.load(last + of_head, mask=real, other=0.0)[None, :]
+    size = tl.sum(z * z * tl.load(used + of_head, mask=real, other=0.0)[None, :], 1)
+    base = tl.log2(tl.maximum(tl.sqrt(size), least))
+    best_code = tl.zeros([TOKENS], tl.float32)
+    best = tl.full([TOKENS], float("inf"), tl.float32)
+    for i in tl.static_range(len(FACTORS)):
+        code = tl.floor((base + FACTORS[i]) * octave + (middle + 0.5))
+        code = tl.minimum(tl.maximum(code, 0.0), 255.0)
+        scale = tl.exp2((code - middle) / octave)
+        y = z / scale[:, None]
+        level = tl.minimum(tl.maximum(tl.floor(y + (top + 1) / 2), 0.0), top)
+        off = level - top / 2 - y
+        error = tl.sum(off * off * price[None, :], 1) * scale * scale
+        better = error < best
+        best, best_code = tl.where(better, error, best), tl.where(better, code, best_code)
+    y = z / tl.exp2((best_code - middle) / octave)[:, None]
+    level = tl.minimum(tl.maximum(tl.floor(y + (top + 1) / 2), 0.0), top)
+    tl.store(codes + at, level.to(tl.uint8), mask=inside)
+    tl.store(scales + pair * tokens + t, best_code.to(tl.uint8), mask=t < tokens)
+
+
+def channel_codes(
+    x: Tensor, unit: Tensor, cost: Tensor, used: Tensor, last: Tensor, factors: Sequence[float], code: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of keys `x [B, Hkv, P, D]`.
+
+    Args:
+        unit: float32 `[B, Hkv, D]`, one step of each channel at a scale of 1.
+        cost: `[B, Hkv, D]`, of an error of one step. used: `[Hkv, D]`, weights of the steps in a token's size.
+        last: `[Hkv, D]`, the greatest code.
+        factors: log2 of the scales that are tried, as parts of the token's size.
+        code: what a scale's code counts: parts of an octave, and the code of 1.
+
+    Returns:
+        Codes, uint8 `[B, Hkv, P, D]`, and codes of the scales, uint8 `[B, Hkv, P, 1]`.
+    """
+    rows, heads, tokens, size = x.shape
+    x = x.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty((rows, heads, tokens, 1), dtype=torch.uint8, device=x.device)
+    if tokens:
+        _channel_codes[(triton.cdiv(tokens, _TOKENS), rows * heads)](
+            codes, scales, x, unit.contiguous(), cost.contiguous(), used.contiguous(), last.contiguous(),
+            tokens, heads, float(code[0]), float(code[1]), 1e-6,
+            D=size, D_FILLED=_filled(size), TOKENS=_TOKENS, FACTORS=tuple(factors),
+        )  # fmt: skip
+    return codes, scales
+
+
+# Numbers with a range for each group of a token
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _range_codes(codes, zeros, spans, x, tokens, LENGTH: tl.constexpr, FILLED: tl.constexpr, TOKENS: tl.constexpr):
+    """Program: groups of numbers, each of LENGTH side by side. See `storage.quantization.quantize`."""
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, FILLED)
+    at, inside = t[:, None] * LENGTH + d[None, :], (t < tokens)[:, None] & (d < LENGTH)[None, :]
+    number = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    least, most = tl.minimum(tl.min(number, 1), 0.0), tl.maximum(tl.max(number, 1), 0.0)
+    needed = tl.maximum(most - least, 0.0000152587890625) * (255.0 / 254.0)
+    span = tl.minimum(tl.maximum(tl.ceil(tl.log2(needed) * 8) + 128, 0.0), 255.0)
+    width = tl.exp2((span - 128) / 8)
+    zero = tl.floor((width - most - least) / (2 * width) * 255 + 0.5)
+    zero = tl.minimum(tl.maximum(zero, 0.0), 255.0)
+    low = width * (zero / -255.0)
+    cell = (number - low[:, None]) * (256.0 / width)[:, None]
+    tl.store(codes + at, tl.minimum(tl.maximum(cell, 0.0), 255.0).to(tl.uint8), mask=inside)
+    tl.store(zeros + t, zero.to(tl.uint8), mask=t < tokens)
+    tl.store(spans + t, span.to(tl.uint8), mask=t < tokens)
+
+
+def range_codes(x: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of 8 bits of `x [..., P, R]`, with where zero lies and the span of each group of `length` numbers."""
+    x = x.contiguous()
+    groups = x.numel() // length
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    zeros, spans = (codes.new_empty((*x.shape[:-1], x.shape[-1] // length)) for _ in range(2))
+    if groups:
+        grid = (triton.cdiv(groups, _TOKENS),)
+        _range_codes[grid](codes, zeros, spans, x, groups, LENGTH=length, FILLED=_filled(length), TOKENS=_TOKENS)
+    return codes, zeros, spans
+
+
+# Planes
+
+
+@triton.jit(do_not_specialize=["tokens", "length", "rows"])
+def _pack(
+    plane, codes, channels, ups, tokens, length, rows, of_row, of_token, of_channel, of_byte, of_out, plane_row,
+    WIDTH: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program: (bytes, rows of the plane, batch). Byte j of a row holds the tokens j, j + length, ..."""
+    j = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(2).to(tl.int64)
+    real = (j < length)[:, None] & (r < rows)[None, :]
+    channel = tl.load(channels + r, mask=r < rows, other=0).to(tl.int64)
+    up = tl.load(ups + r, mask=r < rows, other=0).to(tl.int32)
+    packed = tl.zeros([BYTES, ROWS], tl.int32)
+    for s in tl.static_range(8 // WIDTH):
+        token = s * length + j
+        at = batch * of_row + token.to(tl.int64)[:, None] * of_token + (channel * of_channel)[None, :]
+        code = tl.load(codes + at, mask=real & (token < tokens)[:, None], other=0).to(tl.int32)
+        packed |= ((code >> up[None, :]) & ((1 << WIDTH) - 1)) << (s * WIDTH)
+    out = batch * plane_row + j.to(tl.int64)[:, None] * of_byte + (r.to(tl.int64) * of_out)[None, :]
+    tl.store(plane + out, packed.to(tl.uint8), mask=real)
+
+
+def pack_channels(codes: Tensor, channels: Tensor, ups: Tensor, width: int, length: int) -> Tensor:
+    """A plane of the bits above `ups` of some channels' codes: uint8 `[B, n, length]`.
+
+    codes: uint8 `[B, Hkv, P, D]`. channels: int64 `[n]`, of all heads, by `head * D + d`; ups: uint8 `[n]`.
+    """
+    rows, heads, tokens, size = codes.shape
+    count = len(channels)
+    plane = codes.new_empty((rows, count, length))
+    # A channel of another head lies `tokens * size` numbers further.
+    places = channels // size * (tokens * size) + channels % size
+    _launch_pack(plane, codes.contiguous(), places, ups, tokens, length, (size, 1), (1, length), width)
+    return plane
+
+
+def pack_tokens(codes: Tensor, up: int, width: int, length: int) -> Tensor:
+    """A plane of the bits above `up` of codes, uint8 `[..., P, D]`: uint8 `[..., length, D]`."""
+    *batch, tokens, size = codes.shape
+    plane = codes.new_empty((*batch, length, size))
+    if not plane.numel():
+        return plane
+    flat = codes.reshape(-1, tokens, size)
+    places = torch.arange(size, device=codes.device)
+    ups = torch.full((size,), up, dtype=torch.uint8, device=codes.device)
+    _launch_pack(plane.view(-1, length, size), flat, places, ups, tokens, length, (size, 1), (size, 1), width)
+    return plane
+
+
+def _launch_pack(
+    plane: Tensor,
+    codes: Tensor,
+    places: Tensor,
+    ups: Tensor,
+    tokens: int,
+    length: int,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    width: int,
+) -> None:
+    """source: from one token, and from one place, to the next; target: from one byte, and from one row."""
+    if not plane.numel():
+        return
+    batch, rows = plane.shape[0], len(places)
+    together = 32
+    grid = (triton.cdiv(length, together), triton.cdiv(rows, together), batch)
+    _pack[grid](
+        plane, codes, places, ups, tokens, length, rows, codes[0].numel(), *source, *target, plane[0].numel(),
+        WIDTH=width, BYTES=together, ROWS=together,
+    )  # fmt: skip
