@@ -17,7 +17,7 @@ import triton.language as tl
 CHUNK = tl.constexpr(32)  # rows of a plane of channels that are multiplied at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["queries"])
 def query_weights(
     weights,
     offsets,
@@ -49,7 +49,7 @@ def query_weights(
     tl.store(offsets + at_out, tl.sum(w.to(tl.float32) * tl.load(middles + at), 0))
 
 
-@triton.jit(do_not_specialize=["rows", "positions"])
+@triton.jit(do_not_specialize=["rows", "positions"], do_not_specialize_on_alignment=["queries"])
 def centre_logits(
     out,
     queries,
@@ -194,21 +194,39 @@ def _channel_product(logits, plane, weights, run, t, k, BYTES, WIDTH: tl.constex
     return logits
 
 
+@triton.jit
+def _found(found, rows, all_splits, E: tl.constexpr):
+    """Where two parts of what programs find begin: float32 `totals` and `greatest`, `[all_splits, B * H]`.
+
+    The first part is `[all_splits, B * H, E]`: values, weighted by `exp2(logit - greatest)`. The totals are the sums of
+    these weights, and the greatest are logits.
+    """
+    totals = found + all_splits.to(tl.int64) * rows * E
+    return totals, totals + all_splits.to(tl.int64) * rows
+
+
 # Numbers that differ from call to call or from layer to layer: none of them is worth a kernel of its own.
 _VARYING = ["P", "stretch", "plane4_rows", "plane2_rows", "plane1_rows", "of_centre_length", "position_step"]
-_VARYING += ["positions_length", "first_slot", "first_split", "splits", "all_splits", "shown_row", "shown_head"]
-_UNALIGNED = ["totals", "greatest", "offsets", "runs", "of_centre", "positions", "shown", "k_zero", "k_span"]
+_VARYING += [
+    "positions_length",
+    "first_slot",
+    "first_split",
+    "splits",
+    "all_splits",
+    "shown_row",
+    "shown_head",
+    "first_weights",
+]
+_UNALIGNED = ["queries", "offsets", "runs", "of_centre", "positions", "shown", "k_zero", "k_span"]
 _UNALIGNED += ["v_zero", "v_span"]
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def attend_block(
-    sums,  # float32 [all_splits, B * H, E]: values, weighted by exp2(logit - greatest)
-    totals,  # float32 [all_splits, B * H]: of these weights
-    greatest,  # float32 [all_splits, B * H]
+    found,  # float32, see `_found`
     queries,  # [B * H, D]
-    weights,  # float16 [B * H, SLOTS] of `query_weights`
-    offsets,  # [B * H] of `query_weights`
+    weights,  # of `query_weights`
+    offsets,  # of `query_weights`
     runs,  # int32 [Hkv, 3, 2], see `_channel_product`, of the planes of 4, 2 and 1 bits
     of_centre,  # float32 [B * H, of_centre_length] of `centre_logits`
     positions,  # int32 [B, Hkv, positions_length]
@@ -228,6 +246,7 @@ def attend_block(
     plane4_rows,  # rows of all heads
     plane2_rows,
     plane1_rows,
+    first_weights,  # of the block, in rows
     of_centre_length,
     position_step,  # 0 where keys do not turn
     positions_length,
@@ -281,8 +300,8 @@ def attend_block(
     first, last = tiles * split // splits, tiles * (split + 1) // splits
 
     if K_BITS == 0:
-        weight_rows = weights + query[:, None] * SLOTS
-        offset = tl.load(offsets + query)
+        weight_rows = weights + (first_weights + query)[:, None] * SLOTS
+        offset = tl.load(offsets + first_weights + query)
     elif K_BITS == 16:
         q = tl.load(queries + query[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0)
     low = tl.zeros([M, TILE], tl.float32)
@@ -384,9 +403,11 @@ def attend_block(
 
     if V_BITS != 16:
         acc = (acc + tl.sum(low, 1)[:, None]) * (1.0 / 2**V_BITS)
-    at = (first_split + split).to(tl.int64) * tl.num_programs(2) * kv_heads * G + query
+    rows = tl.num_programs(2) * kv_heads * G
+    totals, greatest = _found(found, rows, all_splits, E)
+    at = (first_split + split).to(tl.int64) * rows + query
     own = real_row[:, None] & (group[:, None] == (e // (E // V_GROUPS))[None, :]) & (e < E)[None, :]
-    tl.store(sums + at[:, None] * E + e[None, :], acc, mask=own)
+    tl.store(found + at[:, None] * E + e[None, :], acc, mask=own)
     # Zero. It ties what is stored here to the product, whose layout the compiler leaves alone: else it makes all
     # weights a second time in each turn of the loop, in the layout of these stores.
     nothing = tl.sum(acc, 1) * 0.0
@@ -394,12 +415,10 @@ def attend_block(
     tl.store(greatest + at, most + nothing, mask=m < G)
 
 
-@triton.jit(do_not_specialize=["rotated_splits", "all_splits"], do_not_specialize_on_alignment=["totals", "greatest"])
+@triton.jit(do_not_specialize=["rotated_splits", "all_splits"], do_not_specialize_on_alignment=["out"])
 def merge(
     out,  # [B * H, E]
-    sums,
-    totals,
-    greatest,
+    found,  # see `_found`
     rotation,  # float32 [E, E]
     rotated_splits,  # the first ones, whose sums are rotated
     all_splits,
@@ -411,6 +430,7 @@ def merge(
 ):
     """Joins what `attend_block` found in all parts. Program: (row and query head, CHANNELS of the output)."""
     row, rows = tl.program_id(0), tl.num_programs(0)
+    totals, greatest = _found(found, rows, all_splits, E)
     s = tl.arange(0, SPLITS)
     most = tl.full([SPLITS], float("-inf"), tl.float32)
     for i in range(0, all_splits, SPLITS):
@@ -426,7 +446,7 @@ def merge(
         total += w * tl.load(totals + at, mask=inside, other=0)
         if ROTATED:
             inside &= i + s >= rotated_splits
-        x = tl.load(sums + at.to(tl.int64)[:, None] * E + c[None, :], mask=inside[:, None] & (c < E)[None, :], other=0)
+        x = tl.load(found + at.to(tl.int64)[:, None] * E + c[None, :], mask=inside[:, None] & (c < E)[None, :], other=0)
         acc += tl.sum(w[:, None] * x, 0)
     if ROTATED:
         e = tl.arange(0, E_FILLED)
@@ -435,7 +455,7 @@ def merge(
             at, inside = (i + s) * rows + row, i + s < rotated_splits
             w = tl.exp2(tl.load(greatest + at, mask=inside, other=float("-inf")) - top)
             real = inside[:, None] & (e < E)[None, :]
-            x = tl.load(sums + at.to(tl.int64)[:, None] * E + e[None, :], mask=real, other=0)
+            x = tl.load(found + at.to(tl.int64)[:, None] * E + e[None, :], mask=real, other=0)
             rotated += tl.sum(w[:, None] * x, 0)
         matrix = tl.load(rotation + c[:, None] * E + e[None, :], mask=(c < E)[:, None] & (e < E)[None, :], other=0)
         acc += tl.sum(matrix * rotated[None, :], 1)

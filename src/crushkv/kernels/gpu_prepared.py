@@ -212,7 +212,7 @@ class Centre:
         return cls(turning, first, second, 1 if basis.rope is None else seen)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """What is needed of a layer until its blocks change.
 
