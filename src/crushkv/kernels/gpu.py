@@ -20,7 +20,7 @@ from ..storage import RAW, TieredStorage, turn
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
 from .gpu_launch import Launch
-from .gpu_prepared import Centre, Prepared, Walk, groups_of, power_of_two, prepared, room_of, tile_of
+from .gpu_prepared import CHUNK, Centre, Prepared, Walk, groups_of, power_of_two, prepared, programs, tile_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_ROWS, _MOST_CHANNELS, _MOST_KEY_GROUPS = 64, 256, 8
@@ -66,8 +66,8 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
         return f"a head has more than {_MOST_CHANNELS} channels"
     if any(basis.projection is not None for basis in store.bases or ()):
         return "keys and values are projected"
-    groups = max((groups_of(values) for _, values in store.blocks), default=1)
-    if group * groups > _MOST_ROWS or any(groups_of(keys) > _MOST_KEY_GROUPS for keys, _ in store.blocks):
+    made = prepared(store)
+    if made is not None and (group * made.value_groups > _MOST_ROWS or made.key_groups > _MOST_KEY_GROUPS):
         return "a head has too many queries, or a token too many ranges"
     return None
 
@@ -160,8 +160,7 @@ class _Plan:
             rotation = of_values.rotation
             turned = queries if of_keys.rotation is None else turn(queries, of_keys.rotation)
             logits = self._new(rows, self.positions)
-            tile, together = self.centre_sizes
-            self.centre((-(-self.positions // tile), -(-rows // together), 1), logits, queries)
+            self.centre(self.centre_grid, logits, queries)
             weights = offsets = queries  # nobody looks
             blocks, slots = self.slots
             if blocks:
@@ -197,19 +196,23 @@ class _Plan:
         """Arguments of a block whose keys have widths by channel."""
         of = made.slots[number]
         place = list(made.slots).index(number)
-        rows = dict(zip(("plane4_rows", "plane2_rows", "plane1_rows"), of.rows, strict=True))
-        return {"runs": of.runs, "SLOTS": self.slots[1], "first_weights": place * self.rows * self.heads, **rows}
+        first = place * self.rows * self.heads
+        return {"chunks": of.chunks, "most_chunks": of.chunks.shape[1], "SLOTS": self.slots[1], "first_weights": first}
 
     def _plan_centre(self, centre: Centre) -> None:
         from .gpu_code import centre_logits
 
         rows, turning = self.rows * self.heads, centre.turning
-        self.centre_sizes = self.tile, min(64, power_of_two(rows))
+        together = min(64, power_of_two(rows))
+        row_tiles, tile = -(-rows // together), 64 if self.device.type == "cuda" else 16
+        # As many programs as run at a time.
+        shares = min(-(-centre.positions // tile), max(1, programs(self.device) // 2 // row_tiles))
+        self.centre_grid = (shares, row_tiles, 1)
         arguments = {
             "first": turning.first, "second": turning.second, "of_first": centre.of_first,
             "of_second": centre.of_second, "table": turning.table, "table_rest": turning.table_rest,
             "factor": self.factor, "rows": rows, "positions": centre.positions, "D": self.size, "G": self.group,
-            "K": len(turning.first), "ROWS": self.centre_sizes[1], "TILE": self.tile,
+            "K": len(turning.first), "ROWS": together, "TILE": tile, "EXACT": self.dtype == torch.float32,
         }  # fmt: skip
         self.centre = Launch(centre_logits, arguments, ("out", "queries"), num_warps=8)
 
@@ -261,8 +264,8 @@ class _Plan:
         filled_rows = power_of_two(self.group * arguments.get("V_GROUPS", 1))
         unused = arguments["positions"]
         changing = ("found", "all_splits", "queries", "shown", "shown_row", "shown_head", *changing)
-        pointers = ("runs", "k1", "k2", "k_zero", "k_span", "v1", "v_zero", "v_span")
-        numbers = ("plane4_rows", "plane2_rows", "plane1_rows", "k_row", "k_head", "v_row", "v_head", "first_weights")
+        pointers = ("chunks", "k1", "k2", "k_zero", "k_span", "v1", "v_zero", "v_span")
+        numbers = ("most_chunks", "k_row", "k_head", "v_row", "v_head", "first_weights")
         of_positions = ("of_centre_length", "position_step", "positions_length")
         every = (
             dict.fromkeys(pointers, unused)
@@ -273,7 +276,7 @@ class _Plan:
                 "factor": self.factor, "first_slot": self.packed_tokens, "first_split": self.packed_splits,
                 "D": size_of_keys, "E": size_of_values, "D_FILLED": power_of_two(size_of_keys),
                 "E_FILLED": power_of_two(size_of_values), "G": self.group, "M": filled_rows,
-                "ROOM": room_of(size_of_keys), "MASKED": self.masked, "TILE": self.tile,
+                "CHUNK": CHUNK, "MASKED": self.masked, "TILE": self.tile,
                 "PRODUCT": _product_dtype(self.dtype), "FOUR": not _interpreted(),
             }
         )  # fmt: skip

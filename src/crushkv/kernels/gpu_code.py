@@ -4,17 +4,15 @@
 Letters: B rows, H query heads, Hkv KV heads, G query heads a KV head, P tokens of a block, D channels of a key, E
 channels of a value. Logits are in units of log2, so that `exp2` takes them.
 
-A block's tokens are walked in tiles of TILE tokens. Planes of w bits hold 8 / w stretches of tokens, so the tiles that
-lie at the same place of each stretch share their bytes: these are visited one after the other, and the bytes come from
-the cache but for the first time.
+A block's tokens are walked in tiles of TILE tokens. Planes of w bits hold 8 / w stretches of tokens, and tokens at the
+same place of each stretch share a byte. A tile has TILE / 8 neighbours of each of 8 stretches, so that one load takes
+all that is in a byte: where it names the same byte for several tokens, the bytes come from the cache.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-CHUNK = tl.constexpr(32)  # rows of a plane of channels that are multiplied at a time
 
 
 @triton.jit(do_not_specialize_on_alignment=["queries"])
@@ -67,16 +65,17 @@ def centre_logits(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """`out [B * H, positions]`: the product of each query with its head's centre, turned to each position.
 
-    It is `z @ table.T` with `z[k] = q[first[k]] * of_first[k] + q[second[k]] * of_second[k]`. Numbers are split into
-    two of float16 each, so that the product is as exact as one in float32. Program: (tile of positions, of rows).
+    It is `z @ table.T` with `z[k] = q[first[k]] * of_first[k] + q[second[k]] * of_second[k]`. EXACT: numbers are split
+    into two of float16 each, so that the product is as exact as one in float32. Program: (share of the positions, ROWS
+    rows).
     """
     k = tl.arange(0, K)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    position = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    real, reached = row < rows, position < positions
+    real = row < rows
     at = (row // G)[:, None] * K + k[None, :]
     q_row = queries + row[:, None] * D
     z = tl.load(q_row + tl.load(first + k)[None, :], mask=real[:, None], other=0).to(tl.float32)
@@ -87,14 +86,18 @@ def centre_logits(
     z = z / most[:, None]
     high = z.to(tl.float16)
     rest = (z - high.to(tl.float32)).to(tl.float16)
-    at_table = position[None, :] * K + k[:, None]
-    t = tl.load(table + at_table, mask=reached[None, :], other=0)
-    t_rest = tl.load(table_rest + at_table, mask=reached[None, :], other=0)
-    product = tl.dot(high, t_rest)
-    product = tl.dot(rest, t, product)
-    product = tl.dot(high, t, product) * most[:, None]
-    at_out = row.to(tl.int64)[:, None] * positions + position[None, :]
-    tl.store(out + at_out, product, mask=real[:, None] & reached[None, :])
+    # What is made of the queries costs as much as a tile's product, so it serves several tiles.
+    for begin in tl.range(tl.program_id(0) * TILE, positions, tl.num_programs(0) * TILE):
+        position = begin + tl.arange(0, TILE)
+        reached = position < positions
+        at_table = position[None, :] * K + k[:, None]
+        t = tl.load(table + at_table, mask=reached[None, :], other=0)
+        product = tl.dot(high, t)
+        if EXACT:
+            t_rest = tl.load(table_rest + at_table, mask=reached[None, :], other=0)
+            product = tl.dot(rest, t, tl.dot(high, t_rest, product))
+        at_out = row.to(tl.int64)[:, None] * positions + position[None, :]
+        tl.store(out + at_out, product * most[:, None], mask=real[:, None] & reached[None, :])
 
 
 @triton.jit
@@ -170,28 +173,43 @@ def _codes(first, second, tokens, P, BITS: tl.constexpr, FOUR: tl.constexpr):
     return _bits(first, tokens, P, BITS).to(tl.float16)
 
 
-@triton.jit
-def _channel_product(logits, plane, weights, run, t, k, BYTES, WIDTH: tl.constexpr, FOUR: tl.constexpr):
-    """Adds the product of the weights `[M, slots]` with a head's rows of one plane of channels.
+_FOUR_MASKED = tl.constexpr(
+    _four_codes((8,)).value.replace("mov.b32 x0, $2;", "and.b32 x0, $3, 7; shr.b32 x0, $2, x0; and.b32 x0, x0, $4;")
+)
 
-    run: points to the first row and the number of rows. t: bytes `[TILE]` in stretch k. The last bytes
-    of a row may stand for no token. What is added up for these is left out later: a mask by tokens would be one by
-    bytes, and each byte be loaded alone.
+
+@triton.jit
+def _chunk_loads(
+    planes4, planes2, planes1, weights, chunk, row, inside, k, t, BYTES, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+):
+    """The bytes `[CHUNK, TILE]` of some rows of a plane of channels, and the weights `[M, CHUNK]` of their codes.
+
+    chunk: points to first row, number of rows, width of the plane, place of the weights, and rows of the plane over all
+    heads. inside: `[TILE]`, whether a byte is one of the rows'. Its last bits may stand for no token. What is added up
+    for these is left out later: a mask by tokens would be one by bytes, and each byte be loaded alone.
     """
-    start, count = tl.load(run), tl.load(run + 1)
-    at = (k % WIDTH) * BYTES + t
-    shift = (k - k % WIDTH).to(tl.uint8)
-    for i in range(0, count, CHUNK):
-        row = i + tl.arange(0, CHUNK)
-        w = tl.load(weights + row[None, :])
-        bytes_ = plane + (start + row).to(tl.int64)[:, None] * (BYTES * WIDTH) + at[None, :]
-        x = tl.load(bytes_, mask=(row < count)[:, None] & (t < BYTES)[None, :], other=0)
-        if FOUR:  # noqa: SIM108
-            codes = _four_of_one(x, shift, WIDTH)
-        else:
-            codes = ((x >> shift) & ((1 << WIDTH) - 1)).to(tl.float16)
-        logits = tl.dot(w, codes, logits)
-    return logits
+    start, count, width = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
+    i = tl.arange(0, CHUNK)
+    w = tl.load(weights + (tl.load(chunk + 3) + i)[None, :])
+    # Planes are chosen by number: a pointer cannot be, and what is known of its alignment would be lost.
+    plane = tl.where(width == 4, planes4.to(tl.int64), planes2.to(tl.int64))
+    plane = tl.where(width == 1, planes1.to(tl.int64), plane) - planes4.to(tl.int64)
+    plane += (row.to(tl.int64) * tl.load(chunk + 4) + start) * (width * BYTES)
+    bytes_ = planes4 + tl.multiple_of(plane, ALIGNED)
+    at = i[:, None] * (width * BYTES) + ((k & (width - 1)) * BYTES + t)[None, :]
+    x = tl.load(bytes_ + at, mask=(i < count)[:, None] & inside[None, :], other=0)
+    return x, w
+
+
+@triton.jit
+def _chunk_codes(x, chunk, k, FOUR: tl.constexpr):
+    """Codes as float16 of the bytes of `_chunk_loads`."""
+    width = tl.load(chunk + 2)
+    shift = (k - (k & (width - 1))).to(tl.uint8)[None, :]
+    mask = ((1 << width) - 1).to(tl.uint8)
+    if FOUR:
+        return tl.inline_asm_elementwise(_FOUR_MASKED, "=r,=r,r,r,r", [x, shift, mask], tl.float16, True, 4)
+    return ((x >> shift) & mask).to(tl.float16)
 
 
 @triton.jit
@@ -206,7 +224,7 @@ def _found(found, rows, all_splits, E: tl.constexpr):
 
 
 # Numbers that differ from call to call or from layer to layer: none of them is worth a kernel of its own.
-_VARYING = ["P", "stretch", "plane4_rows", "plane2_rows", "plane1_rows", "of_centre_length", "position_step"]
+_VARYING = ["P", "stretch", "most_chunks", "of_centre_length", "position_step"]
 _VARYING += [
     "positions_length",
     "first_slot",
@@ -217,7 +235,7 @@ _VARYING += [
     "shown_head",
     "first_weights",
 ]
-_UNALIGNED = ["queries", "offsets", "runs", "of_centre", "positions", "shown", "k_zero", "k_span"]
+_UNALIGNED = ["queries", "offsets", "of_centre", "positions", "shown", "k_zero", "k_span"]
 _UNALIGNED += ["v_zero", "v_span"]
 
 
@@ -227,7 +245,7 @@ def attend_block(
     queries,  # [B * H, D]
     weights,  # of `query_weights`
     offsets,  # of `query_weights`
-    runs,  # int32 [Hkv, 3, 2], see `_channel_product`, of the planes of 4, 2 and 1 bits
+    chunks,  # int32 [Hkv, most_chunks, 8], see `_chunk_loads`, and their number
     of_centre,  # float32 [B * H, of_centre_length] of `centre_logits`
     positions,  # int32 [B, Hkv, positions_length]
     shown,  # uint8, strides shown_row and shown_head, over all slots
@@ -243,9 +261,7 @@ def attend_block(
     factor,  # of logits
     P,
     stretch,  # tokens of each of STRETCHES, over ALIGNED
-    plane4_rows,  # rows of all heads
-    plane2_rows,
-    plane1_rows,
+    most_chunks,
     first_weights,  # of the block, in rows
     of_centre_length,
     position_step,  # 0 where keys do not turn
@@ -272,7 +288,7 @@ def attend_block(
     K_GROUP_FILLED: tl.constexpr,
     V_GROUPS: tl.constexpr,
     SLOTS: tl.constexpr,
-    ROOM: tl.constexpr,  # slots of a plane
+    CHUNK: tl.constexpr,  # rows of a plane of channels that are multiplied at a time
     CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
     STRETCHES: tl.constexpr,
@@ -294,14 +310,19 @@ def attend_block(
     query = kv * G + m % G
     group = tl.where(real_row, m // G, 0)
     d, e = tl.arange(0, D_FILLED), tl.arange(0, E_FILLED)
-    n = tl.arange(0, TILE)
+    PART: tl.constexpr = TILE // STRETCHES
+    k, part = tl.arange(0, TILE) // PART, tl.arange(0, TILE) % PART
     length = stretch * ALIGNED
-    tiles = (length + TILE - 1) // TILE * STRETCHES
+    tiles = (length + PART - 1) // PART
     first, last = tiles * split // splits, tiles * (split + 1) // splits
 
     if K_BITS == 0:
         weight_rows = weights + (first_weights + query)[:, None] * SLOTS
         offset = tl.load(offsets + first_weights + query)
+        of_head = chunks + head * most_chunks * 8
+        count = tl.load(of_head + 5)
+        t = first * PART + part
+        x, w = _chunk_loads(k0, k1, k2, weight_rows, of_head, row, t < length, k, t, length, ALIGNED, CHUNK)
     elif K_BITS == 16:
         q = tl.load(queries + query[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0)
     low = tl.zeros([M, TILE], tl.float32)
@@ -309,8 +330,7 @@ def attend_block(
     most = tl.full([M], float("-inf"), tl.float32)
     acc = tl.zeros([M, E_FILLED], tl.float32)
     for tile in range(first, last):
-        k = tile % STRETCHES
-        t = tile // STRETCHES * TILE + n
+        t = tile * PART + part
         token = k * length + t
         real = (t < length) & (token < P)
         # Values first, so that they are under way while the logits are made.
@@ -325,18 +345,36 @@ def attend_block(
             x0 = _plane(v0 + kv * ((P * V_BITS + 7) // 8) * E, token, e, of_value, P, E, V_BITS)
             x1 = x0
 
+        if CENTRED:
+            position = tl.load(positions + kv * positions_length + first_slot + token, mask=real, other=0)
+            at = query[:, None] * of_centre_length + (position * position_step)[None, :]
+            centred = tl.load(of_centre + at, mask=real[None, :], other=0)
+
         logits = tl.zeros([M, TILE], tl.float32)
         if K_BITS == 0:
-            run = runs + head * 6
-            b = row.to(tl.int64) * length
-            logits = _channel_product(logits, k0 + b * plane4_rows * 4, weight_rows, run, t, k, length, 4, FOUR)
-            logits = _channel_product(
-                logits, k1 + b * plane2_rows * 2, weight_rows + ROOM, run + 2, t, k, length, 2, FOUR
-            )
-            logits = _channel_product(
-                logits, k2 + b * plane1_rows, weight_rows + 2 * ROOM, run + 4, t, k, length, 1, FOUR
-            )
             scale = tl.load(k_zero + kv * P + token, mask=real, other=0).to(tl.float32)
+            for c in range(count):
+                # What comes next is under way while this is multiplied.
+                last_one = c + 1 == count
+                chunk = of_head + c * 8
+                following = tl.where(last_one, 0, c + 1) * 8
+                t_next = t + tl.where(last_one, PART, 0)
+                x_next, w_next = _chunk_loads(
+                    k0,
+                    k1,
+                    k2,
+                    weight_rows,
+                    of_head + following,
+                    row,
+                    t_next < length,
+                    k,
+                    t_next,
+                    length,
+                    ALIGNED,
+                    CHUNK,
+                )
+                logits = tl.dot(w, _chunk_codes(x, chunk, k, FOUR), logits)
+                x, w = x_next, w_next
             logits = (logits - offset[:, None]) * tl.exp2((scale - 128) / 16)[None, :]
         elif K_BITS == 16:
             at = row.to(tl.int64) * k_row + head.to(tl.int64) * k_head + token[:, None] * D + d[None, :]
@@ -363,9 +401,7 @@ def attend_block(
                 product += tl.sum(q.to(tl.float32), 1)[:, None] * (0.5 - zero)[None, :]
                 logits += product * width[None, :]
         if CENTRED:
-            position = tl.load(positions + kv * positions_length + first_slot + token, mask=real, other=0)
-            at = query[:, None] * of_centre_length + (position * position_step)[None, :]
-            logits += tl.load(of_centre + at, mask=real[None, :], other=0)
+            logits += centred
         seen = real
         if MASKED:
             at = row.to(tl.int64) * shown_row + head.to(tl.int64) * shown_head + first_slot + token
