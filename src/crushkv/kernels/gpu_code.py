@@ -110,45 +110,54 @@ def _plane(base, tokens, channels, shown, P, SIZE: tl.constexpr, WIDTH: tl.const
 
 
 def _four_codes(planes: tuple[int, ...]) -> tl.constexpr:
-    """PTX that makes float16 of the codes in four bytes at a time. A byte behind 0x64 is the float16 of 1024 more."""
+    """PTX that makes float16 of the codes in four bytes at a time. A byte behind 0x64 is the float16 of 1024 more.
+
+    Width 0: the mask is given as well. Shifts and masks are int32, so each comes in four registers, of which the first
+    is taken: four of uint8 would be put together in one first.
+    """
     # Inputs are read before the first output is written, which may stand in the same register.
-    lines = ["mov.b32 %x0, $2;"]
+    lines, place = [], 2
     for number, width in enumerate(planes):
-        shifted, mask = f"%x{number}", 0x01010101 * ((1 << width) - 1)
-        if width < 8:
-            source, shift = f"${2 + 2 * number}", f"${3 + 2 * number}"
-            lines += [f"and.b32 %s, {shift}, 7;", f"shr.b32 {shifted}, {source}, %s;"]
-            lines += [f"and.b32 {shifted}, {shifted}, {mask:#x};"]
+        code, source = f"%x{number}", f"${place}"
+        if width == 8:
+            lines.append(f"mov.b32 {code}, {source};")
+            continue
+        mask = f"${place + 5}" if width == 0 else f"{0x01010101 * ((1 << width) - 1):#x}"
+        lines += [f"shr.b32 {code}, {source}, ${place + 1};", f"and.b32 {code}, {code}, {mask};"]
+        place += 5
     if len(planes) == 2:
         lines.append("mad.lo.u32 %x0, %x0, 2, %x1;")
     lines += ["mov.b32 %m, 0x64646464;", "mov.b32 %b, 0x64006400;"]
     for number, bytes_ in enumerate(("0x4140", "0x4342")):
         lines += [f"prmt.b32 %y, %x0, %m, {bytes_};", f"sub.f16x2 ${number}, %y, %b;"]
-    text = "{ .reg .b32 %x0, %x1, %s, %m, %b, %y; " + " ".join(lines) + " }"
+    text = "{ .reg .b32 %x0, %x1, %m, %b, %y; " + " ".join(lines) + " }"
     return tl.constexpr(text.replace("%", ""))
 
 
-_FOUR_1, _FOUR_2, _FOUR_4, _FOUR_8 = (_four_codes((width,)) for width in (1, 2, 4, 8))
+_FOUR_MASKED, _FOUR_1, _FOUR_2, _FOUR_4, _FOUR_8 = (_four_codes((width,)) for width in (0, 1, 2, 4, 8))
 _FOUR_3 = _four_codes((2, 1))
+_ONE_INPUT = tl.constexpr("=r,=r,r")
+_ONE_PLANE = tl.constexpr("=r,=r" + ",r" * 5)
+_PLANE_AND_MASK = tl.constexpr("=r,=r" + ",r" * 9)
+_TWO_PLANES = tl.constexpr("=r,=r" + ",r" * 10)
 
 
 @triton.jit
 def _four_of_one(x, shift, WIDTH: tl.constexpr):
     """Float16 of the WIDTH bits above the shift in each byte."""
-    shift = shift.to(tl.uint8)
     if WIDTH == 1:
-        return tl.inline_asm_elementwise(_FOUR_1, "=r,=r,r,r", [x, shift], tl.float16, True, 4)
+        return tl.inline_asm_elementwise(_FOUR_1, _ONE_PLANE, [x, shift], tl.float16, True, 4)
     if WIDTH == 2:
-        return tl.inline_asm_elementwise(_FOUR_2, "=r,=r,r,r", [x, shift], tl.float16, True, 4)
+        return tl.inline_asm_elementwise(_FOUR_2, _ONE_PLANE, [x, shift], tl.float16, True, 4)
     if WIDTH == 4:
-        return tl.inline_asm_elementwise(_FOUR_4, "=r,=r,r,r", [x, shift], tl.float16, True, 4)
-    return tl.inline_asm_elementwise(_FOUR_8, "=r,=r,r", [x], tl.float16, True, 4)
+        return tl.inline_asm_elementwise(_FOUR_4, _ONE_PLANE, [x, shift], tl.float16, True, 4)
+    return tl.inline_asm_elementwise(_FOUR_8, _ONE_INPUT, [x], tl.float16, True, 4)
 
 
 @triton.jit
 def _shift(tokens, P, WIDTH: tl.constexpr):
-    """Where the tokens' bits stand in their bytes, uint8 `[TILE, 1]`."""
-    return (tokens // ((P * WIDTH + 7) // 8) * WIDTH).to(tl.uint8)[:, None]
+    """Where the tokens' bits stand in their bytes, `[TILE, 1]`."""
+    return (tokens // ((P * WIDTH + 7) // 8) * WIDTH & 7)[:, None]
 
 
 @triton.jit
@@ -166,16 +175,11 @@ def _codes(first, second, tokens, P, BITS: tl.constexpr, FOUR: tl.constexpr):
     if FOUR:
         if BITS == 3:
             high, low = _shift(tokens, P, 2), _shift(tokens, P, 1)
-            return tl.inline_asm_elementwise(_FOUR_3, "=r,=r,r,r,r,r", [first, high, second, low], tl.float16, True, 4)
+            return tl.inline_asm_elementwise(_FOUR_3, _TWO_PLANES, [first, high, second, low], tl.float16, True, 4)
         return _four_of_one(first, _shift(tokens, P, BITS), BITS)
     if BITS == 3:
         return (_bits(first, tokens, P, 2) * 2 + _bits(second, tokens, P, 1)).to(tl.float16)
     return _bits(first, tokens, P, BITS).to(tl.float16)
-
-
-_FOUR_MASKED = tl.constexpr(
-    _four_codes((8,)).value.replace("mov.b32 x0, $2;", "and.b32 x0, $3, 7; shr.b32 x0, $2, x0; and.b32 x0, x0, $4;")
-)
 
 
 @triton.jit
@@ -205,11 +209,13 @@ def _chunk_loads(
 def _chunk_codes(x, chunk, k, FOUR: tl.constexpr):
     """Codes as float16 of the bytes of `_chunk_loads`."""
     width = tl.load(chunk + 2)
-    shift = (k - (k & (width - 1))).to(tl.uint8)[None, :]
-    mask = ((1 << width) - 1).to(tl.uint8)
+    shift = (k - (k & (width - 1)))[None, :]
+    mask = (1 << width) - 1
     if FOUR:
-        return tl.inline_asm_elementwise(_FOUR_MASKED, "=r,=r,r,r,r", [x, shift, mask], tl.float16, True, 4)
-    return ((x >> shift) & mask).to(tl.float16)
+        return tl.inline_asm_elementwise(
+            _FOUR_MASKED, _PLANE_AND_MASK, [x, shift, mask * 0x01010101], tl.float16, True, 4
+        )
+    return ((x >> shift.to(tl.uint8)) & mask.to(tl.uint8)).to(tl.float16)
 
 
 @triton.jit
