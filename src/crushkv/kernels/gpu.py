@@ -277,7 +277,7 @@ class _Plan:
                 "D": size_of_keys, "E": size_of_values, "D_FILLED": power_of_two(size_of_keys),
                 "E_FILLED": power_of_two(size_of_values), "G": self.group, "M": filled_rows,
                 "CHUNK": CHUNK, "MASKED": self.masked, "TILE": self.tile,
-                "PRODUCT": _product_dtype(self.dtype), "FOUR": not _interpreted(),
+                "PRODUCT": _product_dtype(self.dtype), "FOUR": not _interpreted() and not any(size % 4 for size in self.sizes),
             }
         )  # fmt: skip
         options = LAUNCH if filled_rows == 16 else _LARGE_LAUNCH

@@ -112,8 +112,8 @@ def _plane(base, tokens, channels, shown, P, SIZE: tl.constexpr, WIDTH: tl.const
 def _four_codes(planes: tuple[int, ...]) -> tl.constexpr:
     """PTX that makes float16 of the codes in four bytes at a time. A byte behind 0x64 is the float16 of 1024 more.
 
-    Width 0: the mask is given as well. Shifts and masks are int32, so each comes in four registers, of which the first
-    is taken: four of uint8 would be put together in one first.
+    Width 0: the mask is given as well, and the bytes are of `_held`. Shifts and masks are int32, so each comes in four
+    registers, of which the first is taken: four of uint8 would be put together in one first.
     """
     # Inputs are read before the first output is written, which may stand in the same register.
     lines, place = [], 2
@@ -122,8 +122,8 @@ def _four_codes(planes: tuple[int, ...]) -> tl.constexpr:
         if width == 8:
             lines.append(f"mov.b32 {code}, {source};")
             continue
-        mask = f"${place + 5}" if width == 0 else f"{0x01010101 * ((1 << width) - 1):#x}"
-        lines += [f"shr.b32 {code}, {source}, ${place + 1};", f"and.b32 {code}, {code}, {mask};"]
+        shift, mask = ("$6", "$10") if width == 0 else (f"${place + 1}", f"{0x01010101 * ((1 << width) - 1):#x}")
+        lines += [f"shr.b32 {code}, {source}, {shift};", f"and.b32 {code}, {code}, {mask};"]
         place += 5
     if len(planes) == 2:
         lines.append("mad.lo.u32 %x0, %x0, 2, %x1;")
@@ -138,7 +138,7 @@ _FOUR_MASKED, _FOUR_1, _FOUR_2, _FOUR_4, _FOUR_8 = (_four_codes((width,)) for wi
 _FOUR_3 = _four_codes((2, 1))
 _ONE_INPUT = tl.constexpr("=r,=r,r")
 _ONE_PLANE = tl.constexpr("=r,=r" + ",r" * 5)
-_PLANE_AND_MASK = tl.constexpr("=r,=r" + ",r" * 9)
+_HELD_AND_MASK = tl.constexpr("=r,=r" + ",r" * 12)
 _TWO_PLANES = tl.constexpr("=r,=r" + ",r" * 10)
 
 
@@ -183,8 +183,29 @@ def _codes(first, second, tokens, P, BITS: tl.constexpr, FOUR: tl.constexpr):
 
 
 @triton.jit
+def _held(x):
+    """Int32 of the shape of the bytes x, for a loop to carry: each first one of four has four bytes.
+
+    The others are never written and never read. Bytes would be taken apart and put together in each turn.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $4;", "=r,=r,=r,=r,r", [x], tl.int32, True, 4)
+
+
+@triton.jit
 def _chunk_loads(
-    planes4, planes2, planes1, weights, chunk, row, inside, k, t, BYTES, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+    planes4,
+    planes2,
+    planes1,
+    weights,
+    chunk,
+    row,
+    inside,
+    k,
+    t,
+    BYTES,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FOUR: tl.constexpr,
 ):
     """The bytes `[CHUNK, TILE]` of some rows of a plane of channels, and the weights `[M, CHUNK]` of their codes.
 
@@ -198,10 +219,12 @@ def _chunk_loads(
     # Planes are chosen by number: a pointer cannot be, and what is known of its alignment would be lost.
     plane = tl.where(width == 4, planes4.to(tl.int64), planes2.to(tl.int64))
     plane = tl.where(width == 1, planes1.to(tl.int64), plane) - planes4.to(tl.int64)
-    plane += (row.to(tl.int64) * tl.load(chunk + 4) + start) * (width * BYTES)
+    plane += (row * tl.load(chunk + 4) + start).to(tl.int64) * (width * BYTES)
     bytes_ = planes4 + tl.multiple_of(plane, ALIGNED)
     at = i[:, None] * (width * BYTES) + ((k & (width - 1)) * BYTES + t)[None, :]
     x = tl.load(bytes_ + at, mask=(i < count)[:, None] & inside[None, :], other=0)
+    if FOUR:
+        x = _held(x)
     return x, w
 
 
@@ -213,7 +236,7 @@ def _chunk_codes(x, chunk, k, FOUR: tl.constexpr):
     mask = (1 << width) - 1
     if FOUR:
         return tl.inline_asm_elementwise(
-            _FOUR_MASKED, _PLANE_AND_MASK, [x, shift, mask * 0x01010101], tl.float16, True, 4
+            _FOUR_MASKED, _HELD_AND_MASK, [x, shift, mask * 0x01010101], tl.float16, True, 4
         )
     return ((x >> shift.to(tl.uint8)) & mask.to(tl.uint8)).to(tl.float16)
 
@@ -319,6 +342,8 @@ def attend_block(
     PART: tl.constexpr = TILE // STRETCHES
     k, part = tl.arange(0, TILE) // PART, tl.arange(0, TILE) % PART
     length = stretch * ALIGNED
+    # Four bytes that are converted together have one shift: they have to stand in one stretch, and be loaded together.
+    FOUR_KEYS: tl.constexpr = FOUR and ALIGNED % 4 == 0 and PART % 4 == 0
     tiles = (length + PART - 1) // PART
     first, last = tiles * split // splits, tiles * (split + 1) // splits
 
@@ -328,7 +353,7 @@ def attend_block(
         of_head = chunks + head * most_chunks * 8
         count = tl.load(of_head + 5)
         t = first * PART + part
-        x, w = _chunk_loads(k0, k1, k2, weight_rows, of_head, row, t < length, k, t, length, ALIGNED, CHUNK)
+        x, w = _chunk_loads(k0, k1, k2, weight_rows, of_head, row, t < length, k, t, length, ALIGNED, CHUNK, FOUR_KEYS)
     elif K_BITS == 16:
         q = tl.load(queries + query[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0)
     low = tl.zeros([M, TILE], tl.float32)
@@ -378,8 +403,9 @@ def attend_block(
                     length,
                     ALIGNED,
                     CHUNK,
+                    FOUR_KEYS,
                 )
-                logits = tl.dot(w, _chunk_codes(x, chunk, k, FOUR), logits)
+                logits = tl.dot(w, _chunk_codes(x, chunk, k, FOUR_KEYS), logits)
                 x, w = x_next, w_next
             logits = (logits - offset[:, None]) * tl.exp2((scale - 128) / 16)[None, :]
         elif K_BITS == 16:

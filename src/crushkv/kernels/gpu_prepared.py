@@ -18,7 +18,7 @@ from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
 from ..storage.packing import PLANES
 
-CHUNK = 32
+CHUNK = 64
 """Rows of a plane of channels that are multiplied at a time."""
 TILE_NUMBERS = 16384
 """Numbers of a tile of values."""
