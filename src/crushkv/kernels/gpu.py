@@ -243,7 +243,7 @@ class _Plan:
         aligned = walk.aligned if arguments["K_BITS"] == 0 else 1
         arguments = arguments | {
             "P": walk.tokens, "stretch": walk.stretch // aligned, "splits": walk.splits, "STRETCHES": walk.stretches,
-            "ALIGNED": aligned,
+            "ALIGNED": aligned, "EVEN": walk.tokens % walk.stretches == 0,
         }  # fmt: skip
         return self._attention(arguments, ("weights", "offsets", "of_centre"))
 
@@ -251,7 +251,7 @@ class _Plan:
         unused = self._new(1)
         arguments = {
             **dict.fromkeys(("weights", "offsets", "of_centre"), unused), "positions": unused, "K_BITS": RAW,
-            "V_BITS": RAW, "STRETCHES": 1, "ALIGNED": 1,
+            "V_BITS": RAW, "STRETCHES": 1, "ALIGNED": 1, "EVEN": True,
         }  # fmt: skip
         strides = ("k_row", "k_head", "v_row", "v_head")
         return self._attention(arguments, ("k0", "v0", *strides, "P", "stretch", "splits"))
@@ -277,7 +277,8 @@ class _Plan:
                 "D": size_of_keys, "E": size_of_values, "D_FILLED": power_of_two(size_of_keys),
                 "E_FILLED": power_of_two(size_of_values), "G": self.group, "M": filled_rows,
                 "CHUNK": CHUNK, "MASKED": self.masked, "TILE": self.tile,
-                "PRODUCT": _product_dtype(self.dtype), "FOUR": not _interpreted() and not any(size % 4 for size in self.sizes),
+                "PRODUCT": _product_dtype(self.dtype),
+                "FOUR": not _interpreted() and not any(size % 4 for size in self.sizes),
             }
         )  # fmt: skip
         options = LAUNCH if filled_rows == 16 else _LARGE_LAUNCH

@@ -101,11 +101,25 @@ def centre_logits(
 
 
 @triton.jit
-def _plane(base, tokens, channels, shown, P, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+def _place(token, k, t, length, P, WIDTH: tl.constexpr, SHARED: tl.constexpr):
+    """Where the bytes of the tokens stand in a plane of tokens, and where their bits in the byte.
+
+    SHARED: stretches of a tile that fill 8 bits of a token, 0 where the block does not divide into them without a rest.
+    Then it takes divisions by numbers that the compiler does not know.
+    """
+    if SHARED > 0:
+        neighbours: tl.constexpr = SHARED * WIDTH // 8
+        return k % neighbours * length + t, k // neighbours * WIDTH
+    bytes_long = (P * WIDTH + 7) // 8
+    return token % bytes_long, token // bytes_long * WIDTH & 7
+
+
+@triton.jit
+def _plane(
+    base, token, k, t, length, channels, shown, P, SIZE: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr
+):
     """Bytes `[TILE, channels]` of one plane `[P * WIDTH / 8, SIZE]` that hold the tokens' bits."""
-    place = tokens
-    if WIDTH < 8:
-        place = tokens % ((P * WIDTH + 7) // 8)
+    place, _ = _place(token, k, t, length, P, WIDTH, SHARED)
     return tl.load(base + place[:, None] * SIZE + channels[None, :], mask=shown, other=0)
 
 
@@ -155,31 +169,19 @@ def _four_of_one(x, shift, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _shift(tokens, P, WIDTH: tl.constexpr):
-    """Where the tokens' bits stand in their bytes, `[TILE, 1]`."""
-    return (tokens // ((P * WIDTH + 7) // 8) * WIDTH & 7)[:, None]
-
-
-@triton.jit
-def _bits(x, tokens, P, WIDTH: tl.constexpr):
-    """The tokens' bits of the bytes `x [TILE, channels]`."""
-    if WIDTH < 8:
-        shift = tokens // ((P * WIDTH + 7) // 8) * WIDTH
-        x = (x >> shift.to(tl.uint8)[:, None]) & ((1 << WIDTH) - 1)
-    return x
-
-
-@triton.jit
-def _codes(first, second, tokens, P, BITS: tl.constexpr, FOUR: tl.constexpr):
+def _codes(first, second, token, k, t, length, P, BITS: tl.constexpr, SHARED: tl.constexpr, FOUR: tl.constexpr):
     """Codes as float16 of the bytes of their planes."""
-    if FOUR:
-        if BITS == 3:
-            high, low = _shift(tokens, P, 2), _shift(tokens, P, 1)
-            return tl.inline_asm_elementwise(_FOUR_3, _TWO_PLANES, [first, high, second, low], tl.float16, True, 4)
-        return _four_of_one(first, _shift(tokens, P, BITS), BITS)
+    _, high = _place(token, k, t, length, P, 2 if BITS == 3 else BITS, SHARED)
+    high = high[:, None]
     if BITS == 3:
-        return (_bits(first, tokens, P, 2) * 2 + _bits(second, tokens, P, 1)).to(tl.float16)
-    return _bits(first, tokens, P, BITS).to(tl.float16)
+        _, low = _place(token, k, t, length, P, 1, SHARED)
+        low = low[:, None]
+        if FOUR:
+            return tl.inline_asm_elementwise(_FOUR_3, _TWO_PLANES, [first, high, second, low], tl.float16, True, 4)
+        return ((first >> high.to(tl.uint8) & 3) * 2 + (second >> low.to(tl.uint8) & 1)).to(tl.float16)
+    if FOUR:
+        return _four_of_one(first, high, BITS)
+    return (first >> high.to(tl.uint8) & ((1 << BITS) - 1)).to(tl.float16)
 
 
 @triton.jit
@@ -324,6 +326,7 @@ def attend_block(
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     PRODUCT: tl.constexpr,  # dtype in which numbers are multiplied
+    EVEN: tl.constexpr,  # P is a multiple of STRETCHES
     FOUR: tl.constexpr,  # codes are converted four at a time, which the interpreter cannot
 ):
     """Attention over a part of one block. Program: (part, KV head, row).
@@ -339,6 +342,7 @@ def attend_block(
     query = kv * G + m % G
     group = tl.where(real_row, m // G, 0)
     d, e = tl.arange(0, D_FILLED), tl.arange(0, E_FILLED)
+    SHARED: tl.constexpr = STRETCHES if EVEN else 0
     PART: tl.constexpr = TILE // STRETCHES
     k, part = tl.arange(0, TILE) // PART, tl.arange(0, TILE) % PART
     length = stretch * ALIGNED
@@ -370,10 +374,10 @@ def attend_block(
             of_head = v0 + row.to(tl.int64) * v_row + head.to(tl.int64) * v_head
             v = tl.load(of_head + token[:, None] * E + e[None, :], mask=of_value, other=0)
         elif V_BITS == 3:
-            x0 = _plane(v0 + kv * ((P * 2 + 7) // 8) * E, token, e, of_value, P, E, 2)
-            x1 = _plane(v1 + kv * ((P + 7) // 8) * E, token, e, of_value, P, E, 1)
+            x0 = _plane(v0 + kv * ((P * 2 + 7) // 8) * E, token, k, t, length, e, of_value, P, E, 2, SHARED)
+            x1 = _plane(v1 + kv * ((P + 7) // 8) * E, token, k, t, length, e, of_value, P, E, 1, SHARED)
         else:
-            x0 = _plane(v0 + kv * ((P * V_BITS + 7) // 8) * E, token, e, of_value, P, E, V_BITS)
+            x0 = _plane(v0 + kv * ((P * V_BITS + 7) // 8) * E, token, k, t, length, e, of_value, P, E, V_BITS, SHARED)
             x1 = x0
 
         if CENTRED:
@@ -421,12 +425,24 @@ def attend_block(
                 q = (q.to(tl.float32) * factor).to(tl.float16)
                 of_key = real[:, None] & inside[None, :]
                 if K_BITS == 3:
-                    y0 = _plane(k0 + kv * ((P * 2 + 7) // 8) * D, token, channel, of_key, P, D, 2)
-                    y1 = _plane(k1 + kv * ((P + 7) // 8) * D, token, channel, of_key, P, D, 1)
+                    y0 = _plane(k0 + kv * ((P * 2 + 7) // 8) * D, token, k, t, length, channel, of_key, P, D, 2, SHARED)
+                    y1 = _plane(k1 + kv * ((P + 7) // 8) * D, token, k, t, length, channel, of_key, P, D, 1, SHARED)
                 else:
-                    y0 = _plane(k0 + kv * ((P * K_BITS + 7) // 8) * D, token, channel, of_key, P, D, K_BITS)
+                    y0 = _plane(
+                        k0 + kv * ((P * K_BITS + 7) // 8) * D,
+                        token,
+                        k,
+                        t,
+                        length,
+                        channel,
+                        of_key,
+                        P,
+                        D,
+                        K_BITS,
+                        SHARED,
+                    )
                     y1 = y0
-                product = tl.dot(q, tl.trans(_codes(y0, y1, token, P, K_BITS, FOUR)))
+                product = tl.dot(q, tl.trans(_codes(y0, y1, token, k, t, length, P, K_BITS, SHARED, FOUR)))
                 at = (kv * P + token) * K_GROUPS + g
                 width = tl.exp2((tl.load(k_span + at, mask=real, other=0).to(tl.float32) - 128) / 8 - K_BITS)
                 zero = tl.load(k_zero + at, mask=real, other=0).to(tl.float32) * (2.0**K_BITS / 255)
@@ -467,7 +483,7 @@ def attend_block(
             total = total * decay[:, None] + tl.exp2(logits - base[:, None])
             p = p.to(tl.float16)
             low = low * decay[:, None] + p.to(tl.float32) * zero
-            acc = tl.dot(p, _codes(x0, x1, token, P, V_BITS, FOUR), acc * decay[:, None])
+            acc = tl.dot(p, _codes(x0, x1, token, k, t, length, P, V_BITS, SHARED, FOUR), acc * decay[:, None])
 
     if V_BITS != 16:
         acc = (acc + tl.sum(low, 1)[:, None]) * (1.0 / 2**V_BITS)
