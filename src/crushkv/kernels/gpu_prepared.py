@@ -223,7 +223,7 @@ class Prepared:
     """What is needed of a layer until its blocks change.
 
     Attributes:
-        made_for: a tensor of its first block.
+        made_for: all tensors of its blocks, whose addresses launches have.
         positions: `store.kept_positions`, contiguous.
         walks: of the blocks.
         slots: of the blocks whose keys have widths by channel, by the block's number.
@@ -232,7 +232,7 @@ class Prepared:
         key_groups, value_groups: the most that a block has, see `groups_of`.
     """
 
-    made_for: ReferenceType[Tensor]
+    made_for: tuple[ReferenceType[Tensor], ...]
     positions: Tensor
     walks: list[Walk]
     centre: Centre
@@ -264,7 +264,7 @@ class Prepared:
             stacked = {
                 name: torch.stack([getattr(s, name) for s in slots.values()]) for name in ("channels", "middles")
             } | {"units": torch.stack(units)}
-        made_for = ref(_first_tensor(store))
+        made_for = tuple(ref(tensor) for tensor in _tensors(store))
         centre = Centre.of(basis, store.seen)
         key_groups, value_groups = (max(groups_of(block[i]) for block in store.blocks) for i in range(2))
         return cls(
@@ -272,12 +272,17 @@ class Prepared:
         )
 
     def fits(self, store: TieredStorage) -> bool:
-        return self.made_for() is _first_tensor(store)
+        tensors = _tensors(store)
+        return len(tensors) == len(self.made_for) and all(map(_is, self.made_for, tensors))
 
 
-def _first_tensor(store: TieredStorage) -> Tensor:
-    """Of the values of the first block: another one whenever tokens move."""
-    return next(iter(store.blocks[0][1].tensors.values()))
+def _tensors(store: TieredStorage) -> list[Tensor]:
+    """Of the blocks: others whenever tokens move."""
+    return [tensor for block in store.blocks for part in block for tensor in part.tensors.values()]
+
+
+def _is(reference: ReferenceType[Tensor], tensor: Tensor) -> bool:
+    return reference() is tensor
 
 
 _prepared: WeakKeyDictionary[TieredStorage, Prepared] = WeakKeyDictionary()
