@@ -80,16 +80,17 @@ def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor 
         if shown is not None:
             shown = shown.view(queries.shape[0], -1, shown.shape[-1])
             shown = (shown if shown.stride(-1) == 1 else shown.contiguous()).view(torch.uint8)
-        return _plan(queries, store, scaling, shown is not None)(queries, store, shown)
+        # Each look at them makes a view anew.
+        keys, values = store.dense.keys, store.dense.values
+        assert keys is not None and values is not None
+        return _plan(queries, store, keys, values, scaling, shown is not None)(queries, store, keys, values, shown)
 
 
 _plans: WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], _Plan]] = WeakKeyDictionary()
 
 
-def _plan(queries: Tensor, store: TieredStorage, scaling: float, masked: bool) -> _Plan:
+def _plan(queries: Tensor, store: TieredStorage, keys: Tensor, values: Tensor, scaling: float, masked: bool) -> _Plan:
     """The one that was made before, where all is as it was but for the tokens that are not packed."""
-    keys, values = store.dense.keys, store.dense.values
-    assert keys is not None and values is not None
     made = prepared(store)
     # Whether numbers are aligned, and small enough for 32 bits: Triton has other code for these.
     strides = (*keys.stride()[:2], *values.stride()[:2])
@@ -140,10 +141,10 @@ class _Plan:
         self.dense = self._plan_dense()
         self.merge = self._plan_merge(store)
 
-    def __call__(self, queries: Tensor, store: TieredStorage, shown: Tensor | None) -> Tensor:
-        """`[B, Hq, 1, Dv]`."""
-        keys, values = store.dense.keys, store.dense.values
-        assert keys is not None and values is not None
+    def __call__(
+        self, queries: Tensor, store: TieredStorage, keys: Tensor, values: Tensor, shown: Tensor | None
+    ) -> Tensor:
+        """`[B, Hq, 1, Dv]`. keys and values: those that are not packed."""
         splits, walk = self.packed_splits, None
         if keys.shape[2]:
             walk = Walk.over(keys.shape[2], 1, self.tile, self.rows * self.kv_heads, self.device)

@@ -37,7 +37,7 @@ class Launch:
             return
         values = self._values.copy()
         for place, value in zip(self._places, changing, strict=True):
-            values[place] = _address(value)
+            values[place] = value.data_ptr() if isinstance(value, Tensor) else value
         self._compiled[grid](*values)
 
     def _keep(self, compiled: Any) -> None:
