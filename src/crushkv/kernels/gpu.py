@@ -2,7 +2,8 @@
 
 The tokens of a head are divided among programs, block by block, and what these find is joined. A call launches one
 kernel for the weights of the queries where channels have widths of their own, one for the product of queries and
-centres, one a block, one for the tokens that are not packed, and one that joins. The host never waits for the device.
+centres, one a block, one for the tokens that are not packed, and one that joins. What these launches need is prepared
+once until a layer's blocks change. The host never waits for the device.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class _Plan:
     """The launches of a layer until its blocks change, for queries of one shape.
 
     Attributes:
-        blocks: the launch of each, its walk, and the split and the slot that it begins with.
+        blocks: the launch of each, and its walk.
         dense: of the tokens that are not packed.
     """
 
