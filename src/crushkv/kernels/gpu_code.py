@@ -354,10 +354,12 @@ def attend_block(
     if K_BITS == 0:
         weight_rows = weights + (first_weights + query)[:, None] * SLOTS
         offset = tl.load(offsets + first_weights + query)
-        of_head = chunks + head * most_chunks * 8
-        count = tl.load(of_head + 5)
+        own_chunks = chunks + head * most_chunks * 8
+        count = tl.load(own_chunks + 5)
         t = first * PART + part
-        x, w = _chunk_loads(k0, k1, k2, weight_rows, of_head, row, t < length, k, t, length, ALIGNED, CHUNK, FOUR_KEYS)
+        x, w = _chunk_loads(
+            k0, k1, k2, weight_rows, own_chunks, row, t < length, k, t, length, ALIGNED, CHUNK, FOUR_KEYS
+        )
     elif K_BITS == 16:
         q = tl.load(queries + query[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0)
     low = tl.zeros([M, TILE], tl.float32)
@@ -391,7 +393,7 @@ def attend_block(
             for c in range(count):
                 # What comes next is under way while this is multiplied.
                 last_one = c + 1 == count
-                chunk = of_head + c * 8
+                chunk = own_chunks + c * 8
                 following = tl.where(last_one, 0, c + 1) * 8
                 t_next = t + tl.where(last_one, PART, 0)
                 x_next, w_next = _chunk_loads(
@@ -399,7 +401,7 @@ def attend_block(
                     k1,
                     k2,
                     weight_rows,
-                    of_head + following,
+                    own_chunks + following,
                     row,
                     t_next < length,
                     k,
