@@ -2,7 +2,8 @@
 
 The tokens of a head are divided among programs, block by block, and what these find is joined. A call launches one
 kernel for the weights of the queries where channels have widths of their own, one for the product of queries and
-centres, one a block, one for the tokens that are not packed, and one that joins. The host never waits for the device.
+centres, one a block, one for the tokens that are not packed, and one that joins. What these launches need is prepared
+once until a layer's blocks change. The host never waits for the device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,13 +20,15 @@ from torch import Tensor
 from ..storage import RAW, TieredStorage, turn
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
-from .gpu_prepared import Centre, Prepared, Walk, groups_of, power_of_two, prepared, room_of, tile_of
+from .gpu_launch import Launch
+from .gpu_prepared import CHUNK, Centre, Prepared, Walk, groups_of, power_of_two, prepared, programs, tile_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_ROWS, _MOST_CHANNELS, _MOST_KEY_GROUPS = 64, 256, 8
 LAUNCH = {"num_warps": 8, "num_stages": 1, "maxnreg": 128}
 """How a block's programs run: a processor's registers hold two of them."""
 _LARGE_LAUNCH = {"num_warps": 8, "num_stages": 1}
+_MERGED = 32  # channels that a program of `merge` joins
 _LOG2E = 1.4426950408889634
 
 
@@ -63,190 +67,236 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
         return f"a head has more than {_MOST_CHANNELS} channels"
     if any(basis.projection is not None for basis in store.bases or ()):
         return "keys and values are projected"
-    groups = max((groups_of(values) for _, values in store.blocks), default=1)
-    if group * groups > _MOST_ROWS or any(groups_of(keys) > _MOST_KEY_GROUPS for keys, _ in store.blocks):
+    made = prepared(store)
+    if made is not None and (group * made.value_groups > _MOST_ROWS or made.key_groups > _MOST_KEY_GROUPS):
         return "a head has too many queries, or a token too many ranges"
     return None
 
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
     """See `kernels.attend`."""
-    with torch.no_grad(), torch.cuda.device(queries.device) if queries.is_cuda else nullcontext():
-        return _Call(queries, store, scaling, shown).output()
+    elsewhere = queries.is_cuda and queries.device.index != torch.cuda.current_device()
+    with torch.no_grad(), torch.cuda.device(queries.device) if elsewhere else nullcontext():
+        queries = queries.contiguous()
+        if shown is not None:
+            shown = shown.view(queries.shape[0], -1, shown.shape[-1])
+            shown = (shown if shown.stride(-1) == 1 else shown.contiguous()).view(torch.uint8)
+        # Each look at them makes a view anew.
+        keys, values = store.dense.keys, store.dense.values
+        assert keys is not None and values is not None
+        return _plan(queries, store, keys, values, scaling, shown is not None)(queries, store, keys, values, shown)
 
 
-class _Call:
-    """One call of `attend`."""
+_plans: WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], _Plan]] = WeakKeyDictionary()
 
-    def __init__(self, queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> None:
+
+def _plan(queries: Tensor, store: TieredStorage, keys: Tensor, values: Tensor, scaling: float, masked: bool) -> _Plan:
+    """The one that was made before, where all is as it was but for the tokens that are not packed."""
+    made = prepared(store)
+    # Whether numbers are aligned, and small enough for 32 bits: Triton has other code for these.
+    strides = (*keys.stride()[:2], *values.stride()[:2])
+    like = (keys.data_ptr() % 16, values.data_ptr() % 16, *((stride % 16, stride >> 31) for stride in strides))
+    key = (made, queries.shape, queries.dtype, scaling, masked, keys.shape[-1], values.shape[-1], like)
+    found = _plans.get(store)
+    if found is None or found[0] != key:
+        found = _plans[store] = key, _Plan(queries, store, scaling, masked, made)
+    return found[1]
+
+
+class _Plan:
+    """The launches of a layer until its blocks change, for queries of one shape.
+
+    Attributes:
+        blocks: the launch of each, and its walk.
+        dense: of the tokens that are not packed.
+    """
+
+    def __init__(
+        self, queries: Tensor, store: TieredStorage, scaling: float, masked: bool, made: Prepared | None
+    ) -> None:
         assert store.dense.keys is not None and store.dense.values is not None
-        self.store, self.queries, self.factor = store, queries.contiguous(), scaling * _LOG2E
-        self.keys, self.values = store.dense.keys, store.dense.values
+        self.device, self.factor, self.masked = queries.device, scaling * _LOG2E, masked
         self.rows, self.heads, _, self.size = queries.shape
-        self.sizes = (self.size, self.values.shape[-1])
-        self.group = self.heads // store.kv_heads
-        self.shown = None if shown is None else shown.view(self.rows, -1, shown.shape[-1])
-        if self.shown is not None and self.shown.stride(-1) != 1:
-            self.shown = self.shown.contiguous()
-        self.prepared = prepared(store)
-        self.tile = tile_of(self.sizes, queries.device)
-        self.walks = list(self.prepared.walks) if self.prepared else []
-        if self.keys.shape[2]:
-            heads = self.rows * store.kv_heads
-            self.walks.append(Walk.over(self.keys.shape[2], 1, self.tile, heads, queries.device))
-        self.splits = sum(walk.splits for walk in self.walks)
-        # Sums, totals and greatest logits of all splits.
-        self.found = [self._new(self.splits, self.rows * self.heads, *more) for more in ((self.sizes[1],), (), ())]
+        self.dtype = queries.dtype
+        self.sizes = (self.size, store.dense.values.shape[-1])
+        self.kv_heads, self.group = store.kv_heads, self.heads // store.kv_heads
+        self.tile = tile_of(self.sizes, self.device)
+        self.slots = (0, 0)
+        self.positions = 0
+        self.blocks: list[tuple[Launch, Walk]] = []
+        self.packed_splits = 0
+        self.packed_tokens = 0
+        if made is not None:
+            self.positions = made.centre.positions
+            self._plan_centre(made.centre)
+            if made.channels is not None:
+                self._plan_weights(made, made.channels)
+            centred = self._centre_arguments(store, made)
+            for number, ((keys, values), walk) in enumerate(zip(store.blocks, made.walks, strict=True)):
+                arguments = centred | self._key_arguments(keys) | _value_arguments(values)
+                if number in made.slots:
+                    arguments |= self._slot_arguments(made, number)
+                self.blocks.append((self._block(walk, arguments), walk))
+                self.packed_splits += walk.splits
+                self.packed_tokens += walk.tokens
+        self.dense = self._plan_dense()
+        self.merge = self._plan_merge(store)
+
+    def __call__(
+        self, queries: Tensor, store: TieredStorage, keys: Tensor, values: Tensor, shown: Tensor | None
+    ) -> Tensor:
+        """`[B, Hq, 1, Dv]`. keys and values: those that are not packed."""
+        splits, walk = self.packed_splits, None
+        if keys.shape[2]:
+            walk = Walk.over(keys.shape[2], 1, self.tile, self.rows * self.kv_heads, self.device)
+            splits += walk.splits
+        rows, size = self.rows * self.heads, self.sizes[1]
+        found = self._new(splits * rows * (size + 2))
+        flags = (queries, 0, 0)
+        if shown is not None:
+            flags = (shown, shown.stride(0), shown.stride(1) if shown.shape[1] > 1 else 0)
+        rotation: Tensor | None = None
+        if self.blocks:
+            assert store.bases is not None
+            of_keys, of_values = store.bases
+            rotation = of_values.rotation
+            turned = queries if of_keys.rotation is None else turn(queries, of_keys.rotation)
+            logits = self._new(rows, self.positions)
+            self.centre(self.centre_grid, logits, queries)
+            weights = offsets = queries  # nobody looks
+            blocks, slots = self.slots
+            if blocks:
+                weights = self._new(blocks, rows, slots, dtype=torch.float16)
+                offsets = self._new(blocks, rows)
+                self.weights((rows, blocks, 1), weights, offsets, queries)
+            for launch, of in self.blocks:
+                grid = (of.splits, self.kv_heads, self.rows)
+                launch(grid, found, splits, turned, *flags, weights, offsets, logits)
+        if walk is not None:
+            strides = keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)
+            of_dense = (keys, values, *strides, walk.tokens, walk.stretch, walk.splits)
+            self.dense((walk.splits, self.kv_heads, self.rows), found, splits, queries, *flags, *of_dense)
+        out = self._new(self.rows, self.heads, 1, size, dtype=self.dtype)
+        self.merge((rows, -(-size // _MERGED), 1), out, found, out if rotation is None else rotation, splits)
+        return out
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.queries.device)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def output(self) -> Tensor:
-        """`[B, Hq, 1, Dv]`."""
-        rotation, packed_splits, first_split, first_slot = None, 0, 0, 0
-        if self.prepared is not None:
-            assert self.store.bases is not None
-            of_keys, of_values = self.store.bases
-            rotation = of_values.rotation
-            queries = self.queries if of_keys.rotation is None else turn(self.queries, of_keys.rotation)
-            centred = self._centre_arguments(self.prepared, self.prepared.centre)
-            weights = self._weights(self.prepared)
-            for number, ((keys, values), walk) in enumerate(zip(self.store.blocks, self.walks, strict=False)):
-                arguments = centred | self._key_arguments(keys, queries) | _value_arguments(values)
-                if number in weights:
-                    arguments |= weights[number]
-                self._launch(walk, first_slot, first_split, arguments)
-                first_slot += walk.tokens
-                first_split += walk.splits
-            packed_splits = first_split
-        if self.keys.shape[2]:
-            self._launch(self.walks[-1], first_slot, first_split, self._dense_arguments())
-        return self._merged(rotation, packed_splits)
-
-    def _weights(self, made: Prepared) -> dict[int, dict[str, Any]]:
-        """Arguments for each block whose keys have widths by channel."""
+    def _plan_weights(self, made: Prepared, channels: Tensor) -> None:
         from .gpu_code import query_weights
 
-        if made.channels is None:
-            return {}
-        blocks, kv_heads, slots = made.channels.shape
-        weights = self._new(blocks, self.rows * self.heads, slots, dtype=torch.float16)
-        offsets = self._new(blocks, self.rows * self.heads)
-        query_weights[(self.rows * self.heads, blocks)](
-            weights, offsets, self.queries, made.channels, made.units, made.middles, self.factor, self.size, kv_heads,
-            G=self.group, SLOTS=slots, num_warps=4,
-        )  # fmt: skip
-        return {
-            number: {"weights": weights[i], "offsets": offsets[i], "runs": of.runs, "SLOTS": slots}
-            | dict(zip(("plane4_rows", "plane2_rows", "plane1_rows"), of.rows, strict=True))
-            for i, (number, of) in enumerate(made.slots.items())
-        }
+        blocks, kv_heads, slots = channels.shape
+        self.slots = blocks, slots
+        arguments = {
+            "channels": channels, "units": made.units, "middles": made.middles, "factor": self.factor, "D": self.size,
+            "KV_HEADS": kv_heads, "G": self.group, "SLOTS": slots,
+        }  # fmt: skip
+        self.weights = Launch(query_weights, arguments, ("weights", "offsets", "queries"), num_warps=4)
 
-    def _centre_arguments(self, made: Prepared, centre: Centre) -> dict[str, Any]:
+    def _slot_arguments(self, made: Prepared, number: int) -> dict[str, Any]:
+        """Arguments of a block whose keys have widths by channel."""
+        of = made.slots[number]
+        place = list(made.slots).index(number)
+        first = place * self.rows * self.heads
+        return {"chunks": of.chunks, "most_chunks": of.chunks.shape[1], "SLOTS": self.slots[1], "first_weights": first}
+
+    def _plan_centre(self, centre: Centre) -> None:
         from .gpu_code import centre_logits
 
         rows, turning = self.rows * self.heads, centre.turning
-        logits = self._new(rows, centre.positions)
-        together, tile = min(64, power_of_two(rows)), self.tile
-        centre_logits[(-(-centre.positions // tile), -(-rows // together))](
-            logits, self.queries, turning.first, turning.second, centre.of_first, centre.of_second, turning.table,
-            turning.table_rest, self.factor, rows, centre.positions, self.size,
-            G=self.group, K=len(turning.first), ROWS=together, TILE=tile, num_warps=8,
-        )  # fmt: skip
-        turns = self.store.bases is not None and self.store.bases[0].rope is not None
+        together = min(64, power_of_two(rows))
+        row_tiles, tile = -(-rows // together), 64 if self.device.type == "cuda" else 16
+        # As many programs as run at a time.
+        shares = min(-(-centre.positions // tile), max(1, programs(self.device) // 2 // row_tiles))
+        self.centre_grid = (shares, row_tiles, 1)
+        arguments = {
+            "first": turning.first, "second": turning.second, "of_first": centre.of_first,
+            "of_second": centre.of_second, "table": turning.table, "table_rest": turning.table_rest,
+            "factor": self.factor, "rows": rows, "positions": centre.positions, "D": self.size, "G": self.group,
+            "K": len(turning.first), "ROWS": together, "TILE": tile, "EXACT": self.dtype == torch.float32,
+        }  # fmt: skip
+        self.centre = Launch(centre_logits, arguments, ("out", "queries"), num_warps=8)
+
+    def _centre_arguments(self, store: TieredStorage, made: Prepared) -> dict[str, Any]:
+        assert store.bases is not None
         return {
-            "of_centre": logits,
-            "of_centre_length": centre.positions,
-            "position_step": int(turns),
+            "of_centre_length": made.centre.positions,
+            "position_step": int(store.bases[0].rope is not None),
             "positions": made.positions,
             "positions_length": made.positions.shape[2],
             "CENTRED": True,
         }
 
-    def _key_arguments(self, part: PackedTensor | ChannelTensor, queries: Tensor) -> dict[str, Any]:
+    def _key_arguments(self, part: PackedTensor | ChannelTensor) -> dict[str, Any]:
         tensors = part.tensors
         if isinstance(part, ChannelTensor):
             planes = {f"k{i}": tensors[f"plane{width}"] for i, width in enumerate((4, 2, 1))}
             return {**planes, "k_zero": tensors["scale"], "K_BITS": 0}
         if part.bits == RAW:
             raw = tensors["raw"]
-            return {"queries": queries, "k0": raw, "k_row": raw.stride(0), "k_head": raw.stride(1), "K_BITS": RAW}
+            return {"k0": raw, "k_row": raw.stride(0), "k_head": raw.stride(1), "K_BITS": RAW}
         planes = {f"k{i}": tensors[f"plane{i}"] for i in range(2) if f"plane{i}" in tensors}
         groups = groups_of(part)
         ranges = {"k_zero": tensors["zero"], "k_span": tensors["span"], "K_GROUPS": groups}
-        filled = power_of_two(self.size // groups)
-        return {**planes, **ranges, "queries": queries, "K_BITS": part.bits, "K_GROUP_FILLED": filled}
+        return {**planes, **ranges, "K_BITS": part.bits, "K_GROUP_FILLED": power_of_two(self.size // groups)}
 
-    def _dense_arguments(self) -> dict[str, Any]:
-        keys, values = self.keys, self.values
-        return {
-            "k0": keys, "k_row": keys.stride(0), "k_head": keys.stride(1), "K_BITS": RAW,
-            "v0": values, "v_row": values.stride(0), "v_head": values.stride(1), "V_BITS": RAW,
+    def _block(self, walk: Walk, arguments: dict[str, Any]) -> Launch:
+        aligned = walk.aligned if arguments["K_BITS"] == 0 else 1
+        arguments = arguments | {
+            "P": walk.tokens, "stretch": walk.stretch // aligned, "splits": walk.splits, "STRETCHES": walk.stretches,
+            "ALIGNED": aligned, "EVEN": walk.tokens % walk.stretches == 0,
         }  # fmt: skip
+        return self._attention(arguments, ("weights", "offsets", "of_centre"))
 
-    def _launch(self, walk: Walk, first_slot: int, first_split: int, arguments: dict[str, Any]) -> None:
-        """Attention over one block, or over what is not packed."""
+    def _plan_dense(self) -> Launch:
+        unused = self._new(1)
+        arguments = {
+            **dict.fromkeys(("weights", "offsets", "of_centre"), unused), "positions": unused, "K_BITS": RAW,
+            "V_BITS": RAW, "STRETCHES": 1, "ALIGNED": 1, "EVEN": True,
+        }  # fmt: skip
+        strides = ("k_row", "k_head", "v_row", "v_head")
+        return self._attention(arguments, ("k0", "v0", *strides, "P", "stretch", "splits"))
+
+    def _attention(self, arguments: dict[str, Any], changing: tuple[str, ...]) -> Launch:
+        """Over one block, or over what is not packed."""
         from .gpu_code import attend_block
 
-        shown, size_of_keys, size_of_values = self.shown, *self.sizes
-        shown_strides = (0, 0)
-        if shown is not None:
-            shown_strides = (shown.stride(0), shown.stride(1) if shown.shape[1] > 1 else 0)
-        unused = self.queries
-        names = ("weights", "offsets", "runs", "of_centre", "positions", "k1", "k2", "k_zero", "k_span")
-        numbers = ("plane4_rows", "plane2_rows", "plane1_rows", "k_row", "k_head", "v_row", "v_head")
+        size_of_keys, size_of_values = self.sizes
+        filled_rows = power_of_two(self.group * arguments.get("V_GROUPS", 1))
+        unused = arguments["positions"]
+        changing = ("found", "all_splits", "queries", "shown", "shown_row", "shown_head", *changing)
+        pointers = ("chunks", "k1", "k2", "k_zero", "k_span", "v1", "v_zero", "v_span")
+        numbers = ("most_chunks", "k_row", "k_head", "v_row", "v_head", "first_weights")
         of_positions = ("of_centre_length", "position_step", "positions_length")
-        groups = arguments.get("V_GROUPS", 1)
-        filled_rows = power_of_two(self.group * groups)
-        aligned = walk.aligned if arguments["K_BITS"] == 0 else 1
         every = (
-            dict.fromkeys((*names, "v1", "v_zero", "v_span"), unused)
+            dict.fromkeys(pointers, unused)
             | dict.fromkeys((*numbers, *of_positions), 0)
-            | {"queries": self.queries, "CENTRED": False, "SLOTS": 16, "K_GROUPS": 1, "K_GROUP_FILLED": 16}
-            | {"V_GROUPS": 1}
+            | {"CENTRED": False, "SLOTS": 16, "K_GROUPS": 1, "K_GROUP_FILLED": 16, "V_GROUPS": 1}
             | arguments
-        )
-        attend_block[(walk.splits, self.store.kv_heads, self.rows)](
-            *self.found,
-            **every,
-            shown=unused if shown is None else shown.view(torch.uint8),
-            factor=self.factor,
-            P=walk.tokens,
-            stretch=walk.stretch // aligned,
-            first_slot=first_slot,
-            first_split=first_split,
-            splits=walk.splits,
-            all_splits=self.splits,
-            shown_row=shown_strides[0],
-            shown_head=shown_strides[1],
-            D=size_of_keys,
-            E=size_of_values,
-            D_FILLED=power_of_two(size_of_keys),
-            E_FILLED=power_of_two(size_of_values),
-            G=self.group,
-            M=filled_rows,
-            ROOM=room_of(size_of_keys),
-            MASKED=shown is not None,
-            STRETCHES=walk.stretches,
-            ALIGNED=aligned,
-            TILE=self.tile,
-            PRODUCT=_product_dtype(self.queries.dtype),
-            FOUR=not _interpreted(),
-            **(LAUNCH if filled_rows == 16 else _LARGE_LAUNCH),
-        )
+            | {
+                "factor": self.factor, "first_slot": self.packed_tokens, "first_split": self.packed_splits,
+                "D": size_of_keys, "E": size_of_values, "D_FILLED": power_of_two(size_of_keys),
+                "E_FILLED": power_of_two(size_of_values), "G": self.group, "M": filled_rows,
+                "CHUNK": CHUNK, "MASKED": self.masked, "TILE": self.tile,
+                "PRODUCT": _product_dtype(self.dtype),
+                "FOUR": not _interpreted() and not any(size % 4 for size in self.sizes),
+            }
+        )  # fmt: skip
+        options = LAUNCH if filled_rows == 16 else _LARGE_LAUNCH
+        staying = {name: value for name, value in every.items() if name not in changing}
+        return Launch(attend_block, staying, changing, **options)
 
-    def _merged(self, rotation: Tensor | None, packed_splits: int) -> Tensor:
+    def _plan_merge(self, store: TieredStorage) -> Launch:
         from .gpu_code import merge
 
         size = self.sizes[1]
-        out = self._new(self.rows, self.heads, 1, size, dtype=self.queries.dtype)
-        channels = 32
-        merge[(self.rows * self.heads, -(-size // channels))](
-            out, *self.found, out if rotation is None else rotation, packed_splits, self.splits,
-            E=size, E_FILLED=power_of_two(size), CHANNELS=channels, ROTATED=rotation is not None, SPLITS=16,
-            num_warps=4,
-        )  # fmt: skip
-        return out
+        arguments = {
+            "rotated_splits": self.packed_splits, "E": size, "E_FILLED": power_of_two(size), "CHANNELS": _MERGED,
+            "ROTATED": bool(self.blocks) and store.bases is not None and store.bases[1].rotation is not None,
+            "SPLITS": 16,
+        }  # fmt: skip
+        return Launch(merge, arguments, ("out", "found", "rotation", "all_splits"), num_warps=4)
 
 
 def _product_dtype(dtype: torch.dtype) -> Any:

@@ -18,8 +18,10 @@ from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
 from ..storage.packing import PLANES
 
-CHUNK = 32
+CHUNK = 64
 """Rows of a plane of channels that are multiplied at a time."""
+TILE_NUMBERS = 16384
+"""Numbers of a tile of values."""
 _PROGRAMS_A_PROCESSOR = 4  # twice what runs at a time, so that all have work until the end
 _MOST_SPLITS = 128
 
@@ -30,7 +32,7 @@ def power_of_two(number: int, least: int = 16) -> int:
 
 
 @lru_cache
-def _programs(device: torch.device) -> int:
+def programs(device: torch.device) -> int:
     """How many programs a device runs at a time, about."""
     if device.type != "cuda":
         return 16
@@ -57,8 +59,8 @@ class Walk:
     def over(cls, tokens: int, stretches: int, tile: int, heads: int, device: torch.device) -> Walk:
         """heads: of all rows."""
         stretch = -(-tokens // stretches)
-        tiles = -(-stretch // tile) * stretches
-        return cls(tokens, stretches, stretch, max(1, min(tiles, _programs(device) // heads, _MOST_SPLITS)))
+        tiles = -(-stretch // (tile // stretches))
+        return cls(tokens, stretches, stretch, max(1, min(tiles, programs(device) // heads, _MOST_SPLITS)))
 
     @property
     def aligned(self) -> int:
@@ -67,10 +69,10 @@ class Walk:
 
 
 def tile_of(sizes: tuple[int, int], device: torch.device) -> int:
-    """Tokens a tile, for head sizes of keys and values: what the registers of four warps hold."""
+    """Tokens a tile, for head sizes of keys and values: what the registers of eight warps hold."""
     if device.type != "cuda":  # the interpreter's time goes by numbers
         return 16
-    return max(16, min(128, 8192 // power_of_two(max(sizes))))
+    return max(16, min(128, TILE_NUMBERS // power_of_two(max(sizes))))
 
 
 def _stretches(keys: PackedTensor | ChannelTensor, values: PackedTensor) -> int:
@@ -92,24 +94,22 @@ class Slots:
         channels: int32 `[Hkv, SLOTS]`, the channel of each slot.
         powers: float32 `[Hkv, SLOTS]`, the place value of the plane's lowest bit in the code; 0: the slot is empty.
         middles: float32 `[Hkv, SLOTS]`, half of the greatest number in the plane.
-        runs: int32 `[Hkv, 3, 2]`, first row and number of rows of each plane.
-        rows: of each plane, over all heads.
+        chunks: int32 `[Hkv, most, 8]`, see `gpu_code`: CHUNK rows of a plane at a time.
     """
 
     channels: Tensor
     powers: Tensor
     middles: Tensor
-    runs: Tensor
-    rows: tuple[int, int, int]
+    chunks: Tensor
 
     @classmethod
     def of(cls, form: ChannelFormat) -> Slots:
         heads, size = form.widths.shape
         room = room_of(size)
         slots = power_of_two(3 * room)
-        channels, runs = torch.zeros(heads, slots, dtype=torch.int32), torch.zeros(heads, 3, 2, dtype=torch.int32)
+        channels = torch.zeros(heads, slots, dtype=torch.int32)
         powers, middles = torch.zeros(heads, slots), torch.zeros(heads, slots)
-        rows = []
+        chunks: list[list[list[int]]] = [[] for _ in range(heads)]
         for number, (width, flat, shift) in enumerate(form.planes):
             flat, head = flat.cpu(), flat.cpu() // size
             count = head.bincount(minlength=heads)
@@ -118,11 +118,17 @@ class Slots:
             channels[head, slot] = (flat % size).int()
             powers[head, slot] = (1 << shift.cpu().long()[:, 0]).float()
             middles[head, slot] = ((1 << width) - 1) / 2
-            runs[:, number] = torch.stack([start, count], dim=-1).int()
-            rows.append(len(flat))
+            for of, begin, many in zip(chunks, start.tolist(), count.tolist(), strict=True):
+                for i in range(0, many, CHUNK):
+                    of.append([begin + i, many - i, width, number * room + i, len(flat)])
+        table = torch.zeros(heads, max(1, *map(len, chunks)), 8, dtype=torch.int32)
+        for head_number, of in enumerate(chunks):
+            table[head_number, :, 5] = len(of)
+            table[head_number, :, 2] = 1  # where there is none
+            if of:
+                table[head_number, : len(of), :5] = torch.tensor(of, dtype=torch.int32)
         device = form.widths.device
-        of_planes = (rows[0], rows[1], rows[2])
-        return cls(channels.to(device), powers.to(device), middles.to(device), runs.to(device), of_planes)
+        return cls(channels.to(device), powers.to(device), middles.to(device), table.to(device))
 
 
 _slots: WeakKeyDictionary[ChannelFormat, Slots] = WeakKeyDictionary()
@@ -212,24 +218,27 @@ class Centre:
         return cls(turning, first, second, 1 if basis.rope is None else seen)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """What is needed of a layer until its blocks change.
 
     Attributes:
-        made_for: a tensor of its first block.
+        made_for: all tensors of its blocks, whose addresses launches have.
         positions: `store.kept_positions`, contiguous.
         walks: of the blocks.
         slots: of the blocks whose keys have widths by channel, by the block's number.
         channels, middles: their `Slots`, stacked `[blocks, Hkv, SLOTS]`. units: float32 `[blocks, B, Hkv, SLOTS]`, what
             one step of a plane's number is worth in a channel.
+        key_groups, value_groups: the most that a block has, see `groups_of`.
     """
 
-    made_for: ReferenceType[Tensor]
+    made_for: tuple[ReferenceType[Tensor], ...]
     positions: Tensor
     walks: list[Walk]
     centre: Centre
     slots: dict[int, Slots]
+    key_groups: int
+    value_groups: int
     channels: Tensor | None = None
     middles: Tensor | None = None
     units: Tensor | None = None
@@ -255,17 +264,25 @@ class Prepared:
             stacked = {
                 name: torch.stack([getattr(s, name) for s in slots.values()]) for name in ("channels", "middles")
             } | {"units": torch.stack(units)}
-        made_for = ref(_first_tensor(store))
+        made_for = tuple(ref(tensor) for tensor in _tensors(store))
         centre = Centre.of(basis, store.seen)
-        return cls(made_for, store.kept_positions.contiguous(), walks, centre, slots, **stacked)
+        key_groups, value_groups = (max(groups_of(block[i]) for block in store.blocks) for i in range(2))
+        return cls(
+            made_for, store.kept_positions.contiguous(), walks, centre, slots, key_groups, value_groups, **stacked
+        )
 
     def fits(self, store: TieredStorage) -> bool:
-        return self.made_for() is _first_tensor(store)
+        tensors = _tensors(store)
+        return len(tensors) == len(self.made_for) and all(map(_is, self.made_for, tensors))
 
 
-def _first_tensor(store: TieredStorage) -> Tensor:
-    """Of the values of the first block: another one whenever tokens move."""
-    return next(iter(store.blocks[0][1].tensors.values()))
+def _tensors(store: TieredStorage) -> list[Tensor]:
+    """Of the blocks: others whenever tokens move."""
+    return [tensor for block in store.blocks for part in block for tensor in part.tensors.values()]
+
+
+def _is(reference: ReferenceType[Tensor], tensor: Tensor) -> bool:
+    return reference() is tensor
 
 
 _prepared: WeakKeyDictionary[TieredStorage, Prepared] = WeakKeyDictionary()
