@@ -8,15 +8,14 @@ once until a layer's blocks change. The host never waits for the device.
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ..compiled import interpreted, triton_missing
 from ..storage import RAW, TieredStorage, turn
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
@@ -32,25 +31,16 @@ _MERGED = 32  # channels that a program of `merge` joins
 _LOG2E = 1.4426950408889634
 
 
-def _interpreted() -> bool:
-    """Whether Triton's interpreter stands in for the device."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def missing() -> str | None:
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    if not torch.cuda.is_available() and not _interpreted():
-        return "there is no CUDA device"
-    return None
+    return triton_missing()
 
 
 def runs_on(device: torch.device) -> bool:
-    return device.type == ("cpu" if _interpreted() else "cuda")
+    return device.type == ("cpu" if interpreted() else "cuda")
 
 
 def build() -> str:
-    return "Triton" + " interpreted" * _interpreted()
+    return "Triton" + " interpreted" * interpreted()
 
 
 def refusal(queries: Tensor, store: TieredStorage) -> str | None:
@@ -280,7 +270,7 @@ class _Plan:
                 "E_FILLED": power_of_two(size_of_values), "G": self.group, "M": filled_rows,
                 "CHUNK": CHUNK, "MASKED": self.masked, "TILE": self.tile,
                 "PRODUCT": _product_dtype(self.dtype),
-                "FOUR": not _interpreted() and not any(size % 4 for size in self.sizes),
+                "FOUR": not interpreted() and not any(size % 4 for size in self.sizes),
             }
         )  # fmt: skip
         options = LAUNCH if filled_rows == 16 else _LARGE_LAUNCH
@@ -303,7 +293,7 @@ def _product_dtype(dtype: torch.dtype) -> Any:
     """In which numbers of a dtype are multiplied. The interpreter takes bfloat16 for integers there."""
     import triton.language as tl
 
-    if dtype == torch.bfloat16 and _interpreted():
+    if dtype == torch.bfloat16 and interpreted():
         return tl.float32
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
 
