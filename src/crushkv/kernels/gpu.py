@@ -24,7 +24,7 @@ from .gpu_prepared import CHUNK, Centre, Prepared, Walk, groups_of, power_of_two
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_ROWS, _MOST_CHANNELS, _MOST_KEY_GROUPS = 64, 256, 8
-LAUNCH = {"num_warps": 8, "num_stages": 1, "maxnreg": 128}
+LAUNCH = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
 """How a block's programs run: a processor's registers hold two of them."""
 _LARGE_LAUNCH = {"num_warps": 8, "num_stages": 1}
 _MERGED = 32  # channels that a program of `merge` joins
