@@ -59,8 +59,10 @@ QUICK := $(patsubst %,tests/test_%.py,accuracy_tables benchmark config config_te
 check: lint  ## lint, type check and the tests that run no model (under two minutes)
 	$(BIN)/pytest -m "not slow and not model" $(QUICK)
 
+# Test files are shared out over the cores, and run once more without what is compiled, as far as it matters.
 test: lint  ## lint, type check and tests
-	$(BIN)/pytest -m ""
+	$(BIN)/pytest -m "" -n auto --dist loadfile
+	CRUSHKV_KERNELS=plain $(BIN)/pytest -n auto --dist loadfile tests/test_hf.py tests/test_plain_call.py tests/test_storage.py
 
 test-transformers: .venv-transformers-$(VERSION)/.ready  ## the tests that touch Transformers' interface, with another release of it (VERSION=5.16.0)
 	.venv-transformers-$(VERSION)/bin/pytest tests/test_use.py tests/test_hf.py tests/test_saving.py tests/test_models.py
