@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from architectures import small_model
 from crushkv import ConfigError, KVCrush, kernels
 from crushkv.kernels import choice, cpu, plain
 from crushkv.storage import Formats, TieredStorage
-from stores import FORMATS, Shape, rope_of, store_of
+from stores import FORMATS, Shape, lengths_of, rope_of, store_of
 
 needs_library = pytest.mark.skipif(cpu.missing() is not None, reason=f"the CPU kernels are not there: {cpu.missing()}")
 BUILDS = [build for build in cpu.BUILDS if cpu.load(build) is not None]
@@ -111,6 +113,18 @@ def test_what_is_prepared_follows_the_storage() -> None:
     store.select_rows(torch.tensor([1, 1, 0]))
     assert error(store, queries[[0, 1, 1]]) < 1e-5
     assert error(other, queries) < 1e-5
+
+
+@needs_library
+def test_an_eviction_frees_what_was_packed() -> None:
+    """What is prepared for a storage does not keep its former blocks."""
+    shape = Shape()
+    store = store_of(FORMATS["balanced"], shape, rope=rope_of(shape.size))
+    error(store, shape.queries(torch.float32))
+    former = [weakref.ref(t) for block in store.blocks for part in block for t in part.tensors.values()]
+    store.keep(torch.arange(60).expand(1, 2, -1), lengths_of(store.formats, 60))
+    gc.collect()
+    assert former and not any(tensor() is not None for tensor in former)
 
 
 @needs_library

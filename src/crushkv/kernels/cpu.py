@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -177,8 +177,9 @@ class _Prepared:
     """What stays the same from one eviction to the next, as the library reads it."""
 
     def __init__(self, store: TieredStorage) -> None:
-        self.blocks = store.blocks  # another list as soon as anything in it changes
-        self.held: list[Tensor] = []  # what only pointers refer to
+        # What the storage holds is not kept alive here: an eviction has to free it.
+        self.made_for = [ref(tensor) for tensor in _tensors(store)]
+        self.held: list[Tensor] = []  # made here, and referred to by pointers alone
         self.reach = 0
         self.refusal = _refusal(store)
         self.layer = _Layer()
@@ -210,11 +211,20 @@ class _Prepared:
             layer.centre = self._pointer(of_keys.centre.float())
             self._turns(of_keys.rope, layer.size, store.seen)
 
+    def fits(self, store: TieredStorage) -> bool:
+        tensors = _tensors(store)
+        return len(tensors) == len(self.made_for) and all(
+            made_for() is tensor for made_for, tensor in zip(self.made_for, tensors, strict=True)
+        )
+
     def _pointer(self, tensor: Tensor | None) -> int | None:
+        """Of a tensor that is made here, or of one of the storage's."""
         if tensor is None:
             return None
-        self.held.append(tensor.contiguous())
-        return self.held[-1].data_ptr()
+        contiguous = tensor.contiguous()
+        if not any(made_for() is contiguous for made_for in self.made_for):
+            self.held.append(contiguous)
+        return contiguous.data_ptr()
 
     def _packed(self, numbers: _Numbers, tensor: PackedTensor) -> None:
         held = tensor.tensors
@@ -264,7 +274,7 @@ class _Prepared:
 
     def see_dense(self, store: TieredStorage) -> None:
         """Tells the library where the tokens are that came since."""
-        block, keys, values = self.block_array[len(self.blocks)], store.dense.keys, store.dense.values
+        block, keys, values = self.block_array[self.layer.blocks], store.dense.keys, store.dense.values
         assert keys is not None and values is not None
         block.tokens = store.dense.length
         for numbers, tensor in ((block.keys, keys), (block.values, values)):
@@ -272,12 +282,17 @@ class _Prepared:
             numbers.row_stride, numbers.head_stride = tensor.stride()[:2]
 
 
+def _tensors(store: TieredStorage) -> list[Tensor]:
+    """Those of the blocks: others whenever tokens move."""
+    return [tensor for block in store.blocks for part in block for tensor in part.tensors.values()]
+
+
 _prepared_stores: WeakKeyDictionary[TieredStorage, _Prepared] = WeakKeyDictionary()
 
 
 def _prepared(store: TieredStorage) -> _Prepared:
     found = _prepared_stores.get(store)
-    if found is None or found.blocks is not store.blocks:
+    if found is None or not found.fits(store):
         found = _prepared_stores[store] = _Prepared(store)
     return found
 

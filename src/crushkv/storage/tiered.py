@@ -387,7 +387,6 @@ class TieredStorage:
         self.dense.select_rows(rows)
         for part in (part for pair in self.blocks for part in pair):
             part.select_rows(rows)
-        self.blocks = list(self.blocks)  # another list: what was prepared for the old one holds no longer
         for basis in self.bases or ():
             basis.select_rows(rows)
         if self._positions is not None:
