@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -52,6 +53,8 @@ inline floats widened(const uint8_t* from) {
     return __builtin_convertvector(__builtin_convertvector(load<bytes8>(from), ints), floats);
 #endif
 }
+
+inline int64_t filled(int64_t size) { return (size + LANES - 1) / LANES * LANES; }  // up to whole vectors
 
 inline floats all(float x) { return floats{} + x; }
 
@@ -225,12 +228,13 @@ inline floats sums(const floats* v) {
 #undef ODD
 }
 
-// Products of eight rows with a vector each, `size` a multiple of LANES.
-template <class T>
-inline floats products(const T* const* rows, const float* const* weights, int64_t size) {
+// Products of eight rows with the same vector, `size` a multiple of LANES.
+inline floats products(const float* const* rows, const float* weights, int64_t size) {
     floats v[8] = {};
-    for (int64_t d = 0; d < size; d += LANES)
-        for (int k = 0; k < 8; ++k) v[k] += widened(rows[k] + d) * load<floats>(weights[k] + d);
+    for (int64_t d = 0; d < size; d += LANES) {
+        const floats w = load<floats>(weights + d);
+        for (int k = 0; k < 8; ++k) v[k] += load<floats>(rows[k] + d) * w;
+    }
     return sums(v);
 }
 
@@ -346,7 +350,7 @@ struct Worker {
     alignas(64) float real[RUN * SIZE];
     alignas(64) float low[TILE], step[TILE];  // of the tokens' ranges
     alignas(64) float near[HEADS][2 * SIZE];  // weights of the fine table at `place`
-    float constant[HEADS], offset[HEADS];
+    float constant[HEADS], offset[HEADS], sums_of[HEADS][SIZE / LANES];  // sums_of: a query's groups
     int64_t place;
 
     explicit Worker(const Layer& l) : layer(l), row(-1), head(-1), heads(l.group), place(-1) {}
@@ -400,9 +404,7 @@ struct Worker {
                 fine[n] = layer.fine + (positions[slots[i + n]] % FINE) * 2 * padded;
             for (int k = n; k < 8; ++k) fine[k] = fine[0];
             for (int64_t g = 0; g < heads; ++g) {
-                const float* w[8];
-                std::fill_n(w, 8, near[g]);
-                const floats found = products(fine, w, 2 * padded);
+                const floats found = products(fine, near[g], 2 * padded);
                 for (int k = 0; k < n; ++k) logits[g][at[i + k]] += found[k] + constant[g];
             }
             i += n;
@@ -480,16 +482,25 @@ struct Worker {
             }
     }
 
-    // Folds the steps of a block's channels into the queries.
+    // Makes of the queries what a block's codes are multiplied with.
     void fold(const Block& block) {
-        if (block.keys.kind != BY_CHANNEL) return;
         const int64_t size = layer.size;
-        const float* unit = block.unit + (row * layer.kv_heads + head) * size;
-        for (int64_t g = 0; g < heads; ++g) {
-            offset[g] = 0;
-            for (int64_t d = 0; d < size; ++d) {
-                folded[g][d] = q[g][d] * unit[d];
-                offset[g] += folded[g][d] * static_cast<float>((1 << block.width[head * size + d]) - 1) / 2;
+        if (block.keys.kind == BY_CHANNEL) {  // the steps of the channels, and the middles of their codes
+            const float* unit = block.unit + (row * layer.kv_heads + head) * size;
+            for (int64_t g = 0; g < heads; ++g) {
+                offset[g] = 0;
+                for (int64_t d = 0; d < size; ++d) {
+                    folded[g][d] = q[g][d] * unit[d];
+                    offset[g] += folded[g][d] * static_cast<float>((1 << block.width[head * size + d]) - 1) / 2;
+                }
+            }
+        } else if (block.keys.kind == BY_TOKEN) {  // each group filled up with zeros, and its sum
+            const int64_t groups = block.keys.groups, length = size / groups, padded = filled(length);
+            for (int64_t g = 0; g < heads; ++g) {
+                std::fill_n(folded[g], padded * groups, 0.0f);
+                for (int64_t d = 0; d < size; ++d) folded[g][d / length * padded + d % length] = turned[g][d];
+                for (int64_t group = 0; group < groups; ++group)
+                    sums_of[g][group] = std::accumulate(turned[g] + group * length, turned[g] + (group + 1) * length, 0.0f);
             }
         }
     }
@@ -550,48 +561,51 @@ struct Worker {
         }
     }
 
-    // Logits of runs of tokens that are held token by token.
-    void token_logits(const Block& block, int64_t token, int count, int at) {
+    // Logits of a tile of keys that are held token by token, without their centre.
+    void token_logits(const Block& block, const int64_t* token, const int* count, bool dense) {
         const Numbers& keys = block.keys;
         const int64_t size = layer.size;
-        for (int64_t g = 0; g < heads; ++g) std::fill_n(logits[g] + at, count, 0.0f);
+        for (int64_t g = 0; g < heads; ++g) std::fill_n(logits[g], TILE, 0.0f);
         if (keys.kind == RAW) {
-            const int64_t padded = (size + LANES - 1) / LANES * LANES;
-            read_raw(keys, token, count, size, padded);
-            // The dense tail is as the model made it; packed tokens in its dtype are rotated, too.
-            float(*with)[SIZE] = block.tokens && &block == layer.block + layer.blocks ? q : turned;
-            add_products(real, padded, padded, with, count, at, nullptr);
+            const int64_t padded = filled(size);
+            for (int k = 0; k < RUNS; ++k) {
+                read_raw(keys, token[k], count[k], size, padded);
+                // What was not packed is as the model made it; what was is rotated in its dtype, too.
+                for (int i = 0; i < count[k]; i += 8) add_products(i, padded, dense ? q[0] : turned[0], k * RUN + i);
+            }
             return;
         }
-        const int64_t length = size / keys.groups, padded = (length + LANES - 1) / LANES * LANES;
-        unpack_run(keys, block.tokens, token, count, size, padded, rows);
+        const int64_t padded = filled(size / keys.groups), stride = padded * keys.groups;
+        for (int k = 0; k < RUNS; ++k) unpack_run(keys, block.tokens, token[k], count[k], size, padded, rows + k * RUN * stride);
         for (int64_t group = 0; group < keys.groups; ++group) {
-            ranges(keys, block.tokens, token, count, group, low, step);
-            // The query's part of the group, filled up with zeros.
-            std::memset(folded, 0, sizeof folded);
-            for (int64_t g = 0; g < heads; ++g) {
-                std::memcpy(folded[g], turned[g] + group * length, length * sizeof(float));
-                float sum = 0;
-                for (int64_t d = 0; d < length; ++d) sum += folded[g][d];
-                for (int t = 0; t < count; ++t) logits[g][at + t] += sum * (low[t] + step[t] / 2);
-            }
-            add_products(rows + group * padded, padded * keys.groups, padded, folded, count, at, step);
+            for (int k = 0; k < RUNS; ++k)
+                ranges(keys, block.tokens, token[k], count[k], group, low + k * RUN, step + k * RUN);
+            for (int k = 0; k < RUNS; ++k)
+                for (int i = 0; i < count[k]; i += 8) {
+                    const int t = k * RUN + i;
+                    for (int n = 0; n < 8; ++n)  // floats once for all query heads
+                        for (int64_t d = 0; d < padded; d += LANES) {
+                            const floats x = widened(rows + (t + n) * stride + group * padded + d);
+                            std::memcpy(real + n * padded + d, &x, sizeof x);
+                        }
+                    add_products(0, padded, folded[0] + group * padded, t, group);
+                }
         }
     }
 
-    template <class T>
-    void add_products(const T* numbers, int64_t stride, int64_t size, float (*with)[SIZE], int count, int at,
-                      const float* step) {
-        for (int i = 0; i < count; i += 8) {
-            const T* lines[8];
-            for (int k = 0; k < 8; ++k) lines[k] = numbers + std::min(i + k, count - 1) * stride;
-            for (int64_t g = 0; g < heads; ++g) {
-                const float* w[8];
-                std::fill_n(w, 8, with[g]);
-                const floats found = products(lines, w, size);
-                for (int k = 0; k < 8 && i + k < count; ++k)
-                    logits[g][at + i + k] += step == nullptr ? found[k] : found[k] * step[i + k];
+    // Adds the products of eight tokens, which stand in `real` from `first` on, with each query head's weights; of codes,
+    // whose group is given, in the ranges of the tokens.
+    void add_products(int first, int64_t size, const float* with, int t, int64_t group = -1) {
+        const float* lines[8];
+        for (int n = 0; n < 8; ++n) lines[n] = real + (first + n) * size;
+        for (int64_t g = 0; g < heads; ++g) {
+            floats found = products(lines, with + g * SIZE, size);
+            if (group >= 0) {
+                const floats s = load<floats>(step + t);
+                found = found * s + (load<floats>(low + t) + 0.5f * s) * sums_of[g][group];
             }
+            found += load<floats>(logits[g] + t);
+            std::memcpy(logits[g] + t, &found, sizeof found);
         }
     }
 
@@ -610,14 +624,14 @@ struct Worker {
         const Numbers& values = block.values;
         const int64_t size = layer.value_size;
         if (values.kind == RAW) {
-            const int64_t padded = (size + LANES - 1) / LANES * LANES;
+            const int64_t padded = filled(size);
             for (int k = 0; k < RUNS; ++k) {
                 read_raw(values, token[k], count[k], size, padded);
                 add_values(real, padded, padded, count[k], &weights[0][k * RUN], heads, sum, apart);
             }
             return;
         }
-        const int64_t length = size / values.groups, padded = (length + LANES - 1) / LANES * LANES;
+        const int64_t length = size / values.groups, padded = filled(length);
         const int64_t stride = padded * values.groups;
         for (int k = 0; k < RUNS; ++k)
             unpack_run(values, block.tokens, token[k], count[k], size, padded, rows + k * RUN * stride);
@@ -673,8 +687,7 @@ void attend_tile(Worker& w, const Block& block, int64_t number, int64_t first, b
         w.channel_logits(block, eighth, number * RUN,
                          static_cast<int>(std::min<int64_t>(RUN, eighth - number * RUN)));
     } else {
-        for (int k = 0; k < RUNS; ++k)
-            if (count[k]) w.token_logits(block, token[k], count[k], k * RUN);
+        w.token_logits(block, token, count, dense);
     }
     if (!dense) w.add_centre(slots, at, all_count);
 
