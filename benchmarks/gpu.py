@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from crushkv import CrushConfig, kernels
-from crushkv.benchmark import FULL
 from crushkv.presets import PRESETS
+from crushkv.timing import FULL
 from gpu_kernels import Layer, copy_bandwidth, rows
 from gpu_model import (
     LLAMA_8B,

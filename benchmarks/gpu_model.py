@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from crushkv import CrushConfig, KVCrush
-from crushkv.benchmark import ENGINE, FULL, Record, share
 from crushkv.fingerprint import fingerprint
 from crushkv.hf.cache import CrushCache, kv_bytes, kv_bytes_at_16_bits
 from crushkv.hf.energies import energies_of
 from crushkv.hf.interface import passed
-from crushkv.hf.measure import PeakMemory
 from crushkv.hf.rope import find_ropes
 from crushkv.presets import PRESETS
 from crushkv.profile import Profile
+from crushkv.timing import ENGINE, FULL, Record, share
+from crushkv.timing.measure import PeakMemory
 
 LLAMA_8B: dict[str, Any] = {
     "hidden_size": 4096,

@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py [--tokens 4096 8192] [--shape smollm2 qwen llama-8b] [--threads 2]
 
-`of copy` is the speed at which the bytes that are held are read, as a share of what copying memory reaches. The error is
-that against the plain implementation. All widths hold every token; presets hold what their budget has room for.
+`of copy` is the speed at which the bytes that are held are read, as a share of what copying memory reaches. The error
+is that against the plain implementation. All widths hold every token; presets hold what their budget has room for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpu_report import console, kernel_table, say
 
 # Query heads, KV heads, channels.
 SHAPES = {"smollm2": (9, 3, 64), "qwen": (14, 2, 64), "llama-8b": (32, 8, 128)}
-WIDTHS = ("8", "6/4", "4/4", "3/3", "2.25/2", "1/2")
+WIDTHS = (8, "6/4", "4/4", "3/3", "2.25/2", "1/2")
 
 
 def main() -> None:
@@ -30,7 +30,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     device = torch.device("cpu")
-    every = {f"every token, {bits}": CrushConfig(budget=1.0, min_tokens=0, bits=bits, recent_bits=8) for bits in WIDTHS}
+    every = {
+        f"every token, {bits}": CrushConfig.from_dict({"budget": 1.0, "min_tokens": 0, "bits": bits, "recent_bits": 8})
+        for bits in WIDTHS
+    }
     configs = {name: CrushConfig.preset(name) for name in PRESETS} | every
     bandwidth = copy_bandwidth(device)
     say(f"{kernels.described(device)}, {given.threads} threads, copies at {bandwidth / 1e9:.1f} GB/s")

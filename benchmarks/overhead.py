@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from crushkv import CrushConfig, KVCrush
-from crushkv.benchmark import OWN_STAGES, rotated
 from crushkv.core import record_stages
+from crushkv.timing import OWN_STAGES, rotated
 from subject import load, machine
 
 EVICTION = ("selection", "gather")  # `selection` contains the own stages

@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from crushkv import CrushConfig, KVCrush
-from crushkv.hf.measure import PeakMemory
+from crushkv.timing.measure import PeakMemory
 from subject import load
 
 MIB = 2**20

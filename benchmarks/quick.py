@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from crushkv import CrushConfig
-from crushkv.benchmark import Figure, Spread, measure_request, rotated, summarize
-from crushkv.hf.measure import warm_up
+from crushkv.timing import Figure, Spread, measure_request, rotated, summarize
+from crushkv.timing.measure import warm_up
 from subject import load, machine
 
 STORED = Path(__file__).with_name("quick.json")

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crushkv import __version__
-from crushkv.benchmark import repeated_prompt
 from crushkv.embedded import embedded_model_path
+from crushkv.timing import repeated_prompt
 
 
 def load(name: str | None, tokens: int) -> tuple[Any, Tensor]:

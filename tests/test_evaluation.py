@@ -33,7 +33,8 @@ from crushkv.evaluation import (
 )
 from crushkv.evaluation.data import DataError
 from crushkv.evaluation.decoding import greedy_answers
-from crushkv.hf import CrushCache, Recording
+from crushkv.evaluation.recording import Recording
+from crushkv.hf import CrushCache
 from evaluation_models import byte_model, byte_tokenizer
 
 pytest.importorskip("lm_eval")

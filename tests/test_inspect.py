@@ -28,8 +28,9 @@ from crushkv.core import Tier, select
 from crushkv.core.buckets import stands_for
 from crushkv.errors import ConfigError
 from crushkv.evaluation.inspection import Inspection, inspect_prompt, render
+from crushkv.evaluation.recording import Recording
 from crushkv.evaluation.token_text import tokenize
-from crushkv.hf import CrushCache, Recording
+from crushkv.hf import CrushCache
 from evaluation_models import byte_model, byte_tokenizer
 
 WORDS = ["lighthouse", "keeper", "wrote", "weather", "morning", "wind", "sea", "red", "ship", "anchor", "the", "\n"]

@@ -20,9 +20,10 @@ from transformers.cache_utils import DynamicLayer
 
 from architectures import ARCHITECTURES, VOCAB, small_model
 from crushkv import CrushError, KVCrush, Profile, ProfileError, UnsupportedModelError, profile_model
+from crushkv.evaluation.recording import Recording
 from crushkv.files import cache_folder
 from crushkv.fingerprint import digest_of, fingerprint
-from crushkv.hf import Recording, find_profile, obtain_profile
+from crushkv.hf import find_profile, obtain_profile
 from crushkv.hf.energies import SINK, UNSETTLED
 from crushkv.hf.profiling import FILE, TEXTS, kept_profile
 from crushkv.hf.rope import find_ropes

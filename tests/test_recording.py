@@ -9,7 +9,9 @@ import torch
 
 from architectures import ARCHITECTURES, small_model
 from crushkv import CrushConfig, KVCrush
-from crushkv.hf import CrushCache, Recording, stack
+from crushkv.evaluation.recording import Recording
+from crushkv.evaluation.stacking import stack
+from crushkv.hf import CrushCache
 
 CONFIGS = [
     CrushConfig(

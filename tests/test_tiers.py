@@ -11,8 +11,10 @@ from transformers import DynamicCache
 
 from architectures import ARCHITECTURES, prompts, small_model
 from crushkv import ConfigError, CrushConfig, KVCrush, plan_cache
+from crushkv.evaluation.recording import Recording
+from crushkv.evaluation.stacking import stack
 from crushkv.fingerprint import fingerprint
-from crushkv.hf import CrushCache, Recording, stack
+from crushkv.hf import CrushCache
 from crushkv.profile import Profile
 
 CHURN: dict[str, Any] = {"min_tokens": 0, "logit_limit": None, "sink": 2, "window": 8, "page_size": 4, "interval": 8}

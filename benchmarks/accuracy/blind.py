@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crushkv.embedded import embedded_model_path
 from crushkv.evaluation import parse_configurations
 from crushkv.evaluation.fidelity import continuation_logits
-from crushkv.hf import Recording
+from crushkv.evaluation.recording import Recording
 from crushkv.prompts import Frame, frame
 
 CONFIGURATIONS = (

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crushkv.embedded import embedded_model_path
 from crushkv.evaluation.fidelity import Reference
+from crushkv.evaluation.recording import Recording
 from crushkv.evaluation.tasks import TaskSource, load_tasks, prompts
-from crushkv.hf import Recording
 from crushkv.storage.rotation import rotation
 
 TASKS = ("trec_short_1k", "samsum_short_1k", "multi_news", "qasper", "lcc", "retrieval_multikey_2k")

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crushkv.embedded import embedded_model_path
 from crushkv.evaluation import parse_configurations
 from crushkv.evaluation.fidelity import Reference
+from crushkv.evaluation.recording import Recording
 from crushkv.evaluation.token_text import tokenize
-from crushkv.hf import Recording
 
 CONFIGURATIONS = ("readahead:budget=0.25,min_tokens=0", "{balanced,small}:min_tokens=0")
 LENGTHS = (128, 192, 256, 384, 512)

@@ -24,9 +24,9 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from crushkv.benchmark import FULL, repeated_prompt
 from crushkv.cli.system import cpu
 from crushkv.embedded import DISTRIBUTION, embedded_model_path
+from crushkv.timing import FULL, repeated_prompt
 from engine import Engine, Record
 from process import WorkerError
 from summary import show

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from crushkv.benchmark import FULL, Figure, Spread, record_of, summarize
+from crushkv.timing import FULL, Figure, Spread, record_of, summarize
 
 MIB = 2**20
 COLUMNS = ("", "budget", "TTFT", "of its full cache", "TPOT", "of its full cache", "KV held", "peak above start")

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crushkv.embedded import embedded_model_path
 from crushkv.evaluation.fidelity import Reference
+from crushkv.evaluation.recording import Recording
 from crushkv.evaluation.tasks import TaskSource, load_tasks, prompts
-from crushkv.hf import Recording
 
 TASKS = (
     "trec_short_1k",

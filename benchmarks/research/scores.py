@@ -34,11 +34,13 @@ from crushkv.config_text import expand, parse_config
 from crushkv.core.seeds import layer_seed
 from crushkv.evaluation import Sample, TaskSource, by_model, read_report_samples
 from crushkv.evaluation.fidelity import Reference
+from crushkv.evaluation.recording import Recording
 from crushkv.evaluation.results import ResultsFile, prompt_hash, sample_key
 from crushkv.evaluation.runner import _chat, _encode
+from crushkv.evaluation.stacking import stack
 from crushkv.evaluation.statistics import Estimate, Read, macro_mean
 from crushkv.evaluation.tasks import Prompt, load_tasks, prompts
-from crushkv.hf import CrushCache, Recording, stack
+from crushkv.hf import CrushCache
 from crushkv.importance import LayerView, ReadAhead, register
 
 TASKS = (

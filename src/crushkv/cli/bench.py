@@ -20,7 +20,7 @@ from .output import check_output, only_result_on_stdout, plain_table, result_con
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from ..benchmark import Figure, Record, Spread
+    from ..timing import Figure, Record, Spread
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Request:
 
     @property
     def text(self) -> str:
-        from ..benchmark import label, share
+        from ..timing import label, share
 
         return f"{self.tokens} tokens, batch of {self.batch}, {label(self.method, share(self.config))}"
 
@@ -71,7 +71,7 @@ def bench(
     Methods take turns, so that a machine that is busy for a while is busy for all of them. Each ratio compares two
     requests of one round. Without --method: the full cache, and SnapKV and H2O with representatives.
     """
-    from ..benchmark import read_records, summarize, write_record
+    from ..timing import read_records, summarize, write_record
 
     if plots is not None:
         try:
@@ -97,7 +97,7 @@ def bench(
     else:
         _print(figures)
     if plots is not None:
-        from ..benchmark.plots import plot, save
+        from ..timing.plots import plot, save
 
         say(", ".join(map(str, save(plot(figures), plots))))
 
@@ -133,7 +133,7 @@ def _requests(
     methods: Sequence[tuple[str, CrushConfig | None]], lengths: Sequence[int], batches: Sequence[int], repeats: int
 ) -> list[_Request]:
     """All requests, round by round. Each round measures the methods in another order."""
-    from ..benchmark import rotated
+    from ..timing import rotated
 
     return [
         _Request(*made, tokens, rows, repeat)
@@ -149,8 +149,8 @@ def _measure(
 ) -> list[Record]:
     import json
 
-    from ..benchmark import ENGINE, Record, measure_request, repeated_prompt, share, write_record
-    from ..hf.measure import warm_up
+    from ..timing import ENGINE, Record, measure_request, repeated_prompt, share, write_record
+    from ..timing.measure import warm_up
 
     if file is not None:
         print(json.dumps({"kind": "machine", **_machine(loaded)}), file=file, flush=True)

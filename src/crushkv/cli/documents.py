@@ -114,8 +114,8 @@ def _answer(loaded: LoadedModel, saved: Any, question: str, max_new_tokens: int)
     import torch
 
     from ..hf.interface import passed
-    from ..hf.measure import TokenClock
     from ..prompts import Frame
+    from ..timing.measure import TokenClock
 
     model = loaded.model
     asked = Frame.question_ids(loaded.tokenizer, question, saved.notes.get("after", ""))

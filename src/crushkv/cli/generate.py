@@ -16,7 +16,7 @@ from .output import message_console, only_result_on_stdout, print_json, result_c
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from ..hf.measure import Measurement
+    from ..timing.measure import Measurement
 
 ANSWER = "Answer"
 
@@ -46,8 +46,8 @@ def generate(
 
     The prompt is --prompt, --file, both (the file first), or standard input.
     """
-    from ..hf.measure import warm_up
     from ..prompts import encode
+    from ..timing.measure import warm_up
 
     options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p), **model.generation}
     text = prompt.read()
@@ -91,7 +91,7 @@ def _run(
     """Figures and token ids of one run. `stream`: the answer is written to standard output while it is made."""
     from transformers import TextStreamer
 
-    from ..hf.measure import measure
+    from ..timing.measure import measure
 
     shown = TextStreamer(loaded.tokenizer, skip_special_tokens=True) if stream else None
     with reading(loaded.model, ids.shape[-1], options.get("prefill_chunk_size")) as stop:

@@ -72,9 +72,9 @@ def _answer(
     options: dict[str, Any],
 ) -> list[Runs]:
     """The figures of each question with each method. A prompt that is too long is refused before anything runs."""
-    from ..benchmark import rotated
-    from ..hf.measure import measure, warm_up
     from ..prompts import encode
+    from ..timing import rotated
+    from ..timing.measure import measure, warm_up
 
     prompts = [encode(loaded.tokenizer, question.prompt) for question in questions]
     for ids in prompts:

@@ -23,7 +23,7 @@ def examine() -> dict[str, Any]:
     """Everything that `crushkv doctor` tells, as plain values."""
     import torch
 
-    from ..hf.measure import PeakMemory
+    from ..timing.measure import PeakMemory
 
     known = versions()
     problems = _problems(known)

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..hf import Recording
 from ..hf.interface import passed
+from .recording import Recording
 
 
 def stop_tokens(model: PreTrainedModel) -> frozenset[int]:

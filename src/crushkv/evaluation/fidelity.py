@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..hf import CrushCache, Recording
+from ..hf import CrushCache
 from ..hf.interface import passed
 from .decoding import stop_tokens
+from .recording import Recording
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from ..config import CrushConfig
 from ..config_text import read_field
 from ..embedded import embedded_model_path
 from ..errors import ConfigError, CrushError
-from ..hf import KVCrush, Recording
+from ..hf import KVCrush
 from .fidelity import continuation_logits
+from .recording import Recording
 
 EMBEDDED = "embedded"
 _FIELDS = frozenset(f.name for f in dataclasses.fields(CrushConfig))

@@ -13,10 +13,12 @@ from transformers.cache_utils import Cache
 
 from ..config import CrushConfig
 from ..errors import ConfigError, UnsupportedModelError
-from ..hf import CrushCache, Recording, stack
+from ..hf import CrushCache
 from .decoding import greedy_answers
 from .fidelity import Reference
+from .recording import Recording
 from .results import ResultsFile, Sample, prompt_hash, sample_key
+from .stacking import stack
 from .sweep import Sweep
 from .tasks import Prompt, TaskSource, load_tasks, prompts
 

@@ -6,9 +6,7 @@ from .kvcrush import KVCrush, Session
 from .layer import CrushLayer
 from .planning import CachePlan, plan_cache
 from .profiling import find_profile, obtain_profile, profile_model
-from .recording import Recording
 from .saving import SavedCache, SavedCacheError, load_cache, save_cache
-from .stacking import stack
 
 __all__ = [
     "CachePlan",
@@ -18,7 +16,6 @@ __all__ = [
     "KVCrush",
     "Profile",
     "ProfileError",
-    "Recording",
     "SavedCache",
     "SavedCacheError",
     "Session",
@@ -28,5 +25,4 @@ __all__ = [
     "plan_cache",
     "profile_model",
     "save_cache",
-    "stack",
 ]

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..config import CrushConfig
-from .cache import CrushCache
-from .interface import passed
-from .layer import AttentionCall, CrushLayer
+from ..hf.cache import CrushCache
+from ..hf.interface import passed
+from ..hf.layer import AttentionCall, CrushLayer
 
 
 class Recording:

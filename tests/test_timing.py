@@ -11,8 +11,8 @@ import torch
 
 from architectures import small_model
 from crushkv import ConfigError, CrushConfig
-from crushkv.benchmark import Record, measure_request, read_records, repeated_prompt, summarize, write_record
-from crushkv.benchmark.plots import plot, save
+from crushkv.timing import Record, measure_request, read_records, repeated_prompt, summarize, write_record
+from crushkv.timing.plots import plot, save
 
 
 def record(method: str, repeat: int, ttft: float, tpot: float, **changes: object) -> Record:

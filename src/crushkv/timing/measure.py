@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import CrushConfig
-from .cache import CacheReport, CrushCache, kv_bytes, kv_bytes_at_16_bits
-from .interface import CACHE
-from .kvcrush import KVCrush
-from .support import check_prompt
+from ..hf.cache import CacheReport, CrushCache, kv_bytes, kv_bytes_at_16_bits
+from ..hf.interface import CACHE
+from ..hf.kvcrush import KVCrush
+from ..hf.support import check_prompt
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import CrushConfig
 from ..core import record_stages
-from ..hf.measure import measure
+from .measure import measure
 from .record import ENGINE, FULL, Record
 
 Method = TypeVar("Method")

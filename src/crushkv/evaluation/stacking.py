@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .cache import CrushCache
-from .layer import CrushLayer
+from ..hf.cache import CrushCache
+from ..hf.layer import CrushLayer
 
 
 @torch.no_grad()
