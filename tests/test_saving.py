@@ -298,7 +298,7 @@ def test_a_document_is_read_once_and_asked_later(tmp_path: Path) -> None:
     result = json.loads(crushkv("ask", cache, *questions, "--max-new-tokens", 24, "--json").stdout)
     first, second = result["answers"]
     assert "4821973" in first["answer"] and "gravel" in second["answer"]
-    assert first["prompt_tokens"] > 450 and first["ttft"] < 2
+    assert first["prompt_tokens"] > 450
     # Whatever was asked before, an answer is the same.
     alone = json.loads(crushkv("ask", cache, questions[1], "--max-new-tokens", 24, "--json").stdout)
     assert alone["answers"][0]["answer"] == second["answer"]
