@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import stores
 from crushkv import kernels
 from crushkv.config import CrushConfig
 from crushkv.kernels import gpu, plain
@@ -24,13 +26,7 @@ from crushkv.storage.quantization import quantize
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def rope_of(size: int, turned: int | None = None, base: float = 100.0) -> Rope:
-    """Half-split pairs of the first `turned` channels."""
-    turned = size if turned is None else turned
-    half = turned // 2
-    frequencies = base ** -(torch.arange(half) / half)
-    partner = torch.cat([torch.arange(half, turned), torch.arange(half), torch.arange(turned, size)])
-    return Rope(partner, torch.cat([-frequencies, frequencies, torch.zeros(size - turned)]))
+rope_of = partial(stores.rope_of, base=100.0)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -23,11 +23,11 @@ FORMATS: dict[str, Formats] = {
 }
 
 
-def rope_of(size: int, turned: int | None = None, interleaved: bool = False) -> Rope:
+def rope_of(size: int, turned: int | None = None, interleaved: bool = False, base: float = 10000.0) -> Rope:
     """A Llama-like RoPE over the first `turned` channels."""
     turned = size if turned is None else turned
     half = torch.arange(turned // 2)
-    frequencies = 10000.0 ** (-2 * half / max(turned, 1))
+    frequencies = base ** (-2 * half / max(turned, 1))
     first, second = (2 * half, 2 * half + 1) if interleaved else (half, half + turned // 2)
     partner, signed = torch.arange(size), torch.zeros(size)
     partner[first], partner[second] = second, first

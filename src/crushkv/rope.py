@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -45,8 +45,8 @@ class Rope:
             tables = _table(tuple(self.frequencies.tolist()), reach, positions.device)
             cosines, sines = (t.index_select(0, positions.flatten()).view(*positions.shape, -1) for t in tables)
             return cosines, sines
-        angles = _product(positions, self.frequencies)
-        return angles.cos().float(), angles.sin().float()
+        found = angles(positions, self.frequencies)
+        return found.cos().float(), found.sin().float()
 
     def to(self, device: torch.device) -> Rope:
         """The same on another device, which the keys' own saves a copy at each call."""
@@ -62,18 +62,27 @@ class Rope:
 _TABLED = 32768
 
 
-def _product(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Angles `[..., D]`, exact, so that two ways to compute a turn agree at far positions, too. Models round them to
-    float32, which moves a centre by next to nothing, and is a part of what remains when it is subtracted."""
+def angles(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Angles `[..., D]`, float64 and exact, so that two ways to compute a turn agree at far positions, too.
+
+    Models round them to float32, which moves a centre by next to nothing, and is a part of what remains when it is
+    subtracted.
+    """
     return positions[..., None].double() * frequencies.to(positions.device).double()
+
+
+def pairs_of(partner: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """The pairs of channels that are turned together, and the channels that are not turned."""
+    pairs = [(a, b) for a, b in enumerate(partner) if a < b]
+    return pairs, [a for a, b in enumerate(partner) if a == b]
 
 
 @lru_cache(maxsize=2)
 def _table(frequencies: tuple[float, ...], reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine at every position below `reach`: `[reach, D]` each. Layers that turn alike share it."""
     with torch.inference_mode(False):
-        angles = _product(torch.arange(reach, device=device), torch.tensor(frequencies))
-        return angles.cos().float(), angles.sin().float()
+        found = angles(torch.arange(reach, device=device), torch.tensor(frequencies))
+        return found.cos().float(), found.sin().float()
 
 
 @dataclass(frozen=True)

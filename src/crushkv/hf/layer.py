@@ -120,12 +120,9 @@ class CrushLayer(CacheLayerMixin):
             self._move(key_states.device)
         end = self.plan.clock.prompt_end
         reserve = 0 if end is None else max(0, end - self.seen - key_states.shape[2])
-        self.storage.append(key_states, value_states, reserve)
-        dense = self.storage.dense
+        not_packed = self.storage.append(key_states, value_states, reserve)
         decodes = key_states.shape[2] == 1 and not torch.is_grad_enabled()
-        if decodes and self.plan.reads_packed and dense.keys is not None and dense.values is not None:
-            return dense.keys, dense.values
-        return self.storage.attended()
+        return not_packed if decodes and self.plan.reads_packed else self.storage.attended()
 
     # Around attention
 

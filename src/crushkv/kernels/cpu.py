@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..rope import Rope
+from ..rope import Rope, angles, pairs_of
 from ..storage import RAW, TieredStorage
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
+from .blocks import BlockTensors
 
 # Sets of instructions, the best first.
 BUILDS = ("avx512", "avx2", "portable")
@@ -177,10 +178,8 @@ class _Prepared:
     """What stays the same from one eviction to the next, as the library reads it."""
 
     def __init__(self, store: TieredStorage) -> None:
-        # What the storage holds is not kept alive here: an eviction has to free it.
-        self.made_for = [ref(tensor) for tensor in _tensors(store)]
+        self.made_for = BlockTensors(store)
         self.held: list[Tensor] = []  # made here, and referred to by pointers alone
-        self.reach = 0
         self.refusal = _refusal(store)
         self.layer = _Layer()
         if self.refusal is None:
@@ -211,18 +210,12 @@ class _Prepared:
             layer.centre = self._pointer(of_keys.centre.float())
             self._turns(of_keys.rope, layer.size, store.seen)
 
-    def fits(self, store: TieredStorage) -> bool:
-        tensors = _tensors(store)
-        return len(tensors) == len(self.made_for) and all(
-            made_for() is tensor for made_for, tensor in zip(self.made_for, tensors, strict=True)
-        )
-
     def _pointer(self, tensor: Tensor | None) -> int | None:
         """Of a tensor that is made here, or of one of the storage's."""
         if tensor is None:
             return None
         contiguous = tensor.contiguous()
-        if not any(made_for() is contiguous for made_for in self.made_for):
+        if contiguous not in self.made_for:
             self.held.append(contiguous)
         return contiguous.data_ptr()
 
@@ -259,10 +252,8 @@ class _Prepared:
         if rope is None:
             first, second, still, frequencies = [], [], list(range(size)), torch.zeros(0)
         else:
-            pairs = [(a, b) for a, b in enumerate(rope.partner.tolist()) if a < b]
+            pairs, still = pairs_of(rope.partner.tolist())
             first, second = [a for a, _ in pairs], [b for _, b in pairs]
-            turned = {*first, *second}
-            still = [d for d in range(size) if d not in turned]
             # R_p x has x[a] cos(p f[a]) + x[b] sin(p f[a]) in channel a.
             frequencies = rope.frequencies[first]
         layer.pairs, layer.padded = len(first), -(-len(first) // _LANES) * _LANES
@@ -282,17 +273,12 @@ class _Prepared:
             numbers.row_stride, numbers.head_stride = tensor.stride()[:2]
 
 
-def _tensors(store: TieredStorage) -> list[Tensor]:
-    """Those of the blocks: others whenever tokens move."""
-    return [tensor for block in store.blocks for part in block for tensor in part.tensors.values()]
-
-
 _prepared_stores: WeakKeyDictionary[TieredStorage, _Prepared] = WeakKeyDictionary()
 
 
 def _prepared(store: TieredStorage) -> _Prepared:
     found = _prepared_stores.get(store)
-    if found is None or not found.fits(store):
+    if found is None or not found.made_for.are_of(store):
         found = _prepared_stores[store] = _Prepared(store)
     return found
 
@@ -317,9 +303,8 @@ def _refusal(store: TieredStorage) -> str | None:
 @lru_cache(maxsize=8)
 def _tables(frequencies: tuple[float, ...], intervals: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles at every `_FINE`-th position, and at those between: `[positions, 2, padded]`."""
-    each = torch.zeros(-(-len(frequencies) // _LANES) * _LANES, dtype=torch.float64)
-    each[: len(frequencies)] = torch.tensor(frequencies, dtype=torch.float64)
+    each = torch.tensor([*frequencies, *[0.0] * (-len(frequencies) % _LANES)])
     with torch.inference_mode(False):
-        tables = (torch.arange(n)[:, None] * step * each for n, step in ((intervals, _FINE), (_FINE, 1)))
-        coarse, fine = (torch.stack([angles.cos(), angles.sin()], dim=1).float() for angles in tables)
+        tables = (angles(torch.arange(n) * step, each) for n, step in ((intervals, _FINE), (_FINE, 1)))
+        coarse, fine = (torch.stack([table.cos(), table.sin()], dim=1).float() for table in tables)
     return coarse, fine

@@ -6,17 +6,18 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..rope import Rope
+from ..rope import Rope, angles, pairs_of
 from ..storage import RAW, ChannelFormat, TieredStorage
 from ..storage.basis import Basis
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
 from ..storage.packing import PLANES
+from .blocks import BlockTensors
 
 CHUNK = 64
 """Rows of a plane of channels that are multiplied at a time."""
@@ -164,8 +165,7 @@ class Turning:
 @lru_cache(maxsize=4)
 def _turning(partner: tuple[int, ...], frequencies: tuple[float, ...], reach: int, device: torch.device) -> Turning:
     """For all positions below `reach`."""
-    pairs = [(a, b) for a, b in enumerate(partner) if b > a]
-    still = [a for a, b in enumerate(partner) if b == a]
+    pairs, still = pairs_of(partner)
     # A row: the query's channels, the centre's, their signs, and the frequency of a cosine (0) or a sine (1). The
     # product of a pair is (q_a c_a + q_b c_b) cos + (q_a c_b - q_b c_a) sin.
     rows: list[tuple[float, ...]] = [(a, b, a, b, 1, 1, frequencies[a], 0) for a, b in pairs]
@@ -179,9 +179,8 @@ def _turning(partner: tuple[int, ...], frequencies: tuple[float, ...], reach: in
         first, second = (column.int() for column in columns[:2])
         of_first, of_second = (column.long() for column in columns[2:4])
         first_signs, second_signs, turns, is_sine = (column.float() for column in columns[4:])
-        # In float32, as models have them: at far positions its rounding is a part of the angle.
-        angles = torch.arange(reach, device=device)[:, None].float() * turns
-        exact = torch.where(is_sine > 0, angles.sin(), angles.cos())
+        found = angles(torch.arange(reach, device=device), turns)
+        exact = torch.where(is_sine > 0, found.sin(), found.cos()).float()
         table = exact.half()
         rest = (exact - table.float()).half()
         return Turning(first, second, of_first, of_second, first_signs, second_signs, table, rest)
@@ -232,7 +231,7 @@ class Prepared:
         key_groups, value_groups: the most that a block has, see `groups_of`.
     """
 
-    made_for: tuple[ReferenceType[Tensor], ...]
+    made_for: BlockTensors
     positions: Tensor
     walks: list[Walk]
     centre: Centre
@@ -264,25 +263,12 @@ class Prepared:
             stacked = {
                 name: torch.stack([getattr(s, name) for s in slots.values()]) for name in ("channels", "middles")
             } | {"units": torch.stack(units)}
-        made_for = tuple(ref(tensor) for tensor in _tensors(store))
+        made_for = BlockTensors(store)
         centre = Centre.of(basis, store.seen)
         key_groups, value_groups = (max(groups_of(block[i]) for block in store.blocks) for i in range(2))
         return cls(
             made_for, store.kept_positions.contiguous(), walks, centre, slots, key_groups, value_groups, **stacked
         )
-
-    def fits(self, store: TieredStorage) -> bool:
-        tensors = _tensors(store)
-        return len(tensors) == len(self.made_for) and all(map(_is, self.made_for, tensors))
-
-
-def _tensors(store: TieredStorage) -> list[Tensor]:
-    """Of the blocks: others whenever tokens move."""
-    return [tensor for block in store.blocks for part in block for tensor in part.tensors.values()]
-
-
-def _is(reference: ReferenceType[Tensor], tensor: Tensor) -> bool:
-    return reference() is tensor
 
 
 _prepared: WeakKeyDictionary[TieredStorage, Prepared] = WeakKeyDictionary()
@@ -294,7 +280,7 @@ def prepared(store: TieredStorage) -> Prepared | None:
         _prepared.pop(store, None)
         return None
     found = _prepared.get(store)
-    if found is None or not found.fits(store):
+    if found is None or not found.made_for.are_of(store):
         found = _prepared[store] = Prepared.of(store)
     return found
 

@@ -164,10 +164,10 @@ class TieredStorage:
 
     # What goes in
 
-    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> None:
-        """Adds tokens at the end, with room for `reserve` more."""
-        self.dense.append(keys, values, reserve)
+    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> tuple[Tensor, Tensor]:
+        """Adds tokens at the end, with room for `reserve` more; returns keys and values of all that are not packed."""
         self.seen += keys.shape[2]
+        return self.dense.append(keys, values, reserve)
 
     @torch.no_grad()
     def fit(
