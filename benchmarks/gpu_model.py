@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from crushkv import CrushConfig, KVCrush
+from crushkv.core.heads import curve
 from crushkv.fingerprint import fingerprint
 from crushkv.hf.cache import CrushCache, kv_bytes, kv_bytes_at_16_bits
-from crushkv.hf.energies import energies_of
+from crushkv.hf.energies import measure
 from crushkv.hf.interface import passed
 from crushkv.hf.rope import find_ropes
 from crushkv.presets import PRESETS
@@ -95,9 +96,20 @@ def write_profile(model: Any, folder: Path) -> Path:
 
     Without one, each prompt would be asked for them, with a warning: a random model has no tokenizer to read texts.
     """
-    ids = torch.randint(model.config.vocab_size, (PROFILED,), generator=torch.Generator().manual_seed(0))
-    keys, queries = energies_of(model, ids, find_ropes(model, PROFILED))
-    made = Profile(keys, queries, fingerprint(model, any_dtype=True), model.config.model_type, ("random tokens",))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (PROFILED,), generator=generator)
+    found = measure(model, ids, ids[:0], PROFILED, find_ropes(model, 2 * PROFILED))
+    # The heads of a random model need all the same. In others, some attend to single tokens and some to none.
+    sharpness = torch.randn(found.scores.shape[:2], generator=generator).mul(2).exp()[..., None]
+    needs = curve(found.scores * sharpness)
+    made = Profile(
+        found.keys,
+        found.queries,
+        needs,
+        fingerprint(model, any_dtype=True),
+        model.config.model_type,
+        ("random tokens",),
+    )
     path = made.save(folder / "random.safetensors").path
     assert path is not None
     return path

@@ -16,8 +16,9 @@ from transformers.masking_utils import eager_mask
 from crushkv import CrushConfig, KVCrush
 from crushkv.core import Tier
 from crushkv.hf import CrushLayer
+from crushkv.hf.head_group import HeadGroup
 from crushkv.hf.interface import cache_in, passed
-from crushkv.storage import RAW, TieredStorage
+from crushkv.storage import RAW, ChannelFormat
 from reference import rotation_matrix, rounded_channels, rounded_token, turned
 
 # The tier of tokens that came since the last eviction, whose format is never another than the model's own.
@@ -48,15 +49,20 @@ def tiers_of_past(cache: Any) -> dict[int, Tensor]:
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, CrushLayer) or not layer.seen:
             continue
-        rows, kv_heads, slots = layer.positions.shape
-        filled = torch.ones(rows, slots, dtype=torch.bool) if layer.real is None else layer.real
-        held = torch.zeros(rows, kv_heads, layer.seen + 1, dtype=torch.uint8)
-        # Slots without a token are written to a place behind the end.
-        tiers = layer.tiers.clone()
-        tiers[..., layer.compressed :][tiers[..., layer.compressed :] != Tier.PADDING] = SINCE
-        held.scatter_(2, layer.positions.masked_fill(~filled[:, None], layer.seen), tiers)
-        result[index] = held[..., :-1]
+        result[index] = layer.joined([_of_group(group, layer.seen) for group in layer.groups])
     return result
+
+
+def _of_group(group: HeadGroup, seen: int) -> Tensor:
+    """uint8 `[B, Hkv, seen]`, of the heads of a group."""
+    positions, tiers = group.storage.positions, group.tiers.clone()
+    rows, kv_heads, slots = positions.shape
+    filled = torch.ones(rows, slots, dtype=torch.bool) if group.real is None else group.real
+    held = torch.zeros(rows, kv_heads, seen + 1, dtype=torch.uint8)
+    # Slots without a token are written to a place behind the end.
+    tiers[..., group.compressed :][tiers[..., group.compressed :] != Tier.PADDING] = SINCE
+    held.scatter_(2, positions.masked_fill(~filled[:, None], seen), tiers)
+    return held[..., :-1]
 
 
 def record(model: Any, config: CrushConfig, inputs: dict[str, Tensor], turns: int = 1, **generation: Any) -> Recording:
@@ -121,7 +127,7 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
         if past is not None:
             if not formats.raw:
                 if layer not in rounding:
-                    rounding[layer] = Rounding(recording.cache.layers[layer].storage, real)
+                    rounding[layer] = Rounding(recording.cache.layers[layer], real)
                 key, value = rounding[layer](key, value, past)
             hidden = (past == Tier.PADDING).repeat_interleave(query.shape[1] // past.shape[1], 1)
             attention_mask = attention_mask.expand(-1, query.shape[1], -1, -1).clone()
@@ -188,14 +194,21 @@ class Rounding:
     widths of their own, a token that moves to another format is coded once more from what its codes stood for.
 
     Args:
-        storage: the layer's at the end: how its keys turn, and the widths of its channels.
+        layer: at the end: how its keys turn, and the widths of its channels.
         real: `[B, S]`, False for padding.
     """
 
-    def __init__(self, storage: TieredStorage, real: Tensor | None) -> None:
-        self.formats, self.real = storage.formats, real
-        self.rope = storage.bases[0].rope if storage.bases else None
-        self.forms = list(storage.forms)
+    def __init__(self, layer: CrushLayer, real: Tensor | None) -> None:
+        storages = [group.storage for group in layer.groups]
+        self.formats, self.real = storages[0].formats, real
+        assert all(storage.formats == self.formats for storage in storages)
+        bases = next((storage.bases for storage in storages if storage.bases), None)
+        self.rope = None if bases is None else bases[0].rope
+        self.forms: list[ChannelFormat | None] = []
+        for forms in zip(*(storage.forms for storage in storages), strict=True):
+            widths = [form.widths for form in forms if form is not None]
+            weights = [form.weight for form in forms if form is not None]
+            self.forms.append(ChannelFormat(layer.joined(widths, 0), layer.joined(weights, 0)) if widths else None)
         self.centres: list[Tensor] = []  # a row: [Hkv, S, D]
         self.spreads: list[Tensor] = []  # a row: [Hkv, D]
         self.narrowest: dict[tuple[int, int, int, int], int] = {}

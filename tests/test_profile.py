@@ -20,12 +20,13 @@ from transformers.cache_utils import DynamicLayer
 
 from architectures import ARCHITECTURES, VOCAB, small_model
 from crushkv import CrushError, KVCrush, Profile, ProfileError, UnsupportedModelError, profile_model
+from crushkv.core.heads import curve
 from crushkv.evaluation.recording import Recording
 from crushkv.files import cache_folder
 from crushkv.fingerprint import digest_of, fingerprint
 from crushkv.hf import find_profile, obtain_profile
 from crushkv.hf.energies import SINK, UNSETTLED
-from crushkv.hf.profiling import FILE, TEXTS, kept_profile
+from crushkv.hf.profiling import FILE, REPEAT, TEXTS, kept_profile
 from crushkv.hf.rope import find_ropes
 from crushkv.hf.support import cache_layers
 
@@ -66,6 +67,25 @@ def llama() -> tuple[Any, Profile]:
 # What is measured
 
 
+def plain_needs(model: Any, again: int) -> Tensor:
+    """By the model's own eager attention weights: the greatest of each token, one head and text at a time."""
+    eager = type(model)(model.config)
+    eager.load_state_dict(model.state_dict())
+    eager.eval().set_attn_implementation("eager")
+    kinds = [type(kind) is DynamicLayer for kind in cache_layers(model.config)]
+    between = letters()(REPEAT, return_tensors="pt").input_ids[0]
+    scores = []
+    for name in TEXTS:
+        ids = letters()(text(name), return_tensors="pt").input_ids[0][: 512 - len(between) - again]
+        with torch.no_grad():
+            output = eager(input_ids=torch.cat([ids, between, ids[:again]])[None], output_attentions=True)
+        weights = [x[0] for x, kind in zip(output.attentions, kinds, strict=True) if kind]
+        kv_heads = getattr(model.config, "num_key_value_heads", None)
+        of_text = torch.stack([x[:, -again:, :again].amax(1).unflatten(0, (kv_heads, -1)).amax(1) for x in weights])
+        scores.append(of_text[..., SINK:])
+    return curve(torch.cat(scores, dim=-1))
+
+
 def plain(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
     """Energies as their definition has them, one head and one channel at a time."""
     ropes = find_ropes(model)
@@ -95,7 +115,10 @@ def test_energies_are_those_of_the_models_keys_and_queries(architecture: str) ->
     model = small_model(architecture)
     lines: list[str] = []
     profile = profile_model(model, letters(), lines.append)
-    keys, queries = plain(model, 512)
+    between = len(letters()(REPEAT).input_ids)
+    again = (512 - between) // 2
+    keys, queries = plain(model, 512 - between - again)
+    assert torch.allclose(profile.needs, plain_needs(model, again), rtol=1e-3, atol=1e-6)
     assert torch.allclose(profile.keys, keys, rtol=1e-4) and torch.allclose(profile.queries, queries, rtol=1e-4)
     assert profile.texts == TEXTS and len(lines) == len(TEXTS) and "left" in lines[-1]
     rope = find_ropes(model)[0]
@@ -117,7 +140,7 @@ def test_an_open_block_and_the_model_are_left_as_they_were(llama: tuple[Any, Pro
         held = session.cache
         profile = profile_model(model, letters())
         assert session.cache is held and held is not None and held.get_seq_length() == 58
-    assert torch.equal(profile.keys, expected.keys) and torch.equal(profile.queries, expected.queries)
+    assert all(torch.equal(getattr(profile, name), getattr(expected, name)) for name in ("keys", "queries", "needs"))
 
 
 def test_too_few_positions_are_refused() -> None:
@@ -179,7 +202,7 @@ def test_offloaded_weights_are_the_same_model(llama: tuple[Any, Profile], tmp_pa
 def test_a_file_has_all_of_it(llama: tuple[Any, Profile], tmp_path: Path) -> None:
     saved = llama[1].save(tmp_path / "a.safetensors")
     loaded = Profile.load(tmp_path / "a.safetensors")
-    assert torch.equal(loaded.keys, saved.keys) and torch.equal(loaded.queries, saved.queries)
+    assert all(torch.equal(getattr(loaded, name), getattr(saved, name)) for name in ("keys", "queries", "needs"))
     assert (loaded.model, loaded.texts, loaded.model_type) == (saved.model, TEXTS, "llama")
     assert loaded.path == saved.path == tmp_path / "a.safetensors"
     loaded.check(llama[0])
@@ -187,7 +210,8 @@ def test_a_file_has_all_of_it(llama: tuple[Any, Profile], tmp_path: Path) -> Non
 
 def test_no_changed_or_missing_byte_goes_unnoticed(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    Profile(torch.rand(1, 2, 4), torch.rand(1, 2, 4), "0123456789abcdef", "llama", TEXTS).save(path)
+    energies, needs = torch.rand(1, 2, 4), torch.ones(1, 2, 8)
+    Profile(energies, energies.clone(), needs, "0123456789abcdef", "llama", TEXTS).save(path)
     whole, chance = path.read_bytes(), random.Random(0)
     for place in range(len(whole)):
         changed = bytearray(whole)
@@ -230,8 +254,14 @@ def test_what_is_no_profile_is_refused(llama: tuple[Any, Profile], tmp_path: Pat
         ({"keys": keys[0].clone(), "queries": queries[0].clone()}, {}, "expected float32"),
         ({"keys": keys.half(), "queries": queries.half()}, {}, "expected float32"),
         ({"keys": keys[:0].clone(), "queries": queries[:0].clone()}, {}, "expected float32"),
+        ({"needs": -profile.needs}, {}, "needs has numbers that are negative"),
+        ({"needs": profile.needs[:, :1].clone()}, {}, "needs is of"),
+        ({"needs": profile.needs.flip(-1)}, {}, "needs does not descend"),
     ]
+    whole = {"keys": keys, "queries": queries, "needs": profile.needs}
     for tensors, metadata, message in cases:
+        if tensors is not None and message != "damaged":
+            tensors = whole | tensors
         profile.save(path)
         Profile.load(forged(path))
         with pytest.raises(ProfileError, match=f"a.safetensors: .*{message}"):
@@ -288,7 +318,7 @@ def test_one_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     lines: list[str] = []
     first, where = obtain_profile(model, progress=lines.append)
     assert first is not None and where == str(kept_profile(model)) and Path(where).is_file()
-    assert "once" in lines[0] and "4800 tokens" in lines[0] and where in lines[-1]
+    assert "once" in lines[0] and "7200 tokens" in lines[0] and where in lines[-1]
     assert obtain_profile(model)[1] == where and not capsys.readouterr().err
     Path(where).unlink()
     obtain_profile(small_model(), tokenizer=letters())  # of the same weights, in no folder

@@ -105,7 +105,8 @@ def test_a_batch_keeps_what_each_row_keeps_alone(fields: dict[str, Any], lengths
     model = small_model()
     # Without a profile, widths of channels would be chosen from all rows.
     energies = torch.rand(2, 3, 2, 16, generator=torch.Generator().manual_seed(0))
-    profile = Profile(*energies, model=fingerprint(model, any_dtype=True)).save(tmp_path / "profile")
+    made = Profile(*energies, torch.ones(3, 2, 4), model=fingerprint(model, any_dtype=True))
+    profile = made.save(tmp_path / "profile")
     config = CrushConfig(budget=0.4, profile=str(profile.path), **fields, **CHURN)
     batch = prompts(lengths)
     # Keys are quantized where RoPE has turned them to.

@@ -463,7 +463,7 @@ def test_autocast_changes_nothing_of_ours(model: Any, fields: dict[str, Any]) ->
     assert session.cache.report().bytes_fraction < 0.7
     if fields.get("policy") == "h2o":
         # Each of 123 queries gives away a mass of 1 a head; what was evicted took some of it along.
-        mass = session.cache.crushed_layers[0].mass
+        mass = session.cache.crushed_layers[0].groups[0].mass
         assert mass.dtype == torch.float32
 
 
@@ -721,13 +721,13 @@ def test_hidden_tokens_in_the_mass_of_h2o(model: Any) -> None:
     with torch.no_grad():
         model(input_ids=prompts([100])["input_ids"], attention_mask=mask[:, :100], **passed(cache))
         layer = cache.crushed_layers[0]
-        before = layer.mass.clone()
+        before = layer.groups[0].mass.clone()
         hidden = layer.positions[0, 0, 20:25]  # of the first KV head
         mask[0, hidden] = 0
         end = cache.prefill_end = 1000  # the queries below are part of a prompt that goes on
         model(input_ids=prompts([10])["input_ids"], attention_mask=mask, **passed(cache))
         assert end > cache.get_seq_length()
-    gained = layer.mass[..., : before.shape[-1]] - before
+    gained = layer.groups[0].mass[..., : before.shape[-1]] - before
     group = model.config.num_attention_heads // model.config.num_key_value_heads
     assert (gained[:, :group, 20:25] == 0).all()
     assert (gained[:, :group].sum(-1) > 0).all()

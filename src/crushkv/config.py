@@ -25,6 +25,7 @@ Anchor = Literal["mean", "inverse_mean", "alternating", "random", "zeros", "ones
 Grouping = Literal["signature", "random", "position", "score"]
 Aggregate = Literal["mean", "max"]
 KeyWidths = Literal["by_channel", "equal"]
+HeadBudgets = Literal["equal", "profile"]
 Bits = float | tuple[float, int]
 
 
@@ -71,6 +72,9 @@ class CrushConfig:
         rank: project keys and values onto so many (int) leading singular directions of each head, or onto those that
             cover a share of the energy (float below 1); None: onto none. Found once, at the end of the first prompt.
         aggregate: how the scores of the query heads that share a KV head are joined.
+        heads: how a budget is divided among the KV heads. `"equal"`: all heads keep the same number of tokens.
+            `"profile"`: half of the budget goes to all heads alike, and half to each as much as it needs, which a
+            profile of the model says (`crushkv profile`); their sum is the budget.
         interval: while decoding, tokens between two evictions, in the model's dtype until then: a layer holds at most
             budget + interval tokens. 0 never evicts (or quantizes) while decoding.
         seed: of everything drawn at random.
@@ -99,6 +103,7 @@ class CrushConfig:
     rotation: bool = True
     rank: int | float | None = None
     aggregate: Aggregate = "mean"
+    heads: HeadBudgets = "equal"
     interval: int = 128
     seed: int = 0
 
@@ -144,10 +149,16 @@ class CrushConfig:
             ("grouping", get_args(Grouping)),
             ("aggregate", get_args(Aggregate)),
             ("key_widths", get_args(KeyWidths)),
+            ("heads", get_args(HeadBudgets)),
         ):
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(f"{name}={value!r}: unknown.{nearest(str(value), known)}")
+        if self.heads == "profile" and self.representative_share and self.grouping != "score":
+            raise ConfigError(
+                f"heads='profile' with grouping={self.grouping!r}: KVCrush compares tokens over all heads of a layer, "
+                "which then keep the same number of tokens. Use heads='equal', or grouping='score'"
+            )
 
     def _check_formats(self) -> None:
         from .storage import RAW, WIDTHS

@@ -42,6 +42,11 @@ class FileKind:
             OutputError: it cannot be written.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        shared = set[int]()
+        for name, tensor in tensors.items():  # safetensors takes no two tensors in the same memory
+            if (place := tensor.untyped_storage().data_ptr()) in shared:
+                tensors[name] = tensor.clone()
+            shared.add(place)
         header = {"format": f"crushkv {self.noun}", "format_version": self.version, "crushkv": __version__, **metadata}
         with replacing(path) as temporary:
             save_file(tensors, temporary, header | {"digest": _digest(tensors, header)})

@@ -104,6 +104,7 @@ def test_refused_signature() -> None:
 
 def test_refused_policy(small: Path) -> None:
     refused(small, "pyramidkv.*one block table", {"policy": "pyramidkv"})
+    refused(small, "heads=.profile.*one block table", {"heads": "profile"})
 
 
 def test_refused_formats(small: Path) -> None:

@@ -3,6 +3,7 @@
 from .anchors import anchor_bits
 from .clock import Clock
 from .grouping import choose_representatives, signature_order
+from .heads import HeadNeeds
 from .query_tails import BatchTail, QueryTails, tail_length
 from .seeds import layer_seed
 from .selection import Selection, Tier, select
@@ -13,6 +14,7 @@ from .stages import record_stages, stage
 __all__ = [
     "BatchTail",
     "Clock",
+    "HeadNeeds",
     "QueryTails",
     "Selection",
     "Shares",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, lru_cache
 
 import torch
@@ -13,6 +15,7 @@ from ..budget import Budget
 from ..config import CrushConfig
 from ..importance import Policy
 from ..storage import Formats, LayerSizes
+from .heads import HeadNeeds
 from .selection import representative_units
 from .zones import divide
 
@@ -37,10 +40,14 @@ class Shares:
     """A budget, shared out among so many compressed layers.
 
     Every engine and every plan asks it how many tokens stay. Counts are of real tokens: padding is none.
+
+    Attributes:
+        needs: what each head needs; None: the heads of a layer have equal budgets.
     """
 
     config: CrushConfig
     layers: int
+    needs: HeadNeeds | None = None
 
     @cached_property
     def budget(self) -> Budget:
@@ -67,23 +74,57 @@ class Shares:
         """Whether rows that hold `held` tokens at most stay as they are: all fit, and none has to be quantized."""
         return held <= budget and (self._formats.raw or held <= self.always)
 
-    def tokens(self, layer: int, seen: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
-        """Tokens that compressed layer number `layer` keeps, `[B]`: sink and window in any case, and all of a row
-        that `untouched` names.
+    def tokens(
+        self, layer: int, seen: Tensor, held: Tensor, sizes: LayerSizes, heads: Sequence[int] | None = None
+    ) -> Tensor:
+        """Tokens that KV heads of compressed layer number `layer` keep, `[B]`: sink and window in any case, and all of
+        a row that `untouched` names.
 
         Args:
             seen: `[B]`, tokens that each row has seen.
             held: `[B]`, how many of them are left to choose from.
-            sizes: of one row of this layer, a number of the model counted as in the model.
+            sizes: of one row of these heads, a number of the model counted as in the model.
+            heads: which they are; None: all of the layer.
         """
         if self._in_tokens:
-            mean = self.budget.tokens(seen, sizes.raw(1) * self.layers)
+            mean = self.budget.tokens(seen, int(sizes.raw(1) * self._layers(sizes)))
             budget = self._shaped(mean, seen, layer, self.always)
+            budget = self._by_need(budget, seen, layer, heads, self.always)
         else:
             limit, full, sizes = self._bytes(seen, sizes)
-            limit = self._shaped(limit, full, layer, sizes.tiers(self.always, 0, 0))
+            least = sizes.tiers(self.always, 0, 0)
+            limit = self._shaped(limit, full, layer, least)
+            limit = self._by_need(limit, self._bytes_of_all(seen, sizes), layer, heads, least)
             budget = self._fitting(limit, held, sizes)
         return torch.where(self.untouched(seen), held, budget)
+
+    def groups(self, layer: int, seen: int, sizes: LayerSizes) -> list[tuple[int, ...]]:
+        """KV heads of compressed layer number `layer` that keep about as many of `seen` tokens, in groups.
+
+        Args:
+            sizes: of one row of all heads of this layer.
+        """
+        together = [tuple(range(sizes.kv_heads))]
+        total = torch.tensor([seen])
+        if self.needs is None or bool(self.untouched(total)):
+            return together
+        if self._in_tokens:
+            mean, room = self.budget.tokens(total, sizes.raw(1) * self.layers) - self.always, total - self.always
+        else:
+            mean, _, sizes = self._bytes(total, sizes)
+            least = sizes.tiers(self.always, 0, 0)
+            mean, room = mean - least, self._bytes_of_all(total, sizes) - least
+        part = float(mean / room.clamp(min=1))
+        return self.needs.groups(layer, part) if 0 < part < 1 else together
+
+    def _layers(self, sizes: LayerSizes) -> Fraction:
+        """How often all layers have as many heads as `sizes` has."""
+        heads = sizes.kv_heads if self.needs is None else self.needs.heads
+        return Fraction(self.layers * heads, sizes.kv_heads)
+
+    def _bytes_of_all(self, seen: Tensor, sizes: LayerSizes) -> Tensor:
+        """What all tokens take in the formats of their tiers: `[B]`."""
+        return seen.new_tensor([split_tokens(tokens, tokens, self.config, sizes).nbytes for tokens in seen.tolist()])
 
     def alike(self, seen: int, bytes_per_token: int) -> int:
         """Tokens that each layer keeps of a sequence, where all keep as many and nothing is quantized.
@@ -101,7 +142,7 @@ class Shares:
         The arguments are those of `tokens`.
         """
         if self._in_tokens:
-            mean = self.budget.tokens(seen, sizes.raw(1) * self.layers)
+            mean = self.budget.tokens(seen, int(sizes.raw(1) * self._layers(sizes)))
         else:
             limit, _, sizes = self._bytes(seen, sizes)
             mean = self._fitting(limit, held, sizes)
@@ -123,8 +164,29 @@ class Shares:
 
     def split(self, layer: int, tokens: int, sizes: LayerSizes) -> Split:
         """What compressed layer number `layer` keeps at the end of a prompt of so many tokens."""
+        groups = self.groups(layer, tokens, sizes)
+        splits = [self._split(layer, tokens, replace(sizes, kv_heads=len(heads)), heads) for heads in groups]
+        if len(splits) == 1:
+            return splits[0]
+        each = [split for heads, split in zip(groups, splits, strict=True) for _ in heads]
+        sink, important, representative, recent = (
+            round(sum(getattr(split, tier) for split in each) / len(each))
+            for tier in ("sink", "important", "representative", "recent")
+        )
+        return Split(sink, important, representative, recent, sum(split.nbytes for split in splits))
+
+    def by_head(self, layer: int, tokens: int, sizes: LayerSizes) -> tuple[int, ...]:
+        """Tokens that each KV head of a compressed layer keeps at the end of a prompt of so many tokens."""
+        kept = [0] * sizes.kv_heads
+        for heads in self.groups(layer, tokens, sizes):
+            split = self._split(layer, tokens, replace(sizes, kv_heads=len(heads)), heads)
+            for head in heads:
+                kept[head] = split.tokens
+        return tuple(kept)
+
+    def _split(self, layer: int, tokens: int, sizes: LayerSizes, heads: Sequence[int]) -> Split:
         prompt = torch.tensor([tokens])
-        budget = int(self.tokens(layer, prompt, prompt, sizes))
+        budget = int(self.tokens(layer, prompt, prompt, sizes, heads))
         if bool(self.untouched(prompt)) or self.nothing_to_do(tokens, budget):
             # Nothing is evicted or quantized, so nothing is scored either.
             sink = min(tokens, self.config.sink)
@@ -143,7 +205,7 @@ class Shares:
         full = seen * sizes.raw(1)
         if self.budget.kind == "fraction":
             return self.budget.tokens(full, 1), full, sizes
-        return full.clamp(max=int(self.budget.amount) // self.layers), full, sizes
+        return full.clamp(max=int(self.budget.amount / self._layers(sizes))), full, sizes
 
     def _shaped(self, mean: Tensor, most: Tensor, layer: int, least: int) -> Tensor:
         """A layer's part of a budget, in tokens or in bytes, given the mean of the layers and what there is."""
@@ -152,6 +214,16 @@ class Shares:
             return mean
         steepness = self._policy.steepness  # type: ignore[attr-defined]
         return pyramid(mean, most, layer, self.layers, least, steepness)
+
+    def _by_need(self, mean: Tensor, most: Tensor, layer: int, heads: Sequence[int] | None, least: int) -> Tensor:
+        """A budget of all heads alike, in tokens or in bytes, as the part of it that some heads of a layer need."""
+        if self.needs is None:
+            return mean
+        room = (most - least).clamp(min=1)
+        part = ((mean - least) / room).clamp(0, 1)
+        parts = self.needs.parts(layer, part)
+        own = parts.mean(-1) if heads is None else parts[:, list(heads)].mean(-1)
+        return torch.where(part < 1, least + (own * room).long(), mean)
 
     def _fitting(self, limit: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
         """Tokens that fit into `limit [B]` bytes, each tier in its own format."""

@@ -15,10 +15,10 @@ from ..config import CrushConfig
 from ..core import Tier
 from ..core.buckets import stands_for
 from ..hf import CacheReport, CrushCache, CrushLayer
+from ..hf.head_group import HeadGroup
 from ..hf.interface import passed
-from ..hf.layer import AttentionCall
 from ..hf.support import check_prompt
-from ..importance import scores
+from ..importance import LayerView, scores
 from .pages import environment
 from .token_text import tokenize
 
@@ -92,20 +92,24 @@ class Inspection:
 class _InspectedLayer(CrushLayer):
     """Remembers what its representatives stand for."""
 
-    stands_for: Tensor | None = None  # int32 [B, Hkv, S]; None: nothing was evicted
+    def reset(self) -> None:
+        super().reset()
+        self._stand_for: dict[int, Tensor] = {}  # int32 [B, Hkv, S], by group
 
-    def evict(self, call: AttentionCall) -> None:
-        storage, plan = self.storage, self.plan
-        seen = torch.full((storage.rows,), storage.length, device=storage.device)
-        if not bool(plan.shares.untouched(seen).all()):
-            self._fit_formats(call)
-            budget = self._tokens_kept(seen, seen)
-            if storage.length > int(budget.max()):
-                if plan.policy.streams:
-                    self._accumulate_gathered(call)
-                head_score = scores(plan.policy, self._view(call))
-                self.stands_for = stands_for(head_score, storage.kv_heads, budget, plan.config, self._seed)
-        super().evict(call)
+    def evict_group(self, group: HeadGroup, view: LayerView, budget: Tensor) -> None:
+        score = scores(self.plan.policy, view)
+        number = self.groups.index(group)
+        self._stand_for[number] = stands_for(score, group.storage.kv_heads, budget, self.plan.config, group.seed)
+        super().evict_group(group, view, budget)
+
+    @property
+    def stands_for(self) -> Tensor:
+        """int32 `[B, Hkv, S]`; -1 where nothing was evicted."""
+        nothing = (
+            torch.full((group.storage.rows, group.storage.kv_heads, self.seen), -1, dtype=torch.int32)
+            for group in self.groups
+        )
+        return self.joined([self._stand_for.get(number, none).cpu() for number, none in enumerate(nothing)])
 
 
 class _InspectedCache(CrushCache):
@@ -150,7 +154,7 @@ def inspect_prompt(
         layers=tuple(crushed),
         model_layers=len(cache.layers),
         tiers=torch.stack([_tiers(layer) for layer in crushed.values()]),
-        stands_for=torch.stack([_stands_for(layer) for layer in crushed.values()]),
+        stands_for=torch.stack([layer.stands_for[0] for layer in crushed.values()]),
         report=cache.report(),
         config=config,
         description={"name": model.config._name_or_path or type(model).__name__}
@@ -163,13 +167,8 @@ def inspect_prompt(
 def _tiers(layer: CrushLayer) -> Tensor:
     """Tier of every token seen, uint8 `[Hkv, S]`."""
     positions, tiers = layer.positions[0].cpu(), layer.tiers[0].cpu()
-    return tiers.new_zeros((len(tiers), layer.seen)).scatter(-1, positions, tiers)
-
-
-def _stands_for(layer: _InspectedLayer) -> Tensor:
-    if layer.stands_for is None:
-        return torch.full_like(_tiers(layer), -1, dtype=torch.int32)
-    return layer.stands_for[0].cpu()
+    # Where a head holds fewer tokens than another, slots are filled up that hold none.
+    return tiers.new_zeros((len(tiers), layer.seen)).scatter_reduce(-1, positions, tiers, "amax")
 
 
 def render(inspection: Inspection) -> str:

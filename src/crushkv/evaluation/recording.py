@@ -13,8 +13,9 @@ from transformers.cache_utils import DynamicCache
 
 from ..config import CrushConfig
 from ..hf.cache import CrushCache
+from ..hf.head_group import AttentionCall
 from ..hf.interface import passed
-from ..hf.layer import AttentionCall, CrushLayer
+from ..hf.layer import CrushLayer
 
 
 class Recording:
@@ -73,12 +74,13 @@ class Recording:
                 cache.begin(self.tokens, layer)
             layer.update(keys, values)
             if layer.index < len(masses):
-                layer.mass = masses[layer.index]
+                layer.groups[0].mass = masses[layer.index]
             else:
                 layer.remember(call, None, reading=True)
                 if policy.streams:
-                    assert layer.mass is not None
-                    masses.append(layer.mass)
+                    mass = layer.groups[0].mass
+                    assert mass is not None
+                    masses.append(mass)
             layer.evict(call)
         return cache
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..core import Tier
 from ..errors import UnsupportedModelError
 from ..hf.cache import CrushCache
 from ..hf.layer import CrushLayer
@@ -30,7 +31,7 @@ def stack(model: PreTrainedModel, caches: Sequence[CrushCache]) -> CrushCache:
     lengths = {cache.get_seq_length() for cache in caches}
     if len(lengths) != 1:
         raise ValueError(f"caches of different lengths: {sorted(lengths)}")
-    plain = {"bits": 16, "representative_bits": None, "recent_bits": 16, "rank": None}
+    plain = {"bits": 16, "representative_bits": None, "recent_bits": 16, "rank": None, "heads": "equal"}
     result = CrushCache(model, caches[0].config.replace(interval=0, **plain))
     for index, target in enumerate(result.layers):
         layers = [layer for cache in caches if isinstance(layer := cache.layers[index], CrushLayer)]
@@ -41,8 +42,8 @@ def stack(model: PreTrainedModel, caches: Sequence[CrushCache]) -> CrushCache:
 
 
 def _stack_layers(target: CrushLayer, layers: list[CrushLayer]) -> None:
-    keys, values = zip(*(layer.storage.read() for layer in layers), strict=True)
-    held = [layer.storage.length for layer in layers]
+    keys, values = zip(*(layer.read() for layer in layers), strict=True)
+    held = [layer.length for layer in layers]
     longest = max(held)
     device = keys[0].device
     real = None
@@ -60,6 +61,8 @@ def _stack_layers(target: CrushLayer, layers: list[CrushLayer]) -> None:
     if real is not None:
         tensors["real"] = real
     target.load_state(tensors, {"seen": layers[0].seen, "since_eviction": 0})
+    if any(layer.parted for layer in layers):
+        target.groups[0].gaps = tensors["tiers"] == Tier.PADDING
 
 
 def _rows(parts: Sequence[Tensor], longest: int) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,8 +24,9 @@ from .. import kernels
 from ..errors import UnsupportedModelError, nearest
 from ..importance import attention_with_mass
 from ..storage import turn
-from .autograd import full_precision
-from .layer import AttentionCall, CrushLayer
+from .autograd import full_precision, refuse_gradient
+from .head_group import AttentionCall, HeadGroup
+from .layer import CrushLayer
 from .masks import visible
 from .plain_call import is_causal, is_plain
 
@@ -43,6 +45,20 @@ class _Attended:
     mask: Tensor | None  # over physical slots
     turned_keys: Tensor | None
     turned_values: Tensor | None
+    parted: bool = False  # the keys that were returned are not those of any head
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an attention call asks for besides queries, keys and values."""
+
+    module: torch.nn.Module
+    mask: Tensor | None  # over logical positions
+    shown: Tensor | None  # bool [B, seen]: what it shows to the last query
+    scaling: float
+    plain: bool  # nothing but softmax attention
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -71,7 +87,7 @@ _latent = _Latent()
 
 def mark(keys: Tensor, values: Tensor, layer: CrushLayer, cache: CrushCache) -> None:
     """Marks keys that a cache returns, so that the attention call that receives them is known."""
-    found = _Mark(cache, layer, values, packed=keys.shape[2] < layer.storage.length)
+    found = _Mark(cache, layer, values, packed=keys.shape[2] < layer.length)
     if layer.plan.latent:
         _latent.mark = found
     else:
@@ -144,44 +160,89 @@ class CrushAttention:
         if (shared := found.attended) is not None:
             # These layers need all keys and values as tensors, and before anything of them is evicted.
             found.layer.plan.reads_packed = False
+            if shared.parted:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} attends to the keys of another layer, whose heads hold different numbers "
+                    "of tokens: use heads='equal'"
+                )
             with full_precision(query.device):
                 turned = query if shared.turned_keys is None else turn(query, shared.turned_keys)
             output = attend(module, turned, key, value, _last_rows(shared.mask, query.shape[2]), *args, **kwargs)
             with full_precision(query.device):
                 return _turned_back(output, shared.turned_values)
-        layer = found.layer
+        layer, count = found.layer, query.shape[2]
         found.cache.waiting = None
         given = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if given is None else given
         with full_precision(query.device):
-            mask = layer.mask(attention_mask, query, aligned="flash" in self.name)
+            shown = layer.shown(attention_mask, count)
+            layer.check_shown(shown, count)
             _check_causal(module, layer, query, attention_mask, kwargs)
-        of_keys, of_values = layer.storage.rotations()
         # Eager attention is each model's own function, which may do more than its arguments say.
         plain = not args and self.original is not None and not layer.plan.latent and is_plain(query, kwargs)
+        asked = _Asked(module, attention_mask, shown, scaling, plain, args, kwargs)
         mass = None
-        if plain and query.shape[2] == 1:
-            attended = kernels.attend(query, layer.storage, scaling, _slots_shown(mask, key.shape[1]))
-            output = (attended.transpose(1, 2), None)
-        elif plain and mask is None and self._can_give_mass(layer, query, key):
+        if layer.parted:
+            output = self._attend_parted(layer, query, key, asked)
+            found.attended = _Attended(module, None, None, None, parted=True)
+        elif plain and count > 1 and attention_mask is None and self._can_give_mass(layer, query, key):
             # The policy would compute QK^T once more.
             attended, mass = attention_with_mass(query, key, value, scaling)
             output = (attended.transpose(1, 2).contiguous(), None)
+            found.attended = _Attended(module, None, None, None)
         else:
-            if found.packed:
-                key, value = layer.storage.attended()
-            with full_precision(query.device):
-                turned = query if of_keys is None else turn(query, of_keys)
-            output = attend(module, turned, key, value, mask, *args, **kwargs)
-            with full_precision(query.device):
-                output = _turned_back(output, of_values)
-        found.attended = _Attended(module, mask, of_keys, of_values)
+            held = None if found.packed else (key, value)
+            output, found.attended = self._attend_group(layer.groups[0], query, held, asked)
         call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), mass, kwargs.get("s_aux"))
         if layer.plan.latent:
             call = replace(call, keys=key, values=value)
         with full_precision(query.device):
             layer.after_attention(call)
         return output
+
+    def _attend_parted(self, layer: CrushLayer, query: Tensor, key: Tensor, asked: _Asked) -> tuple[Tensor | None, ...]:
+        """Attention of a layer whose heads hold different numbers of tokens, group by group."""
+        outputs, weights = list[Tensor](), list[Tensor]()
+        for group in layer.groups:
+            assert group.heads is not None
+            own = asked
+            if (sinks := asked.kwargs.get("s_aux")) is not None:
+                own = replace(asked, kwargs={**asked.kwargs, "s_aux": group.heads.pick(sinks, 0)})
+            held = None
+            if not (asked.plain and query.shape[2] == 1):
+                keys, values = group.storage.attended()
+                held = refuse_gradient(keys, key), refuse_gradient(values, key)
+            output, _ = self._attend_group(group, group.heads.pick(query), held, own)
+            assert output[0] is not None
+            outputs.append(output[0])
+            if output[1] is not None:
+                weights.append(F.pad(output[1], (layer.length - output[1].shape[-1], 0)))
+        return layer.joined(outputs, dim=2), layer.joined(weights) if weights else None
+
+    def _attend_group(
+        self, group: HeadGroup, query: Tensor, held: tuple[Tensor, Tensor] | None, asked: _Asked
+    ) -> tuple[tuple[Tensor | None, ...], _Attended]:
+        """Attention of the query heads of a group over what it holds, and how it attended.
+
+        Args:
+            query: `[B, Hq, q, D]` of these heads.
+            held: their keys and values as `TieredStorage.attended` gives them; None: they are packed.
+        """
+        heads, count = query.shape[1:3]
+        with full_precision(query.device):
+            mask = group.mask(asked.mask, asked.shown, heads, count, aligned="flash" in self.name)
+        of_keys, of_values = group.storage.rotations()
+        how = _Attended(asked.module, mask, of_keys, of_values)
+        if asked.plain and count == 1:
+            attended = kernels.attend(query, group.storage, asked.scaling, _slots_shown(mask, group.storage.kv_heads))
+            return (attended.transpose(1, 2), None), how
+        attend = self.original or _eager_of(asked.module)
+        key, value = group.storage.attended() if held is None else held
+        with full_precision(query.device):
+            turned = query if of_keys is None else turn(query, of_keys)
+        output = attend(asked.module, turned, key, value, mask, *asked.args, **asked.kwargs)
+        with full_precision(query.device):
+            return _turned_back(output, of_values), how
 
     def _can_give_mass(self, layer: CrushLayer, query: Tensor, key: Tensor) -> bool:
         """Whether a whole prompt is read on a CPU for a policy that adds up the attention of all queries."""

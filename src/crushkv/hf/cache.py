@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .. import kernels
 from ..config import CrushConfig
-from ..core import Tier
+from ..core import HeadNeeds, Tier
 from ..errors import UnsupportedModelError
 from ..text import size
 from .attention import install, mark
@@ -25,7 +25,16 @@ from .layer import CrushLayer
 from .plan import Plan
 from .profiling import profile_of
 from .rope import find_ropes
-from .support import cache_layers, check_bits, check_model, check_prompt, check_sizes, is_latent, rereads_beyond
+from .support import (
+    cache_layers,
+    check_bits,
+    check_model,
+    check_prompt,
+    check_sizes,
+    is_latent,
+    keeps_heads_together,
+    rereads_beyond,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class CacheReport:
             the attention logits would have been large.
         kernels: what attends to the tokens of the compressed layers while decoding: `cpu (avx2)`, or `plain`, which
             unpacks them first, and why.
+        heads: how the budget is divided among the heads: `equal`, `by profile`, or `equal` and why it is.
         profile: where the widths of key channels come from: a file, or "the prompt"; None: channels have equal widths.
     """
 
@@ -66,6 +76,7 @@ class CacheReport:
     rope_layers: int = 0
     widened_layers: Mapping[int, int] = field(default_factory=dict)
     profile: str | None = None
+    heads: str = "equal"
     kernels: str | None = None
 
     @property
@@ -75,8 +86,9 @@ class CacheReport:
 
     def __str__(self) -> str:
         tiers = ", ".join(f"{count:,.0f} {name}" for name, count in self.tiers.items())
+        heads = "" if self.heads == "equal" else f", heads {self.heads}"
         return (
-            f"{self.tokens_held:,.0f} of {self.tokens_seen:,} tokens per layer and KV head ({tiers})\n"
+            f"{self.tokens_held:,.0f} of {self.tokens_seen:,} tokens per layer and KV head ({tiers}){heads}\n"
             f"{size(self.kv_bytes)} of keys and values: {self.bytes_fraction:.1%} of the full cache's "
             f"{size(self.full_kv_bytes)}, at 16 bits a number\n"
             f"besides: {size(self.room_bytes)} of room to grow, {size(self.state_bytes)} of scores and positions; "
@@ -123,8 +135,15 @@ class CrushCache(Cache):
         self.plan = Plan(self.config, layers=len(compressible), latent=is_latent(model.config))
         if not self.plan.formats.raw:
             self.plan.ropes = find_ropes(model)
-        if self.plan.formats.by_channel:
+        by_need = self.config.heads == "profile"
+        if self.plan.formats.by_channel or by_need:
             self.plan.profile = profile_of(model, self.config.profile)
+        self._heads = "equal"
+        if by_need:
+            reason = "there is no profile" if self.plan.profile is None else keeps_heads_together(model)
+            if reason is None and self.plan.profile is not None:
+                self.plan.share_out(HeadNeeds(self.plan.profile.needs))
+            self._heads = "by profile" if reason is None else f"equal ({reason})"
         check_sizes(self.plan.shares.budget, self.config.page_size, model.config)
         for index, i in enumerate(compressible):
             layers[i] = self.layer_class(self.plan, index)
@@ -143,7 +162,7 @@ class CrushCache(Cache):
         elif self.waiting is not None:
             self.waiting = None
             raise UnsupportedModelError(self.bypassed)
-        empty = layer.storage.empty
+        empty = not layer.is_initialized
         with full_precision(key_states.device):
             keys, values = layer.update(key_states, value_states)
         if empty and wants_gradient(key_states):
@@ -242,28 +261,32 @@ class CrushCache(Cache):
         tiers: dict[str, float] = defaultdict(float)
         held = 0.0
         for layer in crushed:
-            rows, kv_heads = layer.storage.rows, layer.storage.kv_heads
-            sizes = layer.storage.sizes()
-            full += rows * replace(sizes, raw_bytes=2).raw(layer.seen)
-            room += layer.storage.dense.room_nbytes * 2 // sizes.raw_bytes
             state += layer.state_nbytes
-            held += layer.storage.length / len(crushed)
-            for tier in (Tier.SINK, Tier.IMPORTANT, Tier.REPRESENTATIVE, Tier.RECENT):
-                tiers[tier.name.lower()] += int((layer.tiers == tier).sum()) / (len(crushed) * rows * kv_heads)
+            for group in layer.groups:
+                storage, sizes = group.storage, group.storage.sizes()
+                full += storage.rows * replace(sizes, raw_bytes=2).raw(layer.seen)
+                room += storage.dense.room_nbytes * 2 // sizes.raw_bytes
+                part = storage.kv_heads / (len(crushed) * layer.kv_heads)
+                held += storage.length * part
+                for tier in (Tier.SINK, Tier.IMPORTANT, Tier.REPRESENTATIVE, Tier.RECENT):
+                    of_tier = int((group.tiers == tier).sum()) / (storage.rows * storage.kv_heads)
+                    tiers[tier.name.lower()] += of_tier * part
+        untouched = self.plan.shares.untouched(crushed[0].groups[0].real_tokens()[1]) if crushed else None
         return CacheReport(
             tokens_seen=self.get_seq_length(),
             tokens_held=held,
             tiers=dict(tiers),
-            untouched_rows=int(self.plan.shares.untouched(crushed[0].real_tokens()[1]).sum()) if crushed else 0,
+            untouched_rows=0 if untouched is None else int(untouched.sum()),
             kv_bytes=self.nbytes_at_16_bits,
             full_kv_bytes=full,
             room_bytes=room,
             state_bytes=state,
             memory_bytes=self.nbytes + state,
-            rope_layers=sum(layer.storage.centred_before_rope for layer in crushed),
-            widened_layers={layer.index: layer.storage.widened_by for layer in crushed if layer.storage.widened_by},
+            rope_layers=sum(layer.groups[0].storage.centred_before_rope for layer in crushed),
+            widened_layers={layer.index: layer.widened_by for layer in crushed if layer.widened_by},
             profile=self._profile_name(),
-            kernels=kernels.reader(crushed[0].storage) if crushed else None,
+            heads=self._heads,
+            kernels=kernels.reader(crushed[0].groups[0].storage) if crushed else None,
         )
 
 
@@ -287,13 +310,13 @@ def kv_bytes_at_16_bits(cache: Cache) -> int:
 
 def _layer_bytes(layer: object) -> int:
     if isinstance(layer, CrushLayer):
-        return layer.storage.nbytes
+        return sum(group.storage.nbytes for group in layer.groups)
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 
 
 def _bytes_at_16_bits(layer: object) -> int:
     if isinstance(layer, CrushLayer):
-        return layer.storage.nbytes_at_16_bits
+        return sum(group.storage.nbytes_at_16_bits for group in layer.groups)
     keys = getattr(layer, "keys", None)
     return 0 if keys is None else _layer_bytes(layer) * 2 // keys.element_size()

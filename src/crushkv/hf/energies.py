@@ -1,7 +1,8 @@
-"""Energies of keys and queries, channel by channel, while a model reads a text."""
+"""What is measured of keys and queries while a model reads a text, and then the same text again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,33 +12,48 @@ from ..config import CrushConfig
 from ..errors import UnsupportedModelError
 from ..rope import Rope
 from .cache import CrushCache
-from .layer import AttentionCall, CrushLayer
+from .head_group import AttentionCall
+from .layer import CrushLayer
 from .support import input_device
 
+BLOCK = 128  # queries whose attention is looked at together
 SINK = 4  # the first tokens, whose keys are unlike all others
 UNSETTLED = 64  # queries that see few tokens
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Of one text: `keys` and `queries [L, Hkv, D]`, energies of the channels; `scores [L, Hkv, R]`, the greatest
+    attention that its first R tokens receive from any query of a KV head's group while they are read again, which is
+    how KVzip (arXiv 2505.23416) tells what a head needs."""
+
+    keys: Tensor
+    queries: Tensor
+    scores: Tensor
+
+
 @torch.no_grad()
-def energies_of(model: Any, ids: Tensor, ropes: list[Rope | None]) -> tuple[Tensor, Tensor]:
-    """Of keys and queries, `[L, Hkv, D]` each, while the model reads `ids [S]`."""
+def measure(model: Any, text: Tensor, between: Tensor, again: int, ropes: list[Rope | None]) -> Measured:
+    """Reads the tokens `text [S]` and `between`, and the first `again` tokens of the text once more."""
     cache = _MeasuringCache(model, CrushConfig(budget=1.0, policy="streaming_llm", interval=0))
     layers = [layer for layer in cache.layers if isinstance(layer, _MeasuringLayer)]
     for layer, rope in zip(layers, ropes, strict=True):
-        layer.rope = rope
+        layer.rope, layer.tokens, layer.again = rope, len(text), again
+    ids = torch.cat([text, between, text[:again]])
     # Logits are of no use here. `forward`: the hook of a block of KVCrush would put its own cache there.
     model.base_model.forward(input_ids=ids[None].to(input_device(model)), past_key_values=cache, use_cache=True)
-    energies = [layer.energies for layer in layers]
-    shapes = {tuple(of_keys.shape) for of_keys, _ in energies}
+    shapes = {tuple(layer.measured[0].shape) for layer in layers}
     if len(shapes) > 1:
         raise UnsupportedModelError(f"{model.config.model_type}: heads differ between layers ({sorted(shapes)})")
-    return torch.stack([of_keys for of_keys, _ in energies]), torch.stack([of_queries for _, of_queries in energies])
+    return Measured(*(torch.stack(parts) for parts in zip(*(layer.measured for layer in layers), strict=True)))
 
 
 class _MeasuringLayer(CrushLayer):
-    """Never evicts, and keeps the energies of one pass."""
+    """Never evicts, and keeps what is measured in one pass."""
 
     rope: Rope | None = None
+    tokens = 0  # of the text, which comes first
+    again = 0  # tokens of the text that come again at the end
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -48,16 +64,44 @@ class _MeasuringLayer(CrushLayer):
     def after_attention(self, call: AttentionCall) -> None:
         keys, queries = self._received[0].float(), call.queries[0].float()
         del self._received
+        # The heads of a group follow each other.
+        queries = queries.unflatten(0, (keys.shape[0], -1))
+        if self.plan.latent:  # one latent for all heads: there is nothing to divide
+            scores = keys.new_zeros((keys.shape[0], self.again))
+        else:
+            scores = _greatest_attention(queries, keys, self.again, call)
+        keys, queries = keys[:, : self.tokens], queries[:, :, : self.tokens]
         positions = torch.arange(keys.shape[1], device=keys.device)
         if self.rope is not None:
             keys = self.rope.unturned(keys, positions)
         keys = keys[:, SINK:]
         of_keys = (keys - keys.mean(1, keepdim=True)).pow(2).mean(1)
-        # The heads of a group follow each other.
-        of_queries = queries[:, UNSETTLED:].unflatten(0, (keys.shape[0], -1)).pow(2).mean((1, 2))
+        of_queries = queries[:, :, UNSETTLED:].pow(2).mean((1, 2))
         if self.rope is not None:
             of_keys, of_queries = self.rope.averaged(of_keys), self.rope.averaged(of_queries)
-        self.energies = of_keys.cpu(), of_queries.cpu()
+        self.measured = of_keys.cpu(), of_queries.cpu(), scores.cpu()
+
+
+def _greatest_attention(queries: Tensor, keys: Tensor, tokens: int, call: AttentionCall) -> Tensor:
+    """The most attention that each of the first `tokens` gets from any query of the last `tokens`: `[Hkv, tokens]`.
+
+    `queries [Hkv, G, S, D]`, `keys [Hkv, S, D]`.
+    """
+    best = keys.new_zeros((keys.shape[0], tokens))
+    end = keys.shape[1]
+    sinks = None if call.sinks is None else call.sinks.float().view(keys.shape[0], -1, 1, 1)
+    for start in range(end - tokens, end, BLOCK):
+        stop = min(start + BLOCK, end)
+        logits = queries[:, :, start:stop] @ keys[:, None, :stop].transpose(-1, -2) * call.scaling
+        if call.softcap is not None:
+            logits = (logits / call.softcap).tanh() * call.softcap
+        later = torch.ones((stop - start, stop - start), dtype=torch.bool, device=keys.device).triu(1)
+        logits[..., start:].masked_fill_(later, -torch.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], dim=-1)
+        weights = torch.softmax(logits, -1)[..., :tokens]
+        best = best.maximum(weights.amax((1, 2)))
+    return best
 
 
 class _MeasuringCache(CrushCache):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core import Tier
-from .layer import CrushLayer
+from .head_group import HeadGroup
+from .layer import CrushLayer, of_groups
 
 
 class Damaged(ValueError):
@@ -33,18 +34,39 @@ def check_layer(layer: CrushLayer, tensors: Mapping[str, Tensor], input_ids: Ten
     Raises:
         Damaged: a shape, a dtype or a position is one that no cache has.
     """
+    rows = len(input_ids)
+    parts = of_groups(tensors)
+    if layer.parted:
+        numbers = [held["heads"] for held in parts if "heads" in held]
+        if len(numbers) < len(parts) or sorted(torch.cat(numbers).tolist()) != list(range(layer.kv_heads)):
+            raise Damaged("the groups of heads are not all heads of the layer")
+    for group, held in zip(layer.groups, parts, strict=True):
+        _check_group(group, held, input_ids)
+    # Queries look for the keys that a layer makes of latents (MLA), which have another size.
+    size = None if layer.plan.latent else layer.groups[0].storage.sizes().sizes[0]
+    heads = _shape_of(tensors, "queries")[1] or layer.kv_heads
+    if heads % layer.kv_heads:
+        raise Damaged(f"{heads} query heads, and {layer.kv_heads} KV heads")
+    _check(tensors, "query_energy", torch.float32, (None, size))
+    _check(tensors, "queries", None, (rows, heads, None, size))
+    _check(tensors, "queries_real", torch.bool, (rows, _shape_of(tensors, "queries")[2]))
+
+
+def _check_group(group: HeadGroup, tensors: Mapping[str, Tensor], input_ids: Tensor) -> None:
     rows, seen = input_ids.shape
     if tensors["keys"].shape[:3] != tensors["values"].shape[:3]:
         raise Damaged(f"keys of shape {tuple(tensors['keys'].shape)}, values of {tuple(tensors['values'].shape)}")
-    keys, values = layer.storage.read()
-    kv_heads, length = layer.storage.kv_heads, layer.storage.length
+    keys, values = group.storage.read()
+    kv_heads, length = group.storage.kv_heads, group.storage.length
+    if group.heads is not None and len(group.heads) != kv_heads:
+        raise Damaged(f"{kv_heads} heads, where there are {len(group.heads)} in the group")
     for name, x in (("keys", keys), ("values", values)):
         if x.ndim != 4 or x.shape[:3] != (rows, kv_heads, length) or not x.is_floating_point():
             raise Damaged(f"{name} of shape {tuple(x.shape)}, where {(rows, kv_heads, length)} tokens are held")
-    compressed = layer.compressed
+    compressed = group.compressed
     if not 0 <= compressed <= length or length - compressed > seen:
         raise Damaged(f"{length} slots, {compressed} of them compressed, where {seen} tokens were seen")
-    heads = _shape_of(tensors, "queries", "mass")[1]
+    heads = _shape_of(tensors, "mass")[1] or kv_heads
     if heads % kv_heads:
         raise Damaged(f"{heads} query heads, and {kv_heads} KV heads")
     _check(tensors, "positions", torch.int32, (rows, kv_heads, compressed))
@@ -52,10 +74,6 @@ def check_layer(layer: CrushLayer, tensors: Mapping[str, Tensor], input_ids: Ten
     _check(tensors, "real", torch.bool, (rows, length))
     _check(tensors, "evicted", torch.int64, (rows,))
     _check(tensors, "mass", torch.float32, (rows, heads, None))
-    _check(tensors, "query_energy", torch.float32, (None, keys.shape[-1]))
-    # Queries look for the keys that a layer makes of latents (MLA), which have another size.
-    _check(tensors, "queries", None, (rows, heads, None, None if layer.plan.latent else keys.shape[-1]))
-    _check(tensors, "queries_real", torch.bool, (rows, _shape_of(tensors, "queries")[2]))
     if ("positions" in tensors) != ("tiers" in tensors):
         raise Damaged("positions and tiers belong together")
     if (mass := tensors.get("mass")) is not None and (mass.shape[2] > length or not bool(torch.isfinite(mass).all())):

@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..core import BatchTail, Tier, layer_seed, select, stage, tail_length
+from ..core import BatchTail, tail_length
 from ..errors import UnsupportedModelError
-from ..importance import LayerView, kept_mass, scores
-from ..storage import LastQueries, TieredStorage
-from ..storage.buffers import take
-from .arrangement import arrange
-from .masks import Slots, physical_mask
+from ..importance import LayerView
+from ..storage import TieredStorage
+from .head_group import AttentionCall, HeadGroup, Heads
 from .plan import Plan
 
 # Tokens of room made at a time while decoding; never more than come before the next eviction.
 GROWTH = 64
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """What the attention function was called with, as far as scoring needs it."""
-
-    queries: Tensor  # [B, Hq, q, D], after RoPE
-    mask: Tensor | None  # over logical positions, as Transformers made it
-    scaling: float
-    softcap: float | None
-    mass: Tensor | None = None  # [B, Hq, S]: what each token has received from these queries, where that is known
-    sinks: Tensor | None = None  # [Hq]: logits that take part in the softmax and belong to no token (gpt-oss)
-    keys: Tensor | None = None  # [B, H, P, D]: that attention received, where the cache holds something else (MLA)
-    values: Tensor | None = None  # [B, H, P, Dv]
-
-
 class CrushLayer(CacheLayerMixin):
     """Keys and values of one attention layer, compressed at the end of a prompt and while decoding.
 
     The *logical* length counts every token seen and is what Transformers reads (positions, masks). The
-    *physical* length counts what is held. Physical slots are, in the order of the text, a compressed part, whose
-    tokens differ from head to head, and behind it the tokens that came since, without gaps.
+    *physical* length counts what is held, and may differ between groups of heads.
+
+    Attributes:
+        groups: what the heads hold: one group of them all, until heads of unequal budgets part.
     """
 
     is_sliding = False
@@ -53,18 +39,14 @@ class CrushLayer(CacheLayerMixin):
     def __init__(self, plan: Plan, index: int) -> None:
         self.plan = plan
         self.index = index  # among the compressed layers
-        growth = min(GROWTH, plan.config.interval or GROWTH)
-        self.storage = TieredStorage(plan.formats, growth, plan.workspace)
         self.reset()
 
     def reset(self) -> None:
-        self.storage.clear()
+        growth = min(GROWTH, self.plan.config.interval or GROWTH)
+        storage = TieredStorage(self.plan.formats, growth, self.plan.workspace)
+        self.groups = [HeadGroup(self.plan, self.index, storage)]
+        self._back: dict[tuple[int, torch.device], Tensor] = {}
         self.last_point = 0  # logical length at the last point of the clock
-        self.real: Tensor | None = None  # bool [B, P], False for padding; None: none is
-        self.evicted: Tensor | None = None  # [B], real tokens that are gone
-        self._tiers: Tensor | None = None  # uint8 [B, Hkv, compressed part]
-        self._hides: Tensor | None = None  # bool [B, Hkv, compressed part]: hidden by the mask of the present pass
-        self.mass: Tensor | None = None  # float32 [B, Hq, P]
         self.query_energy: Tensor | None = None  # float32 [Hq, D], where no profile of the model says it
         self.queries = BatchTail(tail_length(self.plan.config, self.plan.policy))
 
@@ -73,23 +55,23 @@ class CrushLayer(CacheLayerMixin):
     @property
     def seen(self) -> int:
         """Logical length, padding included."""
-        return self.storage.seen
+        return self._any.seen
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        return None if self.storage.empty else self.storage.read()[0]
+        return None if self._any.empty else self.read()[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        return None if self.storage.empty else self.storage.read()[1]
+        return None if self._any.empty else self.read()[1]
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        return not self.storage.empty
+        return not self._any.empty
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.storage.empty else self.storage.rows
+        return -1 if self._any.empty else self._any.rows
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the first update brings shapes, dtype and device."""
@@ -106,85 +88,93 @@ class CrushLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Takes in the tokens of a pass; returns all keys and values, or, while decoding, those that are not packed.
+        """Takes in the tokens of a pass; returns all keys and values, or a part of them.
 
-        The attention function, which sees what is returned here, reads the packed ones as they are, or asks for
-        `attended()`. Before anything is packed, it has received a whole prompt's keys from here.
+        The attention function, which sees what is returned here, reads packed tokens as they are, and heads that hold
+        different numbers of tokens group by group: while decoding it gets what is not packed, and from heads that have
+        parted what came in. Before anything is packed, it has received a whole prompt's keys from here.
         """
         if self.batch_size not in (-1, key_states.shape[0]):
             raise UnsupportedModelError(
                 f"the cache holds {self.batch_size} rows, but the input has {key_states.shape[0]}: use one cache a "
                 "batch"
             )
-        if not self.storage.empty and self.storage.device != key_states.device:
+        if not self._any.empty and self._any.device != key_states.device:
             self._move(key_states.device)
         end = self.plan.clock.prompt_end
         reserve = 0 if end is None else max(0, end - self.seen - key_states.shape[2])
-        not_packed = self.storage.append(key_states, value_states, reserve)
+        not_packed = [group.append(key_states, value_states, reserve) for group in self.groups]
+        if self.parted:
+            return key_states.view_as(key_states), value_states
         decodes = key_states.shape[2] == 1 and not torch.is_grad_enabled()
-        return not_packed if decodes and self.plan.reads_packed else self.storage.attended()
+        return not_packed[0] if decodes and self.plan.reads_packed else self.storage.attended()
+
+    # Its heads
+
+    @property
+    def _any(self) -> TieredStorage:
+        """What is the same in all groups can be read from the first."""
+        return self.groups[0].storage
+
+    @property
+    def parted(self) -> bool:
+        """Whether heads hold different numbers of tokens."""
+        return len(self.groups) > 1
+
+    @property
+    def storage(self) -> TieredStorage:
+        """What all heads hold, as long as they hold the same number of tokens."""
+        assert not self.parted, "heads hold different numbers of tokens: read `groups`"
+        return self._any
+
+    @property
+    def length(self) -> int:
+        """Slots of the heads that hold most: P."""
+        return max(group.storage.length for group in self.groups)
+
+    @property
+    def kv_heads(self) -> int:
+        """Hkv."""
+        return sum(group.storage.kv_heads for group in self.groups)
+
+    def joined(self, parts: list[Tensor], dim: int = 1) -> Tensor:
+        """What was computed group by group, with the heads at `dim` in the model's order."""
+        if len(parts) == 1:
+            return parts[0]
+        x = torch.cat(parts, dim)
+        key = x.shape[dim] // self.kv_heads, x.device
+        if key not in self._back:
+            places = [head for group in self.groups if group.heads is not None for head in group.heads.numbers]
+            first = torch.tensor(places).argsort() * key[0]
+            self._back[key] = (first[:, None] + torch.arange(key[0])).flatten().to(x.device)
+        return x.index_select(dim, self._back[key])
+
+    def _slots(self, parts: list[Tensor]) -> Tensor:
+        """`[B, H, P, ...]` of each group in one tensor; heads that hold fewer tokens are filled up in front."""
+        longest = self.length
+        filled = [F.pad(x, (*(0, 0) * (x.ndim - 3), longest - x.shape[2], 0)) for x in parts]
+        return self.joined(filled)
+
+    def _part(self) -> None:
+        """Parts the heads whose budgets differ, when something is evicted or packed for the first time."""
+        if self.parted or self._any.kept or self.plan.shares.needs is None:
+            return
+        whole = self.groups[0]
+        found = self.plan.shares.groups(self.index, int(whole.real_tokens()[1].max()), self._any.sizes())
+        if len(found) > 1:
+            self.groups = [whole.parted(Heads(heads, self._any.kv_heads)) for heads in found]
 
     # Around attention
 
-    @property
-    def compressed(self) -> int:
-        """Slots of the compressed part."""
-        return self.storage.kept
-
-    def mask(self, mask: Tensor | None, query: Tensor, aligned: bool) -> Tensor | None:
-        """The mask over physical slots for a mask over logical positions; see `masks.physical_mask`.
-
-        Args:
-            query: `[B, Hq, q, D]`, of this pass.
-            aligned: flash attention.
-
-        Raises:
-            UnsupportedModelError: the mask cannot be followed.
-        """
-        heads, count = query.shape[1:3]
-        shown_to_last = self._shown(mask, count)
-        if self.index == 0 and shown_to_last is not None:
-            self._check_shown(shown_to_last, count)
-        if not self.compressed:
-            return mask
-        shown = None if self.real is None else self.real[:, : self.compressed]
-        hidden = self._hidden(shown_to_last)
-        if hidden is not None:
-            if aligned:
-                raise UnsupportedModelError(
-                    "the attention mask hides tokens that were read before, which takes a mask for each head, and "
-                    "flash attention has none: use attn_implementation='sdpa'"
-                )
-            by_head = ~hidden.repeat_interleave(heads // hidden.shape[1], dim=1)
-            shown = by_head if shown is None else by_head & shown[:, None]
-        storage = self.storage
-        slots = Slots(storage.rows, self.compressed, self._since, self.seen, count, storage.device)
-        return physical_mask(mask, shown, slots, aligned)
-
-    def _shown(self, mask: Tensor | None, count: int) -> Tensor | None:
-        """Which tokens seen the mask shows, bool `[B, seen]`; None: all."""
+    def shown(self, mask: Tensor | None, count: int) -> Tensor | None:
+        """Which tokens seen the mask shows to the last of so many queries, bool `[B, seen]`; None: all."""
         shown = self.plan.masks.shown(mask, count, self.seen)
-        return None if shown is None else shown.expand(self.storage.rows, -1)
+        return None if shown is None else shown.expand(self._any.rows, -1)
 
-    def _check_shown(self, shown: Tensor, count: int) -> None:
-        """Refuses a mask that shows tokens again that were hidden, as padding, when tokens were evicted."""
-        if self.evicted is None:
-            return
-        past = self.storage.length - count
-        real = self.evicted + (past if self.real is None else self.real.sum(-1))
-        if bool((shown[:, : self.seen - count].sum(-1) > real).any()):
-            raise UnsupportedModelError(
-                "the attention mask shows tokens that it hid when they were read: KVCrush has dropped them as padding"
-            )
-
-    def _hidden(self, shown: Tensor | None) -> Tensor | None:
-        """Tokens of the compressed part that `shown [B, seen]` hides now, bool `[B, Hkv, compressed]`; None: none."""
-        positions = self.storage.kept_positions
-        if shown is None or positions is None or self._tiers is None:
-            return None
-        seen_now = shown[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.long())
-        hidden = ~seen_now & (self._tiers != Tier.PADDING)
-        return hidden if bool(hidden.any()) else None
+    def check_shown(self, shown: Tensor | None, count: int) -> None:
+        """Refuses a mask that shows tokens again that were hidden when they were read."""
+        if self.index == 0 and shown is not None:
+            self.groups[0].check_shown(shown, count)
 
     @property
     def streams(self) -> bool:
@@ -195,42 +185,30 @@ class CrushLayer(CacheLayerMixin):
     def after_attention(self, call: AttentionCall) -> None:
         """Scores are gathered from the queries, and where it is time, tokens are evicted."""
         count = call.queries.shape[2]
-        shown = self._shown(call.mask, count)
-        self._hides = self._hidden(shown)
+        shown = self.shown(call.mask, count)
         new_real = None
         if shown is not None:
             past, new_real = shown[:, : self.seen - count], shown[:, self.seen - count :]
             self.queries.show(past[:, past.shape[1] - self.queries.count :])
-        self._extend_real(shown, count)
+        for group in self.groups:
+            group.extend(shown, count)
 
         before, clock = self.seen - count, self.plan.clock
         self.remember(call, new_real, clock.is_prompt(before, count))
         if clock.is_point(before, count, self.last_point):
             self.evict(call)
 
-    def _extend_real(self, shown: Tensor | None, count: int) -> None:
-        """Takes in the tokens of a pass, and what its mask says of all that came since the last eviction."""
-        if shown is None and self.real is None:
-            return
-        held = (self.storage.rows, self.storage.length - count)
-        past = torch.ones(held, dtype=torch.bool, device=self.storage.device) if self.real is None else self.real
-        if shown is None:
-            since = torch.cat([past[:, self.compressed :], past.new_ones((past.shape[0], count))], dim=1)
-        else:
-            since = shown[:, self.seen - self._since :]
-        self.real = torch.cat([past[:, : self.compressed], since], dim=1)
-
     def remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
         """Gathers what the policy will read of this call's queries."""
-        policy = self.plan.policy
-        if self.plan.measures_energy and self.storage.bases is None:
+        if self.plan.measures_energy and self._any.bases is None:
             squares = call.queries.float().square()
             squares = squares if new_real is None else squares * new_real[:, None, :, None]
             energy = squares.sum((0, 2))
             self.query_energy = energy if self.query_energy is None else self.query_energy + energy
-        if call.mass is not None:
-            self.mass = policy.accumulate(replace(self._view(call), queries=call.queries, received=call.mass))
-        elif policy.streams:
+        if call.mass is not None:  # of a whole prompt, read by all heads
+            whole = self.groups[0]
+            whole.accumulate(replace(whole.view(call, call.queries, None), received=call.mass))
+        elif self.streams:
             # Decoded tokens' queries are gathered for a while; until they are used, every key they saw is here.
             if reading:
                 self._accumulate(call, *self.queries.joined(call.queries, new_real))
@@ -242,132 +220,75 @@ class CrushLayer(CacheLayerMixin):
             self.queries.append(call.queries, new_real)
 
     def _accumulate(self, call: AttentionCall, queries: Tensor, real: Tensor | None) -> None:
-        with stage("importance"):
-            view = replace(self._view(call), queries=queries, queries_real=real)
-            self.mass = self.plan.policy.accumulate(view)
+        for group in self.groups:
+            group.accumulate(group.view(call, queries, real))
         self.queries.clear()
 
     def _accumulate_gathered(self, call: AttentionCall) -> None:
         if (queries := self.queries.queries) is not None:
             self._accumulate(call, queries, self.queries.real)
 
-    def _view(self, call: AttentionCall, order: Tensor | None = None) -> LayerView:
-        """What a policy reads, slot by slot, or with the slots in the given order `[B, Hkv, P]`."""
-        keys, values = self.storage.read() if call.keys is None or call.values is None else (call.keys, call.values)
-        real, mass = self.real, self.mass
-        hidden = None if self._hides is None else F.pad(self._hides, (0, self._since))
-        if hidden is not None and order is not None:
-            hidden = hidden.gather(2, order)
-        if order is not None:
-            keys, values = take(keys, order), take(values, order)
-            mass = None if mass is None else kept_mass(mass, order)
-            if real is not None:
-                real = real.gather(1, order[:, 0])
-        return LayerView(
-            keys=keys,
-            values=values,
-            queries=self.queries.queries,
-            scaling=call.scaling,
-            real=real,
-            hidden=hidden,
-            queries_real=self.queries.real,
-            mass=mass,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            seed=self._seed,
-        )
-
-    @property
-    def _seed(self) -> int:
-        """Differs between layers and evictions, and only there."""
-        return layer_seed(self.plan.config.seed, self.index, self.seen)
-
     def evict(self, call: AttentionCall) -> None:
-        """Scores what is held, keeps the budget of it, and puts it into the formats of its tiers."""
+        """Keeps the budget of what is held, and puts it into the formats of its tiers."""
         self.last_point = self.seen
-        storage, plan = self.storage, self.plan
-        if self.real is not None and bool(self.real.all()):
-            self.real = None
-        held = storage.length
-        count, seen = self.real_tokens()
-        if bool(plan.shares.untouched(seen).all()):
+        if bool(self.plan.shares.untouched(self.groups[0].real_tokens()[1]).all()):
             return
-        self._fit_formats(call)
-        budget = self._tokens_kept(seen, count)
-        if plan.shares.nothing_to_do(held, int(budget.minimum(count).max())):
-            return
-        if plan.policy.streams:
-            self._accumulate_gathered(call)
-        order = self._text_order() if storage.blocked else None
-        with stage("importance"):
-            view = self._view(call, order)
-            head_score = scores(plan.policy, view)
-        with stage("selection"):
-            selection = select(head_score, storage.kv_heads, budget, plan.config, view.real, self._seed)
-        with stage("gather"):
-            kept = arrange(selection, plan.formats)
-            slots = kept.indices if order is None else order.gather(2, kept.indices)
-            self._tiers = kept.tiers
-            storage.keep(slots, kept.lengths)
-            if self.mass is not None:
-                self.mass = kept_mass(self.mass, slots)
-        self.evicted = seen - selection.counts
-        filled = kept.tiers[:, 0] != Tier.PADDING
-        self.real = None if bool(filled.all()) else filled
-
-    def real_tokens(self) -> tuple[Tensor, Tensor]:
-        """How many tokens that are no padding each row holds, and has seen: `[B]` each."""
-        if self.real is None:
-            count = torch.full((self.storage.rows,), self.storage.length, device=self.storage.device)
-        else:
-            count = self.real.sum(-1)
-        return count, count if self.evicted is None else count + self.evicted
-
-    def _fit_formats(self, call: AttentionCall) -> None:
-        """Fits the formats of quantized tokens to what is held, where there is more than sink and window."""
-        if self.storage.length > self.plan.shares.always:
-            rope, forms = self.plan.key_formats(self.index, self.storage.device)
-            config = self.plan.config
-            queries, limit = call.queries[:, :, -config.window :], config.logit_limit
-            last = None if limit is None else LastQueries(queries, call.scaling, limit, config.sink)
-            self.storage.fit(self.real, rope, forms, self.query_energy, last)
+        self._part()
+        budgets = [(group, group.prepare(call, self.query_energy)) for group in self.groups]
+        due = [(group, budget) for group, budget in budgets if budget is not None]
+        if self._any.bases is not None:
             self.query_energy = None
+        if due and self.streams:
+            self._accumulate_gathered(call)
+        for group, budget in due:
+            self.evict_group(group, group.view(call, self.queries.queries, self.queries.real), budget)
 
-    def _tokens_kept(self, seen: Tensor, held: Tensor) -> Tensor:
-        """How many tokens are kept of rows that have seen and hold so many real ones, `[B]`."""
-        return self.plan.tokens_kept(self.index, seen, held, self.storage.sizes())
-
-    def _text_order(self) -> Tensor:
-        """The slots in the order of the text, `[B, Hkv, P]`, those that hold no token first."""
-        positions = self.positions
-        return (positions if self.real is None else positions.masked_fill(~self.real[:, None], -1)).argsort(dim=-1)
+    def evict_group(self, group: HeadGroup, view: LayerView, budget: Tensor) -> None:
+        """Keeps `budget [B]` tokens of what a group of heads holds."""
+        group.evict(view, budget)
 
     # As data
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the layer holds: tensors, and numbers."""
-        tensors = {
-            "tiers": self._tiers,
-            "real": self.real,
-            "evicted": self.evicted,
-            "mass": self.mass,
+        own = {
             "query_energy": self.query_energy,
             "queries": self.queries.queries,
             "queries_real": self.queries.real,
         }
-        held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return self.storage.state() | held, {"seen": self.seen, "since_eviction": self.seen - self.last_point}
+        tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
+        for number, group in enumerate(self.groups):
+            held = group.state()
+            if group.heads is not None:
+                held = {f"group{number}.{name}": x for name, x in held.items()}
+                held[f"group{number}.heads"] = torch.tensor(group.heads.numbers)
+            tensors |= held
+        return tensors, {"seen": self.seen, "since_eviction": self.seen - self.last_point}
 
     def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Replaces everything by what `state` gave, of this or another layer of the same formats."""
         self.reset()
-        self.storage.load_state(tensors, counts["seen"])
-        self._tiers = tensors.get("tiers")
-        self.real, self.evicted, self.mass = tensors.get("real"), tensors.get("evicted"), tensors.get("mass")
+        for group, held in zip(self._load_groups(tensors), of_groups(tensors), strict=True):
+            group.load_state(held, counts["seen"])
         if (queries := tensors.get("queries")) is not None and self.queries.length:
             self.queries.append(queries, tensors.get("queries_real"))
         self.query_energy = tensors.get("query_energy")
         self.last_point = counts["seen"] - counts["since_eviction"]
+
+    def _load_groups(self, tensors: Mapping[str, Tensor]) -> list[HeadGroup]:
+        parts = [tuple(held["heads"].tolist()) for held in of_groups(tensors) if "heads" in held]
+        if parts:
+            growth, workspace = self._any.dense.growth, self.plan.workspace
+            self.groups = [
+                HeadGroup(
+                    self.plan,
+                    self.index,
+                    TieredStorage(self.plan.formats, growth, workspace),
+                    Heads(heads, sum(map(len, parts))),
+                )
+                for heads in parts
+            ]
+        return self.groups
 
     def _move(self, device: torch.device) -> None:
         """To where the layer's model computes: a cache that was read from a file lies in main memory."""
@@ -376,39 +297,38 @@ class CrushLayer(CacheLayerMixin):
 
     # What is held
 
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, P, D]` as the model made them, but for what quantization lost."""
+        keys, values = zip(*(group.storage.read() for group in self.groups), strict=True)
+        return self._slots(list(keys)), self._slots(list(values))
+
     @property
     def positions(self) -> Tensor:
-        """Logical position of every slot, int64 `[B, Hkv, P]`, padding counted; meaningless where `real` is False."""
-        return self.storage.positions
+        """Logical position of every slot, int64 `[B, Hkv, P]`, padding counted; of no meaning where a slot is empty."""
+        return self._slots([group.storage.positions for group in self.groups])
 
     @property
     def tiers(self) -> Tensor:
         """Tier of every slot, uint8 `[B, Hkv, P]`; tokens that came since the last eviction are recent."""
-        size = (self.storage.rows, self.storage.kv_heads, self._since)
-        recent = torch.full(size, Tier.RECENT, dtype=torch.uint8, device=self.storage.device)
-        tiers = recent if self._tiers is None else torch.cat([self._tiers, recent], dim=2)
-        return tiers if self.real is None else tiers.masked_fill(~self.real[:, None], Tier.PADDING)
+        return self._slots([group.tiers for group in self.groups])
 
     @property
-    def _since(self) -> int:
-        """Slots of tokens that came since the last eviction."""
-        return self.storage.length - self.compressed
+    def widened_by(self) -> int:
+        """Bits more than was asked for of a key's number, in the heads that got most."""
+        return max(group.storage.widened_by for group in self.groups)
 
     @property
     def state_nbytes(self) -> int:
         """Bytes held besides keys and values: positions, tiers, attention mass, last queries."""
-        tensors = (self.real, self.evicted, self._tiers, self.mass)
-        return sum(t.nbytes for t in tensors if t is not None) + self.queries.nbytes + self.storage.state_nbytes
+        return sum(group.state_nbytes for group in self.groups) + self.queries.nbytes
 
     # What generation does with a cache
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it, which may repeat."""
-        self.storage.select_rows(rows)
+        for group in self.groups:
+            group.select_rows(rows)
         self.queries.select_rows(rows)
-        for name in ("real", "evicted", "_tiers", "mass"):
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.seen:
@@ -432,3 +352,14 @@ class CrushLayer(CacheLayerMixin):
         raise UnsupportedModelError(
             "offloading is not supported together with KVCrush: leave cache_implementation unset"
         )
+
+
+def of_groups(tensors: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+    """The tensors of each group of heads, out of what `CrushLayer.state` gives."""
+    numbers = sorted({name.partition(".")[0] for name in tensors if name.startswith("group")})
+    if not numbers:
+        return [tensors]
+    return [
+        {name.removeprefix(f"{group}."): x for name, x in tensors.items() if name.startswith(f"{group}.")}
+        for group in numbers
+    ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import CrushConfig
-from ..core import Clock, Shares
+from ..core import Clock, HeadNeeds, Shares
 from ..importance import Policy
 from ..profile import Profile
 from ..rope import Rope
@@ -42,34 +42,44 @@ class Plan:
     shares: Shares = field(init=False)
     formats: Formats = field(init=False)
     workspace: Workspace = field(default_factory=Workspace)
-    _forms: dict[tuple[int, torch.device], Sequence[ChannelFormat | None]] = field(default_factory=dict)
+    _forms: dict[tuple[object, ...], Sequence[ChannelFormat | None]] = field(default_factory=dict)
     masks: MaskReader = field(default_factory=MaskReader)
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.config.interval)
         self.policy = self.config.make_policy()
-        self.shares = Shares(self.config, self.layers)
+        self.share_out(None)
         self.formats = self.config.formats
         self.reads_packed = not self.latent
+
+    def share_out(self, needs: HeadNeeds | None) -> None:
+        """Shares the budget out among the heads as they need it; None: equally within each layer."""
+        self.shares = Shares(self.config, self.layers, needs)
 
     @property
     def measures_energy(self) -> bool:
         """Whether the energy of each prompt's queries is needed, for lack of a profile."""
         return self.formats.by_channel and self.profile is None
 
-    def key_formats(self, layer: int, device: torch.device) -> tuple[Rope | None, Sequence[ChannelFormat | None]]:
-        """How the keys of compressed layer number `layer` turn, and their formats where the profile says them."""
+    def key_formats(
+        self, layer: int, heads: Sequence[int] | None, device: torch.device
+    ) -> tuple[Rope | None, Sequence[ChannelFormat | None]]:
+        """How the keys of some heads (None: all) of a compressed layer turn, and their formats where a profile says
+        them."""
         rope = self.ropes[layer] if self.ropes else None
         rope = None if rope is None else rope.to(device)
         if self.profile is None or not self.formats.by_channel:
             return rope, ()
-        key = layer, device
+        key = layer, None if heads is None else tuple(heads), device
         if key not in self._forms:
-            energy = KeyEnergy(self.profile.keys[layer].to(device), self.profile.queries[layer].to(device))
-            self._forms[key] = channel_formats(self.formats, energy)
+            which = slice(None) if heads is None else list(heads)
+            keys, queries = (x[layer][which].to(device) for x in (self.profile.keys, self.profile.queries))
+            self._forms[key] = channel_formats(self.formats, KeyEnergy(keys, queries))
         return rope, self._forms[key]
 
-    def tokens_kept(self, layer: int, seen: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
+    def tokens_kept(
+        self, layer: int, heads: Sequence[int] | None, seen: Tensor, held: Tensor, sizes: LayerSizes
+    ) -> Tensor:
         """`Shares.tokens`; one warning says where there is no room for a page besides sink and window."""
         self.warned = self.warned or self.shares.warn_where_tight(seen, held, sizes)
-        return self.shares.tokens(layer, seen, held, sizes)
+        return self.shares.tokens(layer, seen, held, sizes, heads)

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import CrushConfig
-from ..core import Shares, Split
+from ..core import HeadNeeds, Shares, Split
 from ..errors import ConfigError
+from ..profile import Profile
 from ..storage import LayerSizes
 from ..text import size
 from .cache import CrushCache
@@ -27,6 +28,7 @@ class CachePlan:
         layers: what each compressed layer keeps for each KV head.
         full_bytes: what the full cache holds of these layers.
         other_layers: layers that are not compressed: sliding windows, recurrent states, layers that hold nothing.
+        heads: tokens that each KV head of each compressed layer keeps; None: as many as the others of its layer.
     """
 
     tokens: int
@@ -34,6 +36,7 @@ class CachePlan:
     layers: tuple[Split, ...]
     full_bytes: int
     other_layers: int
+    heads: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +52,13 @@ class CachePlan:
         return f"{self.tokens:,} tokens: {held} ({self.fraction:.1%} of the full cache)"
 
 
-def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int, raw_bytes: int = 2) -> CachePlan:
+def plan_cache(
+    model_config: PreTrainedConfig,
+    config: CrushConfig,
+    tokens: int,
+    raw_bytes: int = 2,
+    profile: Profile | None = None,
+) -> CachePlan:
     """How a budget is split between tiers and layers, before anything runs: exact, to the byte.
 
     What a layer's keys need besides (`logit_limit`) is known once a prompt was read, and not counted.
@@ -59,6 +68,7 @@ def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int,
         config: what to keep.
         tokens: length of the prompt.
         raw_bytes: bytes of a number in the model's dtype.
+        profile: of the model, which `heads="profile"` needs; None: all heads keep the same number of tokens.
 
     Raises:
         ConfigError: the prompt or the budget does not fit the model, or the rank is not known beforehand.
@@ -69,7 +79,8 @@ def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int,
     check_prompt(tokens, model_config)
     layers = cache_layers(model_config)
     compressed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    shares = Shares(config, len(compressed))
+    needs = HeadNeeds(profile.needs) if config.heads == "profile" and profile is not None else None
+    shares = Shares(config, len(compressed), needs)
     check_sizes(shares.budget, config.page_size, model_config)
     check_bits(config.formats, model_config)
     sizes = [_sizes(cached_shape(model_config, index), config, raw_bytes) for index in compressed]
@@ -77,7 +88,11 @@ def plan_cache(model_config: PreTrainedConfig, config: CrushConfig, tokens: int,
     prompt = torch.tensor([tokens])
     any(shares.warn_where_tight(prompt, prompt, size) for size in sizes)  # at most one warning
     untouched = bool(shares.untouched(prompt))
-    return CachePlan(tokens, untouched, splits, sum(size.raw(tokens) for size in sizes), len(layers) - len(compressed))
+    heads = None
+    if needs is not None:
+        heads = tuple(shares.by_head(index, tokens, size) for index, size in enumerate(sizes))
+    full_bytes = sum(size.raw(tokens) for size in sizes)
+    return CachePlan(tokens, untouched, splits, full_bytes, len(layers) - len(compressed), heads)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..core.heads import curve
 from ..errors import UnsupportedModelError
 from ..files import OutputError, cache_folder
 from ..fingerprint import fingerprint
@@ -24,6 +24,8 @@ from .support import trained_positions
 
 TEXTS = ("essay", "code", "news", "dialogue")
 TOKENS = 1200  # of each text
+AGAIN = 600  # of them are read a second time
+REPEAT = "\n\nRepeat the previous text exactly:\n\n"
 LEAST_TOKENS = 128  # fewer tell nothing
 FILE = "crushkv-profile.safetensors"  # beside a model's own files
 
@@ -31,7 +33,8 @@ Progress = Callable[[str], None]
 
 
 def profile_model(model: Any, tokenizer: Any, progress: Progress | None = None) -> Profile:
-    """Reads four texts that come with the package, and measures the energies of keys and queries.
+    """Reads four texts that come with the package, the first half of each twice, and measures the energies of keys
+    and queries, and how much each head looks back.
 
     Args:
         model: a Transformers model; nothing on it is changed.
@@ -45,23 +48,25 @@ def profile_model(model: Any, tokenizer: Any, progress: Progress | None = None) 
     limit = trained_positions(model.config) or TOKENS
     if limit < LEAST_TOKENS:
         raise UnsupportedModelError(f"a profile needs {LEAST_TOKENS} tokens of text, the model has {limit} positions")
-    from .energies import energies_of  # its caches look for profiles
+    from .energies import SINK, Measured, measure  # its caches look for profiles
 
-    ropes = find_ropes(model, min(limit, TOKENS))
-    keys: list[Tensor] = []
-    queries: list[Tensor] = []
+    between = torch.as_tensor(tokenizer(REPEAT, add_special_tokens=False)["input_ids"])
+    again = min((limit - len(between)) // 2, AGAIN)
+    length = min(limit - len(between) - again, TOKENS)
+    ropes = find_ropes(model, length + len(between) + again)
+    found: list[Measured] = []
     begin = time.monotonic()
     for done, name in enumerate(TEXTS):
         left = (time.monotonic() - begin) / done * (len(TEXTS) - done) if done else 0
         say(f"[{done + 1}/{len(TEXTS)}] reading the {name}" + (f", about {left:.0f} s left" if done else ""))
         text = files("crushkv").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
-        ids = torch.as_tensor(tokenizer(text)["input_ids"])[: min(limit, TOKENS)]
-        of_keys, of_queries = energies_of(model, ids, ropes)
-        keys.append(of_keys)
-        queries.append(of_queries)
+        ids = torch.as_tensor(tokenizer(text)["input_ids"])[:length]
+        found.append(measure(model, ids, between, min(again, len(ids)), ropes))
     return Profile(
-        keys=torch.stack(keys).mean(0),
-        queries=torch.stack(queries).mean(0),
+        keys=torch.stack([of.keys for of in found]).mean(0),
+        queries=torch.stack([of.queries for of in found]).mean(0),
+        # Sinks are kept in any case.
+        needs=curve(torch.cat([of.scores[..., SINK:] for of in found], dim=-1)),
         model=fingerprint(model, any_dtype=True),
         model_type=str(model.config.model_type),
         texts=TEXTS,
@@ -116,7 +121,8 @@ def obtain_profile(
             return None, f"no profile is there, and to make one its tokenizer is missing ({_short(error)})"
     say = progress or _to_stderr
     name = model.config._name_or_path or model.config.model_type
-    say(f"crushkv: making a profile of {name}, once; it takes as long as reading {len(TEXTS) * TOKENS} tokens")
+    tokens = len(TEXTS) * (TOKENS + AGAIN)
+    say(f"crushkv: making a profile of {name}, once; it takes as long as reading {tokens} tokens")
     return keep_profile(model, profile_model(model, tokenizer, say), say)
 
 
@@ -148,7 +154,8 @@ def profile_of(model: Any, given: str | None = None) -> Profile | None:
             known[given], reason = obtain_profile(model, given)
             if known[given] is None:
                 warnings.warn(
-                    f"crushkv: the widths of key channels are chosen from each prompt: {reason}. "
+                    f"crushkv: there is no profile of this model: {reason}. The widths of key channels are chosen from "
+                    "each prompt, and all heads keep the same number of tokens. "
                     "profile_model(model, tokenizer) makes a profile, which CrushConfig(profile=...) takes",
                     stacklevel=2,
                 )

@@ -115,6 +115,18 @@ def is_latent(model_config: PreTrainedConfig) -> bool:
     return bool(getattr(model_config.get_text_config(decoder=True), "kv_lora_rank", None))
 
 
+def keeps_heads_together(model: Any) -> str | None:
+    """Why all heads of a layer have to hold the same number of tokens; None: they need not."""
+    config = model.config.get_text_config(decoder=True)
+    if is_latent(model.config):
+        return "the cache holds one latent for all heads"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "other layers attend to the keys of a layer, too"
+    if config._attn_implementation == "eager" and any(hasattr(part, "sinks") for part in model.modules()):
+        return "eager attention of this model adds the sinks of all heads by itself"
+    return None
+
+
 def cached_shape(model_config: PreTrainedConfig, layer: int) -> tuple[int, int, int]:
     """What a layer that can be compressed caches of a token: KV heads, and the numbers of a key and of a value."""
     text: Any = model_config.get_text_config(decoder=True)

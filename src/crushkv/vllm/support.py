@@ -66,6 +66,11 @@ def _reasons(vllm_config: Any, config: CrushConfig) -> Iterator[str]:
             f"bits={config.to_dict()['bits']!r}, rank={config.rank!r}: vLLM's blocks hold all tokens in one dtype; "
             "kv_cache_dtype='fp8' has half the bytes"
         )
+    if config.heads != "equal":
+        yield (
+            f"heads={config.heads!r}: heads keep different numbers of tokens, but all heads of a request share one "
+            "block table"
+        )
     if config.make_policy().layer_budget != "uniform":
         yield (
             f"policy={config.policy!r}: its layers keep different numbers of tokens, but all layers of a request share "

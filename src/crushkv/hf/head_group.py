@@ -1,0 +1,327 @@
+"""KV heads of one layer that hold the same number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core import Tier, layer_seed, select, stage
+from ..errors import UnsupportedModelError
+from ..importance import LayerView, kept_mass, scores
+from ..storage import LastQueries, TieredStorage
+from ..storage.buffers import take
+from .arrangement import arrange
+from .masks import Slots, physical_mask
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What the attention function was called with, as far as scoring needs it."""
+
+    queries: Tensor  # [B, Hq, q, D], after RoPE
+    mask: Tensor | None  # over logical positions, as Transformers made it
+    scaling: float
+    softcap: float | None
+    mass: Tensor | None = None  # [B, Hq, S]: what each token has received from these queries, where that is known
+    sinks: Tensor | None = None  # [Hq]: logits that take part in the softmax and belong to no token (gpt-oss)
+    keys: Tensor | None = None  # [B, H, P, D]: that attention received, where the cache holds something else (MLA)
+    values: Tensor | None = None  # [B, H, P, Dv]
+
+
+class Heads:
+    """Some KV heads of a layer, and the query heads that read them.
+
+    Args:
+        numbers: of the KV heads.
+        of: KV heads of the layer.
+    """
+
+    def __init__(self, numbers: tuple[int, ...], of: int) -> None:
+        self.numbers = numbers
+        self.of = of
+        # Kept on the device: it would wait for each index that comes from main memory.
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def pick(self, x: Tensor, dim: int = 1) -> Tensor:
+        """What belongs to these heads of a tensor with a place for each KV or query head of the layer at `dim`."""
+        key = x.shape[dim] // self.of, x.device
+        if key not in self._indices:
+            first = torch.tensor(self.numbers) * key[0]
+            self._indices[key] = (first[:, None] + torch.arange(key[0])).flatten().to(x.device)
+        return x.index_select(dim, self._indices[key])
+
+
+class HeadGroup:
+    """What some KV heads of a layer hold: all of them, until their budgets part them.
+
+    Physical slots are, in the order of the text, a compressed part, whose tokens differ from head to head, and behind
+    it the tokens that came since, without gaps.
+
+    Attributes:
+        heads: which these are; None: all of the layer.
+        real: bool `[B, P]`, False for padding; None: none is.
+        evicted: `[B]`, real tokens that are gone.
+        mass: float32 `[B, Hq, P]`, of a policy that streams.
+        gaps: bool `[B, Hkv, compressed part]`, slots of single heads that hold no token; None: there are none. Caches
+            that are read together have them.
+    """
+
+    def __init__(self, plan: Plan, layer: int, storage: TieredStorage, heads: Heads | None = None) -> None:
+        self.plan = plan
+        self.layer = layer  # number among the compressed layers
+        self.storage = storage
+        self.heads = heads
+        self.real: Tensor | None = None
+        self.evicted: Tensor | None = None
+        self.mass: Tensor | None = None
+        self.gaps: Tensor | None = None
+        self._tiers: Tensor | None = None  # uint8 [B, Hkv, compressed part]
+        self._hides: Tensor | None = None  # bool [B, Hkv, compressed part]: hidden by the mask of the present pass
+
+    def parted(self, heads: Heads) -> HeadGroup:
+        """Some of these heads as a group of their own, before anything was evicted."""
+        part = HeadGroup(self.plan, self.layer, self.storage.parted(heads.pick), heads)
+        part.real, part.evicted = self.real, self.evicted
+        part.mass = None if self.mass is None else heads.pick(self.mass)
+        return part
+
+    def of_call(self, call: AttentionCall) -> AttentionCall:
+        """The part of an attention call that is about these heads."""
+        if (heads := self.heads) is None:
+            return call
+        sinks = None if call.sinks is None else heads.pick(call.sinks, 0)
+        return replace(call, queries=heads.pick(call.queries), sinks=sinks)
+
+    @property
+    def compressed(self) -> int:
+        """Slots of the compressed part."""
+        return self.storage.kept
+
+    @property
+    def since(self) -> int:
+        """Slots of tokens that came since the last eviction."""
+        return self.storage.length - self.compressed
+
+    def append(self, keys: Tensor, values: Tensor, reserve: int) -> tuple[Tensor, Tensor]:
+        """Takes in the tokens of a pass, of all heads of the layer; returns keys and values of what is not packed."""
+        if self.heads is not None:
+            keys, values = self.heads.pick(keys), self.heads.pick(values)
+        return self.storage.append(keys, values, reserve)
+
+    # Masks
+
+    def mask(
+        self, mask: Tensor | None, shown_to_last: Tensor | None, heads: int, count: int, aligned: bool
+    ) -> Tensor | None:
+        """The mask over physical slots for a mask over logical positions; see `masks.physical_mask`.
+
+        Args:
+            shown_to_last: bool `[B, seen]`, which tokens the last query may see; None: all.
+            heads: query heads of this group.
+            count: queries of this pass.
+            aligned: flash attention.
+
+        Raises:
+            UnsupportedModelError: the mask cannot be followed.
+        """
+        if not self.compressed:
+            return mask
+        shown = None if self.real is None else self.real[:, : self.compressed]
+        hidden = self.hidden(shown_to_last)
+        if self.gaps is not None:
+            hidden = self.gaps if hidden is None else hidden | self.gaps
+        if hidden is not None:
+            if aligned:
+                raise UnsupportedModelError(
+                    "the attention mask hides tokens that were read before, which takes a mask for each head, and "
+                    "flash attention has none: use attn_implementation='sdpa'"
+                )
+            by_head = ~hidden.repeat_interleave(heads // hidden.shape[1], dim=1)
+            shown = by_head if shown is None else by_head & shown[:, None]
+        storage = self.storage
+        slots = Slots(storage.rows, self.compressed, self.since, storage.seen, count, storage.device)
+        return physical_mask(mask, shown, slots, aligned)
+
+    def check_shown(self, shown: Tensor, count: int) -> None:
+        """Refuses a mask that shows tokens again that were hidden, as padding, when tokens were evicted."""
+        if self.evicted is None:
+            return
+        past = self.storage.length - count
+        real = self.evicted + (past if self.real is None else self.real.sum(-1))
+        if bool((shown[:, : self.storage.seen - count].sum(-1) > real).any()):
+            raise UnsupportedModelError(
+                "the attention mask shows tokens that it hid when they were read: KVCrush has dropped them as padding"
+            )
+
+    def hidden(self, shown: Tensor | None) -> Tensor | None:
+        """Tokens of the compressed part that `shown [B, seen]` hides now, bool `[B, Hkv, compressed]`; None: none."""
+        positions = self.storage.kept_positions
+        if shown is None or positions is None or self._tiers is None:
+            return None
+        seen_now = shown[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.long())
+        hidden = ~seen_now & (self._tiers != Tier.PADDING)
+        return hidden if bool(hidden.any()) else None
+
+    def extend(self, shown: Tensor | None, count: int) -> None:
+        """Takes in what the mask of a pass says of its tokens, and of all that came since the last eviction."""
+        self._hides = self.hidden(shown)
+        if shown is None and self.real is None:
+            return
+        held = (self.storage.rows, self.storage.length - count)
+        past = torch.ones(held, dtype=torch.bool, device=self.storage.device) if self.real is None else self.real
+        if shown is None:
+            since = torch.cat([past[:, self.compressed :], past.new_ones((past.shape[0], count))], dim=1)
+        else:
+            since = shown[:, self.storage.seen - self.since :]
+        self.real = torch.cat([past[:, : self.compressed], since], dim=1)
+
+    # Scores
+
+    def view(self, call: AttentionCall, queries: Tensor | None, queries_real: Tensor | None) -> LayerView:
+        """What a policy reads, slot by slot.
+
+        Args:
+            call: of all heads of the layer, as `queries [B, Hq, T, D]` are.
+            queries_real: bool `[B, T]`.
+        """
+        call = self.of_call(call)
+        keys, values = self.storage.read() if call.keys is None or call.values is None else (call.keys, call.values)
+        return LayerView(
+            keys=keys,
+            values=values,
+            queries=queries if queries is None or self.heads is None else self.heads.pick(queries),
+            scaling=call.scaling,
+            real=self.real,
+            hidden=None if self._hides is None else F.pad(self._hides, (0, self.since)),
+            queries_real=queries_real,
+            mass=self.mass,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            seed=self.seed,
+        )
+
+    @property
+    def seed(self) -> int:
+        """Differs between layers and evictions, and only there."""
+        return layer_seed(self.plan.config.seed, self.layer, self.storage.seen)
+
+    def accumulate(self, view: LayerView) -> None:
+        """Adds the queries of a view to what a policy that streams has gathered."""
+        with stage("importance"):
+            self.mass = self.plan.policy.accumulate(view)
+
+    def real_tokens(self) -> tuple[Tensor, Tensor]:
+        """How many tokens that are no padding each row holds, and has seen: `[B]` each."""
+        if self.real is None:
+            count = torch.full((self.storage.rows,), self.storage.length, device=self.storage.device)
+        else:
+            count = self.real.sum(-1)
+        return count, count if self.evicted is None else count + self.evicted
+
+    # Eviction
+
+    def prepare(self, call: AttentionCall, query_energy: Tensor | None) -> Tensor | None:
+        """Fits the formats, and returns the tokens that each row may keep, `[B]`; None: nothing has to be done."""
+        if self.real is not None and bool(self.real.all()):
+            self.real = None
+        storage, plan = self.storage, self.plan
+        count, seen = self.real_tokens()
+        self._fit(call, query_energy)
+        heads = None if self.heads is None else self.heads.numbers
+        budget = plan.tokens_kept(self.layer, heads, seen, count, storage.sizes())
+        done = plan.shares.nothing_to_do(storage.length, int(budget.minimum(count).max()))
+        return None if done else budget
+
+    def _fit(self, call: AttentionCall, query_energy: Tensor | None) -> None:
+        """Fits the formats of quantized tokens to what is held, where there is more than sink and window."""
+        plan, storage = self.plan, self.storage
+        if storage.length <= plan.shares.always:
+            return
+        rope, forms = plan.key_formats(self.layer, None if self.heads is None else self.heads.numbers, storage.device)
+        queries, energy = self.of_call(call).queries, query_energy
+        if energy is not None and self.heads is not None:
+            energy = self.heads.pick(energy, 0)
+        limit, config = plan.config.logit_limit, plan.config
+        last = None if limit is None else LastQueries(queries[:, :, -config.window :], call.scaling, limit, config.sink)
+        storage.fit(self.real, rope, forms, energy, last)
+
+    def evict(self, view: LayerView, budget: Tensor) -> None:
+        """Scores what is held, keeps a budget of `budget [B]` tokens, and puts them into the formats of their tiers."""
+        storage, plan = self.storage, self.plan
+        order = self._text_order() if storage.blocked else None
+        if order is not None:
+            view = _ordered(view, order)
+        _, seen = self.real_tokens()
+        with stage("importance"):
+            head_score = scores(plan.policy, view)
+        with stage("selection"):
+            selection = select(head_score, storage.kv_heads, budget, plan.config, view.real, self.seed)
+        with stage("gather"):
+            kept = arrange(selection, plan.formats)
+            slots = kept.indices if order is None else order.gather(2, kept.indices)
+            self._tiers = kept.tiers
+            storage.keep(slots, kept.lengths)
+            if self.mass is not None:
+                self.mass = kept_mass(self.mass, slots)
+        self.evicted = seen - selection.counts
+        filled = kept.tiers[:, 0] != Tier.PADDING
+        self.real = None if bool(filled.all()) else filled
+
+    def _text_order(self) -> Tensor:
+        """The slots in the order of the text, `[B, Hkv, P]`, those that hold no token first."""
+        positions = self.storage.positions
+        return (positions if self.real is None else positions.masked_fill(~self.real[:, None], -1)).argsort(dim=-1)
+
+    # As data
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that is held, by name."""
+        own = {"tiers": self._tiers, "real": self.real, "evicted": self.evicted, "mass": self.mass}
+        return self.storage.state() | {name: tensor for name, tensor in own.items() if tensor is not None}
+
+    def load_state(self, tensors: Mapping[str, Tensor], seen: int) -> None:
+        """Replaces everything by what `state` gave, where so many tokens had been seen."""
+        self.storage.load_state(tensors, seen)
+        self._tiers = tensors.get("tiers")
+        self.real, self.evicted, self.mass = tensors.get("real"), tensors.get("evicted"), tensors.get("mass")
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replaces the batch by the given rows of it, which may repeat."""
+        self.storage.select_rows(rows)
+        for name in ("real", "evicted", "_tiers", "mass"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+
+    @property
+    def tiers(self) -> Tensor:
+        """Tier of every slot, uint8 `[B, Hkv, P]`; tokens that came since the last eviction are recent."""
+        size = (self.storage.rows, self.storage.kv_heads, self.since)
+        recent = torch.full(size, Tier.RECENT, dtype=torch.uint8, device=self.storage.device)
+        tiers = recent if self._tiers is None else torch.cat([self._tiers, recent], dim=2)
+        return tiers if self.real is None else tiers.masked_fill(~self.real[:, None], Tier.PADDING)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes held besides keys and values: positions, tiers, attention mass."""
+        tensors = (self.real, self.evicted, self._tiers, self.mass)
+        return sum(t.nbytes for t in tensors if t is not None) + self.storage.state_nbytes
+
+
+def _ordered(view: LayerView, order: Tensor) -> LayerView:
+    """A view with its slots in another order, `[B, Hkv, P]`; padding is the same for all heads."""
+    return replace(
+        view,
+        keys=take(view.keys, order),
+        values=take(view.values, order),
+        mass=None if view.mass is None else kept_mass(view.mass, order),
+        real=None if view.real is None else view.real.gather(1, order[:, 0]),
+        hidden=None if view.hidden is None else view.hidden.gather(2, order),
+    )
