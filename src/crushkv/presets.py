@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "safe": {"policy": "readahead", "budget": 0.5, "bits": 8, "recent_bits": 8, "heads": "profile"},
+    "safe": {"policy": "readahead", "budget": 0.5, "bits": 8, "recent_bits": 8},
     # A quarter has room for every token of a prompt of about a thousand tokens and more.
-    "balanced": {"policy": "readahead", "budget": 0.25, "bits": "4.25/3", "recent_bits": 8, "heads": "profile"},
+    "balanced": {"policy": "readahead", "budget": 0.25, "bits": "4.25/3", "recent_bits": 8},
     # The better half of what is kept in more bits, the next best half in few; about a third of the tokens is evicted.
     "small": {
         "policy": "readahead",
