@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ FILE = "crushkv-profile.safetensors"  # beside a model's own files
 Progress = Callable[[str], None]
 
 
-def profile_model(model: Any, tokenizer: Any, progress: Progress | None = None) -> Profile:
+def profile_model(
+    model: Any, tokenizer: Any, progress: Progress | None = None, texts: Sequence[str] = TEXTS
+) -> Profile:
     """Reads four texts that come with the package, the first half of each twice, and measures the energies of keys
     and queries, and how much each head looks back.
 
@@ -40,6 +42,7 @@ def profile_model(model: Any, tokenizer: Any, progress: Progress | None = None) 
         model: a Transformers model; nothing on it is changed.
         tokenizer: the model's own.
         progress: called with one line of text at each step.
+        texts: which of the four are read.
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed, or its layers' heads differ in size.
@@ -56,9 +59,9 @@ def profile_model(model: Any, tokenizer: Any, progress: Progress | None = None) 
     ropes = find_ropes(model, length + len(between) + again)
     found: list[Measured] = []
     begin = time.monotonic()
-    for done, name in enumerate(TEXTS):
-        left = (time.monotonic() - begin) / done * (len(TEXTS) - done) if done else 0
-        say(f"[{done + 1}/{len(TEXTS)}] reading the {name}" + (f", about {left:.0f} s left" if done else ""))
+    for done, name in enumerate(texts):
+        left = (time.monotonic() - begin) / done * (len(texts) - done) if done else 0
+        say(f"[{done + 1}/{len(texts)}] reading the {name}" + (f", about {left:.0f} s left" if done else ""))
         text = files("crushkv").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
         ids = torch.as_tensor(tokenizer(text)["input_ids"])[:length]
         found.append(measure(model, ids, between, min(again, len(ids)), ropes))
@@ -69,7 +72,7 @@ def profile_model(model: Any, tokenizer: Any, progress: Progress | None = None) 
         needs=curve(torch.cat([of.scores[..., SINK:] for of in found], dim=-1)),
         model=fingerprint(model, any_dtype=True),
         model_type=str(model.config.model_type),
-        texts=TEXTS,
+        texts=tuple(texts),
     )
 
 
