@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOK = ROOT / "examples" / "long_document.ipynb"
 
 
 def run(*command: str) -> str:
@@ -35,6 +38,35 @@ def test_the_code_of_the_readme_runs() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     shown = run("-c", code)
     assert "red ship" in shown and "% of the full cache's" in shown
+
+
+def cells(notebook: Path) -> list[dict[str, Any]]:
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_notebook_runs() -> None:
+    """Its cells one after the other, in a process of their own."""
+    code = ["".join(cell["source"]) for cell in cells(NOTEBOOK) if cell["cell_type"] == "code"]
+    checks = (
+        "print(len(answers), [question.is_answered_by(answer) for question, answer in zip(questions, answers)])",
+        "print(f'{report.bytes_fraction:.3f}', [len(line.get_xdata()) for line in axis.lines])",
+    )
+    shown = run("-c", "\n".join(["import matplotlib", "matplotlib.use('Agg')", *code, *checks])).splitlines()
+    assert shown[-2] == "3 [True, True, True]"
+    fraction, *lines = shown[-1].split(maxsplit=1)
+    assert 0.2 < float(fraction) <= 0.25
+    assert json.loads(lines[0]) == [16] * 5 + [1], "a line for the full cache and each preset, and what was measured"
+
+
+def test_the_notebook_shows_its_answers_and_its_plot() -> None:
+    """As committed: who reads it without running it sees them."""
+    outputs = [output for cell in cells(NOTEBOOK) for output in cell.get("outputs", [])]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    text = "".join("".join(output.get("text", "")) for output in outputs)
+    assert "% of the full cache's" in text and "Irma" in text
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 def test_every_example_is_explained() -> None:

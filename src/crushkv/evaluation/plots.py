@@ -134,6 +134,7 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
         methods[row.method].append(row)
     return dict(methods)
 
+
 def _best(methods: dict[str, list[Row]], measure: _Measure) -> list[str]:
     """The methods that get a colour: curves before single points, then the best of each policy, then the next best.
 
