@@ -68,8 +68,8 @@ def bench(
 ) -> None:
     """Measure time and memory of requests, against the full cache.
 
-    Methods take turns, so that a machine that is busy for a while is busy for all of them. Each ratio compares two
-    requests of one round. Without --method: the full cache, and SnapKV and H2O with representatives.
+    Methods take turns, so that a busy machine slows all of them. Each ratio compares two requests of one round.
+    Without --method: the full cache, and SnapKV and H2O with representatives.
     """
     from ..timing import read_records, summarize, write_record
 
@@ -187,7 +187,7 @@ def _measure(
 
 
 def _machine(loaded: LoadedModel) -> dict[str, Any]:
-    """What a figure has to be read with."""
+    """The machine and the versions that the figures come from."""
     import torch
 
     from .system import processor

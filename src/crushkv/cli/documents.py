@@ -37,9 +37,8 @@ def build(
 ) -> None:
     """Read a document once, and keep its compressed cache as a file.
 
-    `crushkv ask` answers questions from it, in other processes, without reading the document again. Every token is
-    kept, in 8 bits, unless --budget says otherwise: an evicted token cannot answer a question, and the questions are
-    not known yet.
+    `crushkv ask` answers questions from it without reading the document again. Every token is kept, in 8 bits, unless
+    --budget says otherwise, because the questions are not known yet.
     """
     import time
 

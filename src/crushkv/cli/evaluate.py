@@ -76,8 +76,8 @@ def fidelity(
 ) -> None:
     """Measure how near compressed caches stay to the full one.
 
-    KL divergence and top-1 agreement are taken along the full cache's own greedy answer, the negative log-likelihood
-    along the gold answer. Each prompt is read once for all configurations. Without --config: the full cache, 16 bits
+    KL divergence and top-1 agreement follow the full cache's own greedy answer; the negative log-likelihood is that of
+    the gold answer. Each prompt is read once for all configurations. Without --config: the full cache, 16 bits
     at a quarter, and the presets.
     """
     with evaluation_extra():
@@ -149,7 +149,7 @@ def report(
         Path | None, typer.Option(help="Write the plots as PNG and SVG into this folder, too.", metavar="DIR")
     ] = None,
 ) -> None:
-    """Make a self-contained page of results: tables, plots, paired differences with intervals."""
+    """Make a page of results that needs no other file: a plot, tables, and differences with intervals."""
     check_output(output)
     with evaluation_extra():
         from ..evaluation import read_report_samples
@@ -342,7 +342,7 @@ def _print_fidelity(summaries: list[dict[str, Any]]) -> None:
 
 
 def _metrics(figures: dict[str, Any]) -> dict[str, float]:
-    """`score,none` to `score`: a filter that is called "none" filters nothing."""
+    """Renames `score,none` to `score`: "none" is the name of a filter that does nothing."""
     return {
         name.removesuffix(",none"): value
         for name, value in figures.items()

@@ -36,8 +36,8 @@ def plan(
 ) -> None:
     """Show how a budget is split between the tiers, for a model and a prompt's length.
 
-    Reads the model's configuration only, which does not say how its keys turn with the position; `--load` measures
-    that. Bytes count 16 bits for a number that is not quantized.
+    Reads the model's configuration only. It does not say how RoPE rotates the keys; `--load` measures that. A number
+    that is not quantized counts 16 bits.
     """
     from ..hf import plan_cache
 

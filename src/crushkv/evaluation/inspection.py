@@ -1,4 +1,4 @@
-"""Which tokens of one prompt each layer and KV head keeps, and for which others they stand: as data, and as a page."""
+"""Which tokens of a prompt each layer and KV head keeps, and which others they stand for: as data, and as a page."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Inspection:
 
     @property
     def notes(self) -> list[str]:
-        """What the reader would otherwise wonder about."""
+        """Remarks for the reader of the page."""
         notes = []
         if self.report.untouched_rows:
             notes.append(
@@ -130,7 +130,7 @@ def inspect_prompt(
     Args:
         chat, system: how the text becomes tokens; see `tokenize`.
         prefill_chunk_size: read the prompt in pieces of so many tokens; None: in one.
-        description, versions: taken over for the reader.
+        description, versions: shown on the page.
 
     Raises:
         ConfigError: the prompt is empty or longer than the model's positions, or the budget does not fit the model.

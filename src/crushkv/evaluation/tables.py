@@ -21,13 +21,13 @@ class Row:
         model: its name.
         method: the configuration without its budget; a curve of the plots.
         bytes_fraction: mean over the prompts.
-        kl, agreement, gold_nll, score: over all tasks, each counting alike; None where not measured.
-        worst: the prompt with the highest KL; None where KL was not measured.
+        kl, agreement, gold_nll, score: over all tasks, each counting alike. None: not measured.
+        worst: the prompt with the highest KL. None: not measured.
         task_kl, task_score: means by task.
         score_to_full: paired difference to the full cache.
-        kl_to_base, score_to_base: paired differences to importance alone at the same budget; None where this is
-            importance alone, or that was not measured.
-        base: name of that configuration.
+        kl_to_base, score_to_base: paired differences to the same configuration without representatives. None: this one
+            has none, or the other was not measured.
+        base: name of the configuration without representatives.
     """
 
     model: str

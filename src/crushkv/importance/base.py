@@ -18,7 +18,7 @@ _MOST = 10**6
 def check_integer(name: str, value: object, odd: bool = False, least: int = 1) -> None:
     """Raises `ConfigError` unless an option is an integer of at least `least` (and odd, where that is asked for).
 
-    Options count tokens, so that none needs more than a million: memory is taken for them.
+    Options count tokens that memory is allocated for. So none may be above a million.
     """
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not least <= value <= _MOST or (odd and value % 2 == 0):  # type: ignore[operator]
@@ -43,12 +43,12 @@ GATHERED = 128
 
 
 def kept_mass(mass: Tensor, indices: Tensor) -> Tensor:
-    """The mass `[B, Hq, S]` of the tokens that each KV head keeps, at `indices [B, Hkv, K]`: `[B, Hq, K]`."""
+    """Gathers from `mass [B, Hq, S]` the tokens that each KV head keeps, `indices [B, Hkv, K]`: `[B, Hq, K]`."""
     return mass.gather(2, indices.repeat_interleave(mass.shape[1] // indices.shape[1], dim=1))
 
 
 def last_where_hidden(score: Tensor, hidden: Tensor | None) -> Tensor:
-    """Scores `[B, H, S]` with those of hidden tokens, `[B, Hkv, S]`, as low as the lowest of their head."""
+    """Scores `[B, H, S]`, in which hidden tokens (bool `[B, Hkv, S]`) get the lowest score of their head."""
     if hidden is None:
         return score
     hidden = hidden.repeat_interleave(score.shape[1] // hidden.shape[1], dim=1)
