@@ -472,7 +472,7 @@ def test_a_short_prompt_from_standard_input(command: Any, folder: Path, tmp_path
     ("args", "message"),
     [
         (("--prompt", "a", "-o", "missing/page.html"), "--output 'missing/page.html': the folder does not exist"),
-        (("--prompt", "a", "-o", "."), "--output '.': this is there already, and is no file"),
+        (("--prompt", "a", "-o", "."), "--output '.': it exists and is not a file"),
         (("--prompt", "a", "--system", "b"), "--system"),
         (("--prompt", " "), "--prompt: the prompt is empty"),
     ],

@@ -76,7 +76,7 @@ def build(
 @with_options()
 def ask(
     cache: Annotated[Path, typer.Argument(help="A file that `crushkv build` has written.", metavar="CACHE")],
-    questions: Annotated[list[str], typer.Argument(help="Each is answered on its own.", metavar="QUESTION...")],
+    questions: Annotated[list[str], typer.Argument(help="Each question is answered alone.", metavar="QUESTION...")],
     *,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.", metavar="TOKENS", min=1)] = 128,
     as_json: Json = False,

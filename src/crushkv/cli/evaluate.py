@@ -36,7 +36,7 @@ Tasks = Annotated[
     ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(help="Prompts a task, at most.", metavar="NUMBER", min=1, rich_help_panel=PANEL)
+    int | None, typer.Option(help="At most so many prompts of each task.", metavar="NUMBER", min=1, rich_help_panel=PANEL)
 ]
 Results = Annotated[
     Path | None, typer.Option("--output", "-o", help="Keep the samples in this file (JSON lines).", metavar="FILE")
@@ -63,7 +63,7 @@ def fidelity(
     tasks: Tasks = "retrieval_single_1k,retrieval_multikey_1k",
     limit: Limit = 12,
     answer_tokens: Annotated[
-        int, typer.Option(help="How much of the full cache's answer is followed.", metavar="TOKENS", min=2)
+        int, typer.Option(help="So many tokens of the full cache's answer are followed.", metavar="TOKENS", min=2)
     ] = 32,
     min_prompt_tokens: Annotated[int, typer.Option(help="Leave out shorter prompts.", metavar="TOKENS")] = 1,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Leave out longer prompts.", metavar="TOKENS")] = None,
@@ -113,7 +113,7 @@ def sweep(
     *,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Results, a JSON line a sample. Samples in it are not measured again."),
+        typer.Option("--output", "-o", help="The results, one JSON line for each sample. Samples in this file are not measured again."),
     ] = Path("results.jsonl"),
     tasks: Annotated[
         str | None, typer.Option(help="Use these instead of the file's.", metavar="NAMES", rich_help_panel=PANEL)

@@ -38,7 +38,7 @@ def engine_config(additional_config: Any) -> CrushConfig | None:
         if additional_config and _FIELDS.issuperset(additional_config):
             raise ConfigError(
                 f"additional_config={quoted(dict(additional_config))}: these are fields of crushkv's configuration; "
-                f"accepted are they under the key {KEY!r}: {{{KEY!r}: {{...}}}}"
+                f"put them under the key {KEY!r}: {{{KEY!r}: {{...}}}}"
             )
     if given is not None:
         return _parse(given, f"additional_config[{KEY!r}]")
