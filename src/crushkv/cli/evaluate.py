@@ -36,7 +36,8 @@ Tasks = Annotated[
     ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(help="At most so many prompts of each task.", metavar="NUMBER", min=1, rich_help_panel=PANEL)
+    int | None,
+    typer.Option(help="At most so many prompts of each task.", metavar="NUMBER", min=1, rich_help_panel=PANEL),
 ]
 Results = Annotated[
     Path | None, typer.Option("--output", "-o", help="Keep the samples in this file (JSON lines).", metavar="FILE")
@@ -113,7 +114,11 @@ def sweep(
     *,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The results, one JSON line for each sample. Samples in this file are not measured again."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="The results, one JSON line for each sample. Samples in this file are not measured again.",
+        ),
     ] = Path("results.jsonl"),
     tasks: Annotated[
         str | None, typer.Option(help="Use these instead of the file's.", metavar="NAMES", rich_help_panel=PANEL)

@@ -34,7 +34,11 @@ def generate(
     ] = 0.0,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Sample from the likeliest tokens whose probabilities sum to this.", metavar="SHARE", rich_help_panel=ANSWER),
+        typer.Option(
+            help="Sample from the likeliest tokens whose probabilities sum to this.",
+            metavar="SHARE",
+            rich_help_panel=ANSWER,
+        ),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer with the full cache, too.", rich_help_panel=ANSWER)

@@ -30,7 +30,9 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    load: Annotated[bool, typer.Option("--load", help="Load the model, too, and show how RoPE rotates its keys.")] = False,
+    load: Annotated[
+        bool, typer.Option("--load", help="Load the model, too, and show how RoPE rotates its keys.")
+    ] = False,
     as_json: Json = False,
     config: CrushConfig,
 ) -> None:
