@@ -10,6 +10,10 @@ READY  := $(VENV)/.ready
 VENV_VLLM  := .venv-vllm
 BIN_VLLM   := $(VENV_VLLM)/bin
 READY_VLLM := $(VENV_VLLM)/.ready
+
+# What builds the documentation needs neither torch nor crushkv.
+VENV_DOCS  := .venv-docs
+READY_DOCS := $(VENV_DOCS)/.ready
 # Without Intel's OpenMP, which the CPU build brings, it is three times slower.
 VLLM_ENV   := LD_PRELOAD=$(CURDIR)/$(VENV_VLLM)/lib/libiomp5.so HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 PORT       ?= 8000
@@ -22,7 +26,7 @@ VENV_PEERS  := .venv-peers
 READY_PEERS := $(patsubst %,$(VENV_PEERS)/%/.ready,transformers kvpress openvino)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run check test lint test-transformers bench bench-quick bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm
+.PHONY: help install run check test lint docs test-transformers bench bench-quick bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm lock-docs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,6 +68,16 @@ test: lint  ## lint, type check and tests
 	@$(BIN)/python -c 'from crushkv.embedded import embedded_model_path as p; p()'  # before two want it at once
 	$(BIN)/pytest -m "" -n auto --dist loadfile
 	CRUSHKV_KERNELS=plain $(BIN)/pytest -n auto --dist loadfile tests/test_hf.py tests/test_plain_call.py tests/test_storage.py
+
+docs: $(READY_DOCS)  ## build the documentation as a site in site/; broken links end it
+	@$(VENV_DOCS)/bin/zensical build --clean --strict
+	@echo "open site/index.html, or serve it: $(VENV_DOCS)/bin/zensical serve"
+
+$(READY_DOCS): requirements-docs.lock
+	@$(PYTHON) -m venv $(VENV_DOCS)
+	@echo "installing what builds the documentation into $(VENV_DOCS)"
+	@$(VENV_DOCS)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.lock
+	@touch $@
 
 test-transformers: .venv-transformers-$(VERSION)/.ready  ## the tests that touch Transformers' interface, with another release of it (VERSION=5.16.0)
 	.venv-transformers-$(VERSION)/bin/pytest tests/test_use.py tests/test_hf.py tests/test_saving.py tests/test_models.py
@@ -138,5 +152,11 @@ lock:  ## write requirements.lock anew from the newest versions that pyproject.t
 	  .venv-lock/bin/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//'; } > requirements.lock
 	rm -rf .venv-lock
 
+lock-docs:  ## write requirements-docs.lock anew
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet 'mkdocstrings-python>=2' 'ruff>=0.9' 'zensical>=0.0.73,<0.1'
+	{ echo '# Every version that `make docs` installs. Written by `make lock-docs`.'; .venv-lock/bin/pip freeze; } > requirements-docs.lock
+	rm -rf .venv-lock
+
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_PEERS) .venv-transformers-* .venv-lock build dist src/*.egg-info src/crushkv/kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_DOCS) $(VENV_PEERS) .venv-transformers-* .venv-lock build dist site src/*.egg-info src/crushkv/kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -55,7 +55,7 @@ def test_full_is_no_configuration() -> None:
         ("snapkv:budget", "FIELD=VALUE"),
         ("snapkv:budget=", "FIELD=VALUE"),
         ("snapkv:budget=0.5,budget=0.25", "twice"),
-        ("snapkv:policy=h2o", "stands in front"),
+        ("snapkv:policy=h2o", "once, in front"),
         ("policy=h2o,budget=0.5", "h2o:FIELD"),
         ("bugdet=0.5", "budget"),
         ("budget=0.5:window=16", "budget"),

@@ -111,7 +111,7 @@ def test_a_sweep_survives_ctrl_c_and_becomes_a_page(tmp_path: Path, crushkv: Cal
     assert {line["score"] for line in lines if line["name"] == "full"} == {1.0}
     crushkv("report", output, "-o", page, "--plots", tmp_path / "plots")
     assert page.stat().st_size > 50_000
-    assert (tmp_path / "plots" / "score-to-full.png").is_file() and (tmp_path / "plots" / "kl-by-bytes.svg").is_file()
+    assert (tmp_path / "plots" / "score-by-bytes.png").is_file() and (tmp_path / "plots" / "kl-by-bytes.svg").is_file()
 
 
 def test_a_model_folder_behind_its_chat_template_beside_another(
@@ -144,7 +144,7 @@ def test_a_model_folder_behind_its_chat_template_beside_another(
     crushkv("report", *(folder.with_suffix(".jsonl") for folder in samples), "-o", page)
     text = page.read_text(encoding="utf-8")
     for folder in samples:
-        assert f"<td>budget=0.5, {folder}</td>" in text
+        assert f"<td>budget=0.5<small>{folder}</small></td>" in text
 
 
 @pytest.mark.model

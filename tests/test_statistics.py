@@ -179,24 +179,31 @@ def test_rows_of_two_models_are_not_mixed() -> None:
 
 def test_plots_are_drawn_and_stay_the_same(tmp_path: Path) -> None:
     drawn = figures(rows(results()))
-    assert set(drawn) == {
-        "kl-by-bytes",
-        "score-by-bytes",
-        "score-to-full",
-        "kl-to-importance-only",
-        "score-to-importance-only",
-    }
+    assert set(drawn) == {"kl-by-bytes", "score-by-bytes"}
     save(drawn, tmp_path / "plots")
     for name in drawn:
         assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / "plots" / f"{name}.svg").read_text(encoding="utf-8")
     first, again = (as_svg(figures(rows(results()))["kl-by-bytes"]) for _ in range(2))
     assert first == again, "a report in version control should change only with its figures"
-    # Two models have plots of their own.
-    assert set(figures(rows(two_models()))) == {f"{name}-{number}" for name in drawn for number in (1, 2)}
+    # Two models have a panel each.
+    assert [axis.get_title() for axis in figures(rows(two_models()))["kl-by-bytes"].axes] == ["m", "other/model"]
     # One configuration alone, without scores, is drawn too.
     few = [sample("snapkv:budget=0.25", "one", i, 0.1 + i / 10) for i in range(2)]
     assert list(figures(rows(few))) == ["kl-by-bytes"]
+
+
+def test_a_plot_has_a_curve_for_each_method_and_the_presets() -> None:
+    budgets = (0.5, 0.25)
+    names = [f"snapkv:budget={budget},sink={sink}" for sink in range(12) for budget in budgets]
+    samples = [sample(name, "one", 1, 0.1 + number / 100) for number, name in enumerate([*names, "h2o:budget=0.5"])]
+    presets = [replace(sample(name, "one", 1, 0.01), bytes_held=held) for name, held in (("small", 120), ("tiny", 60))]
+    (figure,) = figures(rows([*samples, *presets])).values()
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[0] == "presets" and labels[-1] == "5 others, which the table names"
+    # Of equal curves of one policy the better ones have a colour; single points come last.
+    assert labels[1:-1] == [f"snapkv:sink={sink}" for sink in range(8)]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["tiny", "small"]
 
 
 def browser() -> str:
@@ -224,7 +231,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "http://" not in text and "https://" not in text
     dom = opened(page, "#sort=3&filter=h2o")
-    assert 'data-ready="yes"' in dom and dom.count("<img id=") == 5
+    assert 'data-ready="yes"' in dom and dom.count("<img id=") == 2
     body = dom.split('id="configurations"')[1].split("<tbody>")[1].split("</tbody>")[0]
     lines = [line for line in body.split("<tr") if "<td>" in line]
     shown = [line for line in lines if "hidden" not in line.split(">")[0]]
@@ -236,20 +243,42 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     assert _colours(picture) > 50, "the plots are to be seen"
 
 
+def test_the_page_fits_a_screen_and_has_a_dark_form(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    probe = "<script>document.body.dataset.wide = document.querySelector('.scroll').scrollWidth - innerWidth</script>"
+    long = [replace(s, name=s.name.replace("budget=", "interval=0,min_tokens=0,budget=")) for s in two_models()]
+    page.write_text(render(long) + probe, encoding="utf-8")
+    dom = opened(page, "", "--window-size=1280,900", "--dump-dom")
+    assert int(dom.split('data-wide="')[1].split('"')[0]) <= 0
+    pictures = [tmp_path / "light.png", tmp_path / "dark.png"]
+    for picture, scheme in zip(pictures, (1, 0), strict=True):
+        chosen = f"--blink-settings=preferredColorScheme={scheme}"
+        opened(page, "", chosen, f"--screenshot={picture}", "--window-size=1280,900")
+    light, dark = (_brightness(picture) for picture in pictures)
+    assert light > 0.8 and dark < 0.2, "the plot, too"
+
+
 def test_the_page_names_both_models_and_the_worst_prompts() -> None:
     samples = two_models()
     table = rows(samples)
     text = render(samples, table=table)
     body = text.split('id="configurations"')[1].split("<tbody>")[1].split("</tbody>")[0]
     lines = [[cell.split("<")[0] for cell in line.split("<td>")[1:]] for line in body.split("<tr>")[1:]]
-    assert [cells[0] for cells in lines] == [f"{row.name}, {row.model}" for row in table]
+    assert [cells[0] for cells in lines] == [row.name for row in table]
+    assert body.count("<small>m</small>") == body.count("<small>other/model</small>") == len(table) / 2
     for row, cells in zip(table, lines, strict=True):
         assert row.kl is not None and row.worst is not None
-        assert cells[5:8] == [f"{value:.4f}" for value in (row.kl.median, row.kl.percentile_95, row.kl.highest)]
-        assert cells[8] == f"{row.worst.task} {row.worst.id}"
-    assert text.count("<dt>model name</dt>") == 2 and text.count("<img id=") == 10
+        assert cells[4:7] == [f"{value:.4f}" for value in (row.kl.median, row.kl.percentile_95, row.kl.highest)]
+        assert f">{row.worst.task} {row.worst.id}</small>" in body
+    assert text.count("<dt>model name</dt>") == 2 and text.count("<img id=") == 2
     one = render(results())
     assert one.count("<dt>model name</dt>") == 1 and "random:budget=0.25,page_size=1,representative_share=0<" in one
+
+
+def _brightness(picture: Path) -> float:
+    from matplotlib.image import imread
+
+    return float(imread(picture)[..., :3].mean())
 
 
 def _colours(picture: Path) -> int:

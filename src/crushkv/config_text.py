@@ -47,7 +47,7 @@ def parse_config(text: str) -> CrushConfig | None:
             if not equals or not value:
                 raise ConfigError(f"{part!r}: accepted is FIELD=VALUE")
             if field == "policy":
-                raise ConfigError(f"{part!r}: the policy stands in front, once: {value}:FIELD=VALUE,...")
+                raise ConfigError(f"{part!r}: write the policy once, in front: {value}:FIELD=VALUE,...")
             if field in values or field in own:
                 raise ConfigError(f"{field!r} is given twice")
             if field in _FIELDS:

@@ -79,7 +79,7 @@ def _root(
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line. Exit code 0; 2 for what was asked in a wrong way; 1 for all else; 130 for Ctrl-C."""
+    """Runs the command line. Exit code 0; 2 for a wrong option or value; 130 for Ctrl-C; 1 for any other error."""
     sys.exit(_run(args))
 
 

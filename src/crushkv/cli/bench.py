@@ -48,7 +48,7 @@ def bench(
         str, typer.Option(help="Lengths of the prompt, separated by commas.", metavar="TOKENS,...")
     ] = "1024,2048,4096",
     budgets: Annotated[
-        str, typer.Option(help="Budgets of the methods that name none themselves.", metavar="AMOUNT,...")
+        str, typer.Option(help="Budgets of the methods that name no budget.", metavar="AMOUNT,...")
     ] = "0.25",
     batch: Annotated[str, typer.Option(help="Batch sizes.", metavar="ROWS,...")] = "1",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate in each row.", metavar="TOKENS", min=2)] = 32,
@@ -68,8 +68,8 @@ def bench(
 ) -> None:
     """Measure time and memory of requests, against the full cache.
 
-    Methods take turns, so that a machine that is busy for a while is busy for all of them. Each ratio compares two
-    requests of one round. Without --method: the full cache, and SnapKV and H2O with representatives.
+    Methods take turns, so that a busy machine slows all of them. Each ratio compares two requests of one round.
+    Without --method: the full cache, and SnapKV and H2O with representatives.
     """
     from ..timing import read_records, summarize, write_record
 
@@ -77,7 +77,7 @@ def bench(
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            raise ConfigError("--plots needs matplotlib: pip install 'crushkv[eval]'") from None
+            raise ConfigError("--plots needs matplotlib: pip install matplotlib") from None
     if show:
         records = read_records(show)
     else:
@@ -187,7 +187,7 @@ def _measure(
 
 
 def _machine(loaded: LoadedModel) -> dict[str, Any]:
-    """What a figure has to be read with."""
+    """The machine and the versions that the figures come from."""
     import torch
 
     from .system import processor

@@ -31,9 +31,9 @@ def doctor(
     tokens: Annotated[int, typer.Option(help="With --model: length of the prompt.", metavar="TOKENS", min=1)] = 4096,
     as_json: Json = False,
 ) -> None:
-    """Show what is installed here and what runs on it; of a model, which layers will be compressed and which not.
+    """Show what is installed here, and which layers of a model will be compressed.
 
-    Where the model's weights are on this machine, they are loaded to see how RoPE turns the keys of each layer.
+    If the model's weights are on this machine, they are loaded to see how RoPE rotates the keys of each layer.
 
     Exit code 0 if crushkv is usable (and compresses the model), 1 if not.
     """

@@ -37,9 +37,8 @@ def build(
 ) -> None:
     """Read a document once, and keep its compressed cache as a file.
 
-    `crushkv ask` answers questions from it, in other processes, without reading the document again. Every token is
-    kept, in 8 bits, unless --budget says otherwise: an evicted token cannot answer a question, and the questions are
-    not known yet.
+    `crushkv ask` answers questions from it without reading the document again. Every token is kept, in 8 bits, unless
+    --budget says otherwise, because the questions are not known yet.
     """
     import time
 
@@ -77,7 +76,7 @@ def build(
 @with_options()
 def ask(
     cache: Annotated[Path, typer.Argument(help="A file that `crushkv build` has written.", metavar="CACHE")],
-    questions: Annotated[list[str], typer.Argument(help="Each is answered on its own.", metavar="QUESTION...")],
+    questions: Annotated[list[str], typer.Argument(help="Each question is answered alone.", metavar="QUESTION...")],
     *,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.", metavar="TOKENS", min=1)] = 128,
     as_json: Json = False,

@@ -36,7 +36,8 @@ Tasks = Annotated[
     ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(help="Prompts a task, at most.", metavar="NUMBER", min=1, rich_help_panel=PANEL)
+    int | None,
+    typer.Option(help="At most so many prompts of each task.", metavar="NUMBER", min=1, rich_help_panel=PANEL),
 ]
 Results = Annotated[
     Path | None, typer.Option("--output", "-o", help="Keep the samples in this file (JSON lines).", metavar="FILE")
@@ -63,7 +64,7 @@ def fidelity(
     tasks: Tasks = "retrieval_single_1k,retrieval_multikey_1k",
     limit: Limit = 12,
     answer_tokens: Annotated[
-        int, typer.Option(help="How much of the full cache's answer is followed.", metavar="TOKENS", min=2)
+        int, typer.Option(help="So many tokens of the full cache's answer are followed.", metavar="TOKENS", min=2)
     ] = 32,
     min_prompt_tokens: Annotated[int, typer.Option(help="Leave out shorter prompts.", metavar="TOKENS")] = 1,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Leave out longer prompts.", metavar="TOKENS")] = None,
@@ -76,8 +77,8 @@ def fidelity(
 ) -> None:
     """Measure how near compressed caches stay to the full one.
 
-    KL divergence and top-1 agreement are taken along the full cache's own greedy answer, the negative log-likelihood
-    along the gold answer. Each prompt is read once for all configurations. Without --config: the full cache, 16 bits
+    KL divergence and top-1 agreement follow the full cache's own greedy answer; the negative log-likelihood is that of
+    the gold answer. Each prompt is read once for all configurations. Without --config: the full cache, 16 bits
     at a quarter, and the presets.
     """
     with evaluation_extra():
@@ -113,7 +114,11 @@ def sweep(
     *,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Results, a JSON line a sample. Samples in it are not measured again."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="The results, one JSON line for each sample. Samples in this file are not measured again.",
+        ),
     ] = Path("results.jsonl"),
     tasks: Annotated[
         str | None, typer.Option(help="Use these instead of the file's.", metavar="NAMES", rich_help_panel=PANEL)
@@ -149,7 +154,7 @@ def report(
         Path | None, typer.Option(help="Write the plots as PNG and SVG into this folder, too.", metavar="DIR")
     ] = None,
 ) -> None:
-    """Make a self-contained page of results: tables, plots, paired differences with intervals."""
+    """Make a page of results that needs no other file: a plot, tables, and differences with intervals."""
     check_output(output)
     with evaluation_extra():
         from ..evaluation import read_report_samples
@@ -342,7 +347,7 @@ def _print_fidelity(summaries: list[dict[str, Any]]) -> None:
 
 
 def _metrics(figures: dict[str, Any]) -> dict[str, float]:
-    """`score,none` to `score`: a filter that is called "none" filters nothing."""
+    """Renames `score,none` to `score`: "none" is the name of a filter that does nothing."""
     return {
         name.removesuffix(",none"): value
         for name, value in figures.items()

@@ -30,11 +30,15 @@ def generate(
         int, typer.Option(help="Length of the answer at most.", metavar="TOKENS", min=1, rich_help_panel=ANSWER)
     ] = 256,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token.", metavar="NUMBER", min=0, rich_help_panel=ANSWER)
+        float, typer.Option(help="0 always takes the likeliest token.", metavar="NUMBER", min=0, rich_help_panel=ANSWER)
     ] = 0.0,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Sample from the likeliest tokens of this mass.", metavar="SHARE", rich_help_panel=ANSWER),
+        typer.Option(
+            help="Sample from the likeliest tokens whose probabilities sum to this.",
+            metavar="SHARE",
+            rich_help_panel=ANSWER,
+        ),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer with the full cache, too.", rich_help_panel=ANSWER)

@@ -44,7 +44,7 @@ class LoadedModel:
     def check_room(self, prompt_tokens: int, new_tokens: int = 0) -> None:
         """Refuses a prompt or an answer that the model has no positions for.
 
-        It warns where the model was made for fewer tokens.
+        It warns if the model was made for fewer tokens.
         """
         from ..hf.support import check_prompt, position_limit, warn_beyond_training
 
@@ -60,7 +60,7 @@ class LoadedModel:
 
 
 def load(options: ModelOptions) -> LoadedModel:
-    """Loads the model that the options name, and says what takes long.
+    """Loads the model that the options name, and says so if it takes long.
 
     Raises:
         ConfigError: an option has a value that is not accepted here.

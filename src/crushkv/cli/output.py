@@ -28,7 +28,7 @@ def check_output(output: Path | None) -> None:
     if not target.parent.is_dir():
         raise ConfigError(f"--output {str(output)!r}: the folder does not exist")
     if target.exists() and not target.is_file():
-        raise ConfigError(f"--output {str(output)!r}: this is there already, and is no file")
+        raise ConfigError(f"--output {str(output)!r}: it exists and is not a file")
 
 
 def result_console() -> Console:

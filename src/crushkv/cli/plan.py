@@ -30,14 +30,16 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    load: Annotated[bool, typer.Option("--load", help="Load the model, too, and say how RoPE turns its keys.")] = False,
+    load: Annotated[
+        bool, typer.Option("--load", help="Load the model, too, and show how RoPE rotates its keys.")
+    ] = False,
     as_json: Json = False,
     config: CrushConfig,
 ) -> None:
     """Show how a budget is split between the tiers, for a model and a prompt's length.
 
-    Reads the model's configuration only, which does not say how its keys turn with the position; `--load` measures
-    that. Bytes count 16 bits for a number that is not quantized.
+    Reads the model's configuration only. It does not say how RoPE rotates the keys; `--load` measures that. A number
+    that is not quantized counts 16 bits.
     """
     from ..hf import plan_cache
 

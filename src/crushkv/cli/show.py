@@ -133,10 +133,9 @@ def profile(
     ] = None,
     model: ModelOptions,
 ) -> None:
-    """Measure a model's keys and queries once, and keep that as a small file.
+    """Measure how much each channel of a model's keys matters, and keep that as a small file.
 
-    A profile is found by itself in the user's cache folder, and beside the model's files as
-    crushkv-profile.safetensors.
+    crushkv looks for profiles in the user's cache folder, and beside the model's files as crushkv-profile.safetensors.
     """
     import time
 

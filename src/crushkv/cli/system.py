@@ -1,4 +1,4 @@
-"""What this machine and this environment have of what crushkv needs."""
+"""What crushkv finds on this machine and in this environment."""
 
 from __future__ import annotations
 

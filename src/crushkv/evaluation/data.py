@@ -1,4 +1,4 @@
-"""JSON lines, read so that a damaged line is named and costs nothing but itself."""
+"""Reads lines of JSON. A damaged line is named in a warning and left out."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def greedy_answers(
     max_tokens: int,
     until: Sequence[str] = (),
 ) -> list[str]:
-    """The greedy answer of each row of a cache that holds the recorded prompt `rows` times; it is used up.
+    """The greedy answer of each row of a cache that holds the recorded prompt `rows` times. The cache is used up.
 
     An answer ends before the first of the strings in `until`, at an end token, or after `max_tokens`.
     """

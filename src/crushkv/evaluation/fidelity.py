@@ -20,14 +20,14 @@ from .recording import Recording
 class Fidelity:
     """Measured along the full cache's own greedy answer, teacher-forced.
 
-    The first token of an answer comes from the prompt's pass, which attends to everything whatever is evicted
-    after it; it is the same for every cache and not counted in `kl` and `agreement`.
+    The first token of an answer comes from the pass over the prompt, which attends to everything. It is the same for
+    every cache, so `kl` and `agreement` leave it out.
 
     Attributes:
         kl: mean of KL(full || this) over the answer's tokens, in nats.
-        agreement: share of them at which both caches find the same token likeliest.
+        agreement: share of these tokens that both caches find likeliest.
         gold_nll: mean negative log-likelihood of the gold answer's tokens, in nats; None without a gold answer.
-        answer_tokens: tokens that `kl` and `agreement` are means over.
+        answer_tokens: number of tokens in the means of `kl` and `agreement`.
     """
 
     kl: float
@@ -58,7 +58,7 @@ class Reference:
 
     @torch.no_grad()
     def compare(self, cache: CrushCache) -> Fidelity:
-        """Follows both answers with a cache that `Recording.branch` has made; it is used up."""
+        """Follows both answers with a cache that `Recording.branch` has made. The cache is used up."""
         logits, nll = self._follow(cache)
         target, given = self._logits.log_softmax(-1), logits.log_softmax(-1)
         kl = (target.exp() * (target - given)).sum(-1)
@@ -97,7 +97,7 @@ def continuation_logits(model: PreTrainedModel, cache: Cache, rows: Sequence[Ten
 
 
 def _greedy(model: PreTrainedModel, recording: Recording, tokens: int) -> Tensor:
-    """The full cache's greedy answer `[n]`, its end token included where it comes; at least two tokens."""
+    """The full cache's greedy answer `[n]`, at least two tokens. An end token is part of it."""
     stop = stop_tokens(model)
     logits = recording.logits.clone()
     logits[list(stop)] = -torch.inf  # an empty answer would leave nothing to compare

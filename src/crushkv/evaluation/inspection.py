@@ -1,4 +1,4 @@
-"""Which tokens of one prompt each layer and KV head keeps, and for which others they stand: as data, and as a page."""
+"""Which tokens of a prompt each layer and KV head keeps, and which others they stand for: as data, and as a page."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Inspection:
 
     @property
     def notes(self) -> list[str]:
-        """What the reader would otherwise wonder about."""
+        """Remarks for the reader of the page."""
         notes = []
         if self.report.untouched_rows:
             notes.append(
@@ -72,18 +72,14 @@ class Inspection:
         elif not self.evicted:
             always = f"sink + window = {self.config.sink} + {self.config.window}"
             notes.append(
-                f"Nothing was evicted: all {len(self.pieces)} tokens of this prompt are within the budget, or within "
-                f"what is always kept ({always}). Nothing was contested, and every token counts as recent."
+                f"Nothing was evicted: all {len(self.pieces)} tokens of this prompt fit into the budget, or are always "
+                f"kept ({always}). Every token counts as recent."
             )
-        elif not self.config.representative_share:
-            notes.append(
-                "representative_share is 0: there are no representatives, and nothing stands for what is evicted."
-            )
-        elif not self.representatives:
-            notes.append("The budget has no room for representatives, and nothing stands for what is evicted.")
+        elif self.config.representative_share and not self.representatives:
+            notes.append("The budget has no room for representatives, so none stand for the evicted tokens.")
         if left := self.model_layers - len(self.layers):
             notes.append(
-                f"{left} of the model's {self.model_layers} layers have a sliding window: they are left to themselves, "
+                f"{left} of the model's {self.model_layers} layers have a sliding window. They are not compressed, "
                 "and not shown."
             )
         return notes
@@ -134,7 +130,7 @@ def inspect_prompt(
     Args:
         chat, system: how the text becomes tokens; see `tokenize`.
         prefill_chunk_size: read the prompt in pieces of so many tokens; None: in one.
-        description, versions: taken over for the reader.
+        description, versions: shown on the page.
 
     Raises:
         ConfigError: the prompt is empty or longer than the model's positions, or the budget does not fit the model.

@@ -31,7 +31,7 @@ def local_task(name: str, folder: Path, known: set[str]) -> dict[str, Any]:
     if not path.is_file():
         files = sorted(file.stem for file in folder.glob("*.jsonl"))
         if not files:
-            raise ConfigError(f"data folder {str(folder)!r}: it holds no .jsonl files")
+            raise ConfigError(f"data folder {str(folder)!r}: there are no .jsonl files in it")
         raise ConfigError(f"task {name!r}: {path} does not exist.{nearest(name, files)}")
     records = _records(path)
     dataset = records[0]["dataset"]

@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def environment() -> Environment:
-    """Templates escape all that is put into them."""
+    """The templates. They escape every value."""
     return Environment(
         loader=PackageLoader("crushkv.evaluation"),
         autoescape=True,

@@ -7,19 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from .pages import environment
-from .plots import as_svg, figures
-from .results import Sample, by_model
-from .statistics import Comparison, Estimate
-from .tables import Row, rows
+from matplotlib.figure import Figure
 
-TITLES = {
-    "kl-by-bytes": "Fidelity against bytes",
-    "score-by-bytes": "Task score against bytes",
-    "score-to-full": "Task score, sample by sample, against the full cache",
-    "kl-to-importance-only": "What the representatives change: KL, sample by sample",
-    "score-to-importance-only": "What the representatives change: task score, sample by sample",
-}
+from ..presets import PRESETS
+from .pages import environment
+from .plots import TITLES, as_svg, figures
+from .results import Sample, by_model
+from .statistics import Estimate
+from .tables import Row, rows
 
 
 def render(
@@ -34,43 +29,38 @@ def render(
     table = rows(samples) if table is None else table
     models = by_model(samples)
 
-    def label(name: str, model: str) -> str:
-        return f"{name}, {model}" if len(models) > 1 else name
-
     templates = environment()
-    templates.filters.update(
-        estimate=_estimate,
-        interval=_interval,
-        change=_change,
-        prompt=_prompt,
-        label=lambda row: label(row.name, row.model),
-    )
+    templates.filters.update(estimate=_estimate, interval=_interval, prompt=_prompt)
+    drawn = {dark: figures(table, dark) for dark in (False, True)}
     plots = [
-        {"name": name, "title": _title(name, list(models)), "data": base64.b64encode(as_svg(figure).encode()).decode()}
-        for name, figure in figures(table).items()
+        {"name": name, "title": TITLES[name], "light": _data(drawn[False][name], False), "dark": _data(figure, True)}
+        for name, figure in drawn[True].items()
     ]
     return templates.get_template("report.html.j2").render(
         title=title,
         rows=table,
         plots=plots,
         task_names=list(dict.fromkeys(sample.task for sample in samples)),
-        tasks=[_task(label(task, model), own) for model, of in models.items() for task, own in _by_task(of).items()],
+        tasks=[
+            _task(f"{task}, {model}" if len(models) > 1 else task, own)
+            for model, of in models.items()
+            for task, own in _by_task(of).items()
+        ],
         model_names=list(models),
+        presets=PRESETS,
         models=[of[0].model for of in models.values()],
         has_scores=any(row.score is not None for row in table),
         has_fidelity=any(row.kl is not None for row in table),
+        has_kl_to_base=any(row.kl_to_base is not None for row in table),
+        has_score_to_base=any(row.score_to_base is not None for row in table),
         samples=len(samples),
         versions=samples[0].versions,
         settings=_settings(samples),
     )
 
 
-def _title(name: str, models: list[str]) -> str:
-    """Of a plot that `figures` has named."""
-    if name in TITLES:
-        return TITLES[name]
-    kind, _, number = name.rpartition("-")
-    return f"{TITLES[kind]}: {models[int(number) - 1]}"
+def _data(figure: Figure, dark: bool) -> str:
+    return base64.b64encode(as_svg(figure, dark).encode()).decode()
 
 
 def _by_task(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
@@ -112,10 +102,3 @@ def _prompt(sample: Sample | None) -> str:
 
 def _interval(value: Estimate | None, digits: int = 4) -> str:
     return "" if value is None else f"{value.low:.{digits}f} to {value.high:.{digits}f}"
-
-
-def _change(value: Comparison | None, digits: int = 4) -> str:
-    if value is None:
-        return ""
-    e = value.estimate
-    return f"{e.mean:+.{digits}f} ({e.low:+.{digits}f} to {e.high:+.{digits}f})"

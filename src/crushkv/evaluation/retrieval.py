@@ -44,7 +44,7 @@ class Puzzle:
     Attributes:
         needles: sentences to hide, in the order in which they have to stand in the text.
         question: comes after the text; its last words begin the answer.
-        answers: strings that the answer has to contain; the score is the share of them that it does.
+        answers: strings that the answer has to contain. The score is the share that it contains.
     """
 
     needles: tuple[str, ...]
@@ -189,7 +189,7 @@ def make_prompt(
 
 
 def _hay(room: int, tokenizer: Any, sentences: Sequence[str], draw: random.Random) -> list[str]:
-    """Successive sentences from a random place on, from the start again at the end of the text."""
+    """Successive sentences, from a random one on. After the last sentence comes the first."""
     start = draw.randrange(len(sentences))
     hay: list[str] = []
     while True:

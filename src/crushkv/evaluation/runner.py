@@ -1,4 +1,4 @@
-"""Runs a sweep: each prompt is read once, and every configuration is measured on a branch of that."""
+"""Runs a sweep: each prompt is read once, and every configuration is measured on a branch of that cache."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Work:
 def plan_work(sweep: Sweep, subject: Subject, source: TaskSource, results: ResultsFile | None) -> Work:
     """Loads tasks and leaves out what the results have.
 
-    The tasks take turns, so that what an interrupted sweep leaves is as even as it can be.
+    The tasks take turns, so that an interrupted sweep has measured all of them about equally.
 
     Raises:
         ConfigError: a task is unknown, or no prompt is left.

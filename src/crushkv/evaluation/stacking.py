@@ -19,8 +19,8 @@ from ..hf.layer import CrushLayer
 def stack(model: PreTrainedModel, caches: Sequence[CrushCache]) -> CrushCache:
     """One cache with a row for each of the given ones, in their order.
 
-    A row that holds fewer tokens than the longest is filled up at the front, and what fills it is never attended
-    to. The rows may differ in their configurations, so nothing is evicted from the result.
+    Shorter rows are filled up at the front, and nothing attends to what fills them. The rows may have different
+    configurations, so nothing is evicted from the result.
 
     Args:
         caches: with one row each, and the same logical length. They are not changed.

@@ -25,13 +25,12 @@ KVCRUSH_FIELDS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """What some prompts come to.
+    """The mean and the spread of some prompts.
 
     Attributes:
         mean: of the tasks' means, so that each task counts alike.
-        low, high: the mean's 95 % interval. Where no task has two prompts, both are the mean, and say nothing.
-        median, percentile_95, highest: of all prompts, each counting alike, whatever its task. A mean hides a prompt
-            that is lost; these show it.
+        low, high: the mean's 95 % interval. If no task has two prompts, both are the mean, and say nothing.
+        median, percentile_95, highest: of all prompts, each counting alike. They show a lost prompt; a mean hides it.
         prompts: how many there are.
     """
 
@@ -57,7 +56,7 @@ class Comparison:
 
 
 def macro_mean(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> Estimate:
-    """The mean of the tasks' means, each task counting alike, and where the single prompts lie.
+    """The mean of the tasks' means, each task counting alike, and the spread of the prompts.
 
     The interval is a percentile bootstrap, prompts drawn within their task (Efron and Tibshirani 1993, chapter 13). A
     task with a single prompt adds nothing to its width.
@@ -77,7 +76,7 @@ def macro_mean(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> Estimat
 
 
 def _interval(groups: Sequence[Any], drawn: Sequence[Any], seed: int) -> tuple[float, float]:
-    """Of the mean of all groups' means, by drawing prompts within those groups that have several."""
+    """The interval of the mean of all groups' means. It draws prompts within the groups that have several."""
     fixed = sum(float(group[0]) for group in groups if len(group) == 1)
 
     def of_means(*samples: Any, axis: int = -1) -> Any:
@@ -93,7 +92,7 @@ Read = Callable[[Sample], float | None]
 
 
 def by_task(samples: Iterable[Sample], read: Read) -> dict[str, list[float]]:
-    """The figure of every sample that has it, by task."""
+    """The values that `read` finds in the samples, by task."""
     values: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         if (value := read(sample)) is not None:
@@ -102,13 +101,13 @@ def by_task(samples: Iterable[Sample], read: Read) -> dict[str, list[float]]:
 
 
 def worst_prompt(samples: Iterable[Sample]) -> Sample | None:
-    """The sample that is furthest from the full cache, by its KL; None where that was not measured."""
+    """The sample with the highest KL. None: it was not measured."""
     measured = [sample for sample in samples if sample.kl is not None]
     return max(measured, key=lambda sample: sample.kl or 0, default=None)
 
 
 def paired(samples: Iterable[Sample], baseline: Iterable[Sample], read: Read) -> Comparison | None:
-    """`samples` minus `baseline`, prompt by prompt; None where they have no prompt in common."""
+    """`samples` minus `baseline`, prompt by prompt. None: they have no prompt in common."""
     other = {_prompt(sample): read(sample) for sample in baseline}
     differences: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
@@ -123,7 +122,7 @@ def _prompt(sample: Sample) -> tuple[str, str, str]:
 
 
 def importance_only(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with the representatives' part of the budget given to importance."""
+    """The same configuration without representatives."""
     defaults = CrushConfig().to_dict()
     plain = {name: defaults[name] for name in KVCRUSH_FIELDS}
     return {**config, **plain, "representative_share": 0}

@@ -28,8 +28,8 @@ class Sweep:
         measures: `fidelity` (near to the full cache?) and `score` (the task's metric of a generated answer).
         limit: prompts a task; None is all.
         min_prompt_tokens, max_prompt_tokens: prompts outside are left out, and counted.
-        answer_tokens: of the full cache's answer that `fidelity` follows.
-        max_new_tokens: of a generated answer, where the task's own limit is higher.
+        answer_tokens: how many tokens of the full cache's answer `fidelity` follows.
+        max_new_tokens: longest generated answer, if the task's own limit is higher.
         chat: put prompts into the model's chat template.
         trim: cut spaces off the end of prompts; see `prompts`.
         batch: answers decoded together.
@@ -105,7 +105,7 @@ class Sweep:
 
 
 def parse_configurations(texts: Sequence[str]) -> dict[str, CrushConfig | None]:
-    """Name to configuration, braces expanded. Nothing is evicted while decoding: prompts are what is measured."""
+    """Configurations by name, with braces expanded. They evict nothing while decoding."""
     return {
         name: None if config is None else config.replace(interval=0) for name, config in parse_configs(texts).items()
     }

@@ -1,4 +1,4 @@
-"""The figures of a report: one row for each model and configuration."""
+"""The numbers of a report: a row for each model and configuration."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Row:
         model: its name.
         method: the configuration without its budget; a curve of the plots.
         bytes_fraction: mean over the prompts.
-        kl, agreement, gold_nll, score: over all tasks, each counting alike; None where not measured.
-        worst: the prompt with the highest KL; None where KL was not measured.
+        kl, agreement, gold_nll, score: over all tasks, each counting alike. None: not measured.
+        worst: the prompt with the highest KL. None: not measured.
         task_kl, task_score: means by task.
-        score_to_full, nll_to_full: paired differences to the full cache.
-        kl_to_base, score_to_base: paired differences to importance alone at the same budget; None where this is
-            importance alone, or that was not measured.
-        base: name of that configuration.
+        score_to_full: paired difference to the full cache.
+        kl_to_base, score_to_base: paired differences to the same configuration without representatives. None: this one
+            has none, or the other was not measured.
+        base: name of the configuration without representatives.
     """
 
     model: str
@@ -44,7 +44,6 @@ class Row:
     task_kl: dict[str, Estimate]
     task_score: dict[str, Estimate]
     score_to_full: Comparison | None
-    nll_to_full: Comparison | None
     kl_to_base: Comparison | None
     score_to_base: Comparison | None
     base: str | None
@@ -104,7 +103,6 @@ def _row(
         task_kl=_task_means(group, _kl),
         task_score=_task_means(group, _score),
         score_to_full=paired(group, other, _score) if other else None,
-        nll_to_full=paired(group, other, _nll) if other else None,
         kl_to_base=paired(group, groups[base], _kl) if base else None,
         score_to_base=paired(group, groups[base], _score) if base else None,
         base=base,

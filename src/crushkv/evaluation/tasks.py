@@ -42,7 +42,7 @@ class Prompt:
     Attributes:
         id: of the record within its task.
         trimmed: spaces were cut off the end of `text`.
-        gold: an answer that is right, ready to stand behind `text`; None where the task has none.
+        gold: a right answer, ready to follow `text`. None: the task has none.
         until: strings that end an answer. max_tokens: its length, at most.
         score: the task's main metric of an answer. metric: its name.
     """
@@ -119,7 +119,7 @@ def _task_manager() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the harness's notes on what it loads from the user."""
+    """Hides the harness's messages about what it loads."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -136,8 +136,8 @@ def prompts(
 
     Args:
         chat: renders messages with the model's chat template, up to where the answer begins; None: plain text.
-        trim: cut spaces off the end of prompts. Most tokenizers take them for the start of the next word; behind a
-            space of its own the model is lost for words.
+        trim: cut spaces off the end of prompts. Most tokenizers make a space part of the next word, and models answer
+            badly after a space of its own.
 
     Raises:
         ConfigError: the task's answers are not generated.

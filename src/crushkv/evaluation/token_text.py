@@ -1,4 +1,4 @@
-"""A prompt as tokens, each with the stretch of text that it stands for."""
+"""The tokens of a prompt, each with its piece of the text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..prompts import render
 class TokenText:
     """Token ids `[1, S]` and S pieces of text.
 
-    A piece is a slice of the prompt; joined, they are the prompt. Of several tokens that are parts of one character,
-    the first has the character and the others are empty. Tokens that the tokenizer adds have their name.
+    A piece is a slice of the prompt, and all pieces joined are the prompt. If several tokens make one character, the
+    first has the character, and the others are empty. The piece of a token that the tokenizer adds is its name.
     """
 
     ids: Tensor

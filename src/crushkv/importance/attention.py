@@ -32,10 +32,10 @@ def attention_mass(
         queries: `[B, Hq, T, D]`, of the last T tokens.
         keys: `[B, Hkv, S, D]`, S >= T; Hq is a multiple of Hkv.
         scaling: factor of the logits.
-        real: bool `[B, S]`, or `[B, Hkv, S]` where it differs from head to head; padding receives nothing.
-        queries_weight: bool or float `[B, T]`: how much a query counts, nothing where it is padding; None: all count 1.
+        real: bool `[B, S]`, or `[B, Hkv, S]` if it differs from head to head. Padding receives nothing.
+        queries_weight: bool or float `[B, T]`, how much a query counts. It is 0 for padding. None: all count 1.
         softcap: bound of the logits by tanh (Gemma 2), None for none.
-        block_bytes: upper bound of the weights held at a time (at least one query's are); None: what suits the device.
+        block_bytes: most bytes of weights held at a time, but at least those of one query. None: what suits the device.
         sinks: `[Hq]`, a logit for each head that takes part in every softmax and belongs to no token (gpt-oss).
 
     Returns:
@@ -144,7 +144,7 @@ def window_mass(view: LayerView, half_life: float = 0) -> Tensor:
     """`attention_mass` of the view's queries as a mean over the real ones, so that scores do not grow with them.
 
     Args:
-        half_life: in tokens: a query counts half as much as one that comes so many later; 0: all count the same.
+        half_life: a query counts half as much as one that comes so many tokens later. 0: all count the same.
     """
     assert view.queries is not None
     rows, _, count, _ = view.queries.shape

@@ -18,7 +18,7 @@ _MOST = 10**6
 def check_integer(name: str, value: object, odd: bool = False, least: int = 1) -> None:
     """Raises `ConfigError` unless an option is an integer of at least `least` (and odd, where that is asked for).
 
-    Options count tokens, so that none needs more than a million: memory is taken for them.
+    Options count tokens that memory is allocated for. So none may be above a million.
     """
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not least <= value <= _MOST or (odd and value % 2 == 0):  # type: ignore[operator]
@@ -43,12 +43,12 @@ GATHERED = 128
 
 
 def kept_mass(mass: Tensor, indices: Tensor) -> Tensor:
-    """The mass `[B, Hq, S]` of the tokens that each KV head keeps, at `indices [B, Hkv, K]`: `[B, Hq, K]`."""
+    """Gathers from `mass [B, Hq, S]` the tokens that each KV head keeps, `indices [B, Hkv, K]`: `[B, Hq, K]`."""
     return mass.gather(2, indices.repeat_interleave(mass.shape[1] // indices.shape[1], dim=1))
 
 
 def last_where_hidden(score: Tensor, hidden: Tensor | None) -> Tensor:
-    """Scores `[B, H, S]` with those of hidden tokens, `[B, Hkv, S]`, as low as the lowest of their head."""
+    """Scores `[B, H, S]`, in which hidden tokens (bool `[B, Hkv, S]`) get the lowest score of their head."""
     if hidden is None:
         return score
     hidden = hidden.repeat_interleave(score.shape[1] // hidden.shape[1], dim=1)
@@ -60,26 +60,40 @@ class LayerView:
     """What one layer's cache looks like when its tokens are scored.
 
     Letters: B rows, Hq query heads, Hkv KV heads, S tokens held, T queries at hand, D head size. Tokens stand in
-    the order of the text. The queries are the last T that were seen; T may exceed the window, and then the tokens
-    of the earlier ones may have been evicted.
+    the order of the text. The queries are the last T that were seen. T may exceed the window; then some tokens of the
+    earlier queries may have been evicted.
+
+    Attributes:
+        keys: `[B, Hkv, S, D]`, after RoPE.
+        values: `[B, Hkv, S, Dv]`.
+        queries: `[B, Hq, T, D]`, after RoPE.
+        scaling: factor of the attention logits.
+        real: bool `[B, S]`, False for padding. None: all tokens are real.
+        queries_real: bool `[B, T]`, the same for the queries.
+        mass: float32 `[B, Hq, S]`, what `Policy.accumulate` has gathered.
+        received: float32 `[B, Hq, S]`, `attention_mass` of the queries, if the engine has it.
+        softcap: of the attention logits, if the model has one.
+        sinks: `[Hq]`, logits in every softmax that belong to no token, if the model has them.
+        seed: of everything drawn at random.
+        hidden: bool `[B, Hkv, S]`, tokens that were read as real and that the present mask hides. None: there are none.
     """
 
-    keys: Tensor  # [B, Hkv, S, D], after RoPE
-    values: Tensor  # [B, Hkv, S, Dv]
-    queries: Tensor | None  # [B, Hq, T, D], after RoPE
-    scaling: float  # of the attention logits
-    real: Tensor | None = None  # bool [B, S], False for padding; None: all are real
-    queries_real: Tensor | None = None  # bool [B, T], the same for the queries
-    mass: Tensor | None = None  # float32 [B, Hq, S]: what `Policy.accumulate` has gathered
-    received: Tensor | None = None  # float32 [B, Hq, S]: `attention_mass` of the queries, where the engine has it
-    softcap: float | None = None  # of the attention logits, where the model has one
-    sinks: Tensor | None = None  # [Hq]: logits in every softmax that belong to no token, where the model has them
+    keys: Tensor
+    values: Tensor
+    queries: Tensor | None
+    scaling: float
+    real: Tensor | None = None
+    queries_real: Tensor | None = None
+    mass: Tensor | None = None
+    received: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
     seed: int = 0
-    hidden: Tensor | None = None  # bool [B, Hkv, S]: read as real, and hidden by the present mask; None: none is
+    hidden: Tensor | None = None
 
     @property
     def shown(self) -> Tensor | None:
-        """What may be attended to, bool `[B, S]` or `[B, Hkv, S]`; None: everything."""
+        """Which tokens may be attended to, bool `[B, S]` or `[B, Hkv, S]`. None: all of them."""
         if self.hidden is None:
             return self.real
         return ~self.hidden if self.real is None else self.real[:, None] & ~self.hidden
@@ -87,19 +101,23 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """Scores tokens by importance. Holds options only, no state: one object serves every layer and run.
+    """Scores tokens by importance. It holds options and no state: one object serves every layer and run.
 
-    A new policy is a frozen dataclass whose fields are its options, registered with
-    `crushkv.importance.register` or through the entry point group `crushkv.policies`.
+    A new policy is a frozen dataclass whose fields are its options. Register it with `crushkv.importance.register`, or
+    through the entry point group `crushkv.policies`.
+
+    Attributes:
+        name: as users write it.
+        paper: where it was published, or `"none"`.
+        gives_mass: whether the scores are attention mass, that is not negative, and comparable by sums.
+        streams: whether `accumulate` is shown every query, in order.
+        layer_budget: how a budget is split over the layers.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    # Scores are attention mass: not negative, and comparable by sums.
     gives_mass: ClassVar[bool] = True
-    # Every query is shown to `accumulate`, in order, and its result is carried along.
     streams: ClassVar[bool] = False
-    # How a budget is split over the layers.
     layer_budget: ClassVar[Literal["uniform", "pyramid"]] = "uniform"
 
     def queries(self, window: int) -> int:
@@ -107,25 +125,25 @@ class Policy(ABC):
         return 0
 
     def accumulate(self, view: LayerView) -> Tensor:
-        """Attention mass after the view's queries, `[B, Hq, S]`; `view.mass` holds that before them.
+        """Adds the attention of the view's queries to `view.mass`, and returns the sum, `[B, Hq, S]`.
 
-        Called for policies that stream, with each query exactly once.
+        Policies that stream are called with each query exactly once.
         """
         raise NotImplementedError
 
     @abstractmethod
     def score(self, view: LayerView) -> Tensor:
-        """Importance, higher is more: float32 `[B, Hq, S]`, or `[B, Hkv, S]` from a policy blind to queries.
+        """Importance of each token: float32 `[B, Hq, S]`, or `[B, Hkv, S]` if the policy looks at no query.
 
-        Finite everywhere; what stands at padding is not read.
+        A higher score is more important. All scores are finite. The scores of padding are not read.
         """
 
 
 def scores(policy: Policy, view: LayerView) -> Tensor:
-    """What a policy says of every token: float32 `[B, H, S]`, hidden ones last.
+    """The policy's scores, float32 `[B, H, S]`, with hidden tokens last.
 
     Raises:
-        ScoreError: the shape is another one. A policy may be anybody's, and fewer scores would be other tokens'.
+        ScoreError: the policy gave scores of another shape. Anybody may have written it.
     """
     found = policy.score(view)
     rows, _, tokens, _ = view.keys.shape

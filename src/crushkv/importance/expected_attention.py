@@ -15,13 +15,13 @@ class ExpectedAttention(Policy):
     """The attention that future queries are expected to give, if queries are Gaussian (arXiv 2510.00636).
 
     E[exp(q k / sqrt d)] = exp(mu k / sqrt d + k Sigma k / 2 d), normalised over the tokens and weighted by the
-    norm of the value. The paper takes mu and Sigma of queries before RoPE and averages RoPE over the positions
-    to come; here both are taken of the last queries after RoPE, which averages RoPE over the positions just
-    read, and needs to know nothing about the model.
+    norm of the value. The paper takes mu and Sigma of queries before RoPE, and averages RoPE over future positions.
+    Here both come from the last queries after RoPE. This averages RoPE over the positions just read, and needs no
+    knowledge of the model.
 
     Attributes:
-        samples: how many of the last queries mu and Sigma are taken of.
-        epsilon: added to the expected attention, so that values count also where it vanishes.
+        samples: how many of the last queries give mu and Sigma.
+        epsilon: added to the expected attention, so that values count where it vanishes, too.
     """
 
     name = "expected_attention"

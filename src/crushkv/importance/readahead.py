@@ -9,11 +9,12 @@ from .snapkv import SnapKV
 @register
 @dataclass(frozen=True)
 class ReadAhead(SnapKV):
-    """SnapKV, aimed at what the answer will read, not only at what the prompt's end looks at (docs/research.md).
+    """SnapKV, which also keeps what follows the tokens that the prompt's end attends to (docs/research.md).
 
-    The end of a prompt looks at the beginning of what the answer will copy: the score of that is lent to the tokens
-    that follow. The last queries are nearest to the answer, and count most. Attention counts by what it brings, the
-    norm of the value. Options as of `SnapKV`; `ahead=0`, `half_life=0` and `value_norm=False` together are SnapKV.
+    The end of a prompt attends to the beginning of the passage that the answer will copy, so each token gives its score
+    to the tokens that follow, too. The last queries are nearest to the answer, and count most. Attention is multiplied
+    by the norm of the value. The options are those of `SnapKV`; with `ahead=0`, `half_life=0` and `value_norm=False`
+    it is SnapKV.
     """
 
     name = "readahead"

@@ -30,7 +30,7 @@ def register(policy: P) -> P:
 
 @cache
 def _load_entry_points() -> None:
-    """Loads the policies of other packages. One that fails is known by its name, and only by that."""
+    """Loads the policies of other packages, and notes the names of those that fail."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             policy = entry.load()

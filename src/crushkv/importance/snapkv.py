@@ -21,12 +21,12 @@ class SnapKV(Policy):
     Attributes:
         kernel: odd width of the smoothing over positions; 1 is none.
         pooling: `max` or `avg`.
-        ahead: how many tokens more before a token lend it their score: what follows a token that is looked at will be
-            read next. Not in the paper; 0 is none.
-        half_life: in tokens: a query counts half as much as one that comes so many later. Not in the paper, where all
-            count the same; so does 0.
-        value_norm: attention is multiplied by the Euclidean norm of the token's value, as what it adds to the output
-            grows with both (arXiv 2406.12335, which takes the sum of the magnitudes).
+        ahead: a token gives its score to so many tokens that follow, too, because they will be read next. Not in the
+            paper. 0: to none.
+        half_life: a query counts half as much as one that comes so many tokens later. Not in the paper. 0: all count
+            the same, as there.
+        value_norm: multiply attention by the Euclidean norm of the token's value, because the token adds their product
+            to the output (arXiv 2406.12335 takes the sum of the magnitudes).
     """
 
     name = "snapkv"

@@ -27,13 +27,13 @@ from ..hf.support import check_prompt
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run of `generate` gave and took. Seconds and bytes.
+    """The answer of one run of `generate`, its seconds and its bytes.
 
     Attributes:
-        token_ids: the answer to the first prompt, without it; its end-of-text token included.
+        token_ids: the answer to the first prompt, without the prompt. The end-of-text token is included.
         prompt_tokens: length of the prompt.
-        ttft: time to first token: from the call until the first token was there.
-        tpot: time per output token after the first, a mean, so that what eviction takes counts; None for one token.
+        ttft: time to first token, from the call.
+        tpot: mean time per output token after the first, evictions included. None: there is only one token.
         tokens_seen: logical length of the cache at the end.
         kv_bytes: keys and values held at the end, measured from their tensors, with 16 bits for a number that is not
             quantized; see `CacheReport`.
@@ -78,7 +78,7 @@ def measure(
         model: a Transformers model that can generate.
         input_ids: `[B, S]`, prompts of one length.
         config: what KVCrush keeps; None runs Transformers' own cache.
-        seed: of sampling; the state of torch's generators outside of this call is left alone.
+        seed: of sampling. torch's generators have the same state before and after.
         on_token: called with the new tokens `[B]` of each step; its time is not counted.
         options: further arguments of `generate`.
 
@@ -124,8 +124,8 @@ def measure(
 def warm_up(model: Any, input_ids: Tensor, config: CrushConfig | None = None, tokens: int = 256) -> None:
     """Generates two tokens from the beginning of a prompt, unmeasured.
 
-    The first run of a process also reads the weights from disk and prepares libraries. That is no property of a
-    cache, and would be counted as the time and the memory of whichever comes first.
+    The first run of a process also reads the weights from disk and prepares libraries. That would count as time and
+    memory of the first cache.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a budget that is small beside so short a prompt
@@ -159,7 +159,7 @@ class TokenClock(BaseStreamer):
             self._elsewhere += time.perf_counter() - arrived
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Called at the end of the answer. There is nothing left to do."""
 
     @property
     def ttft(self) -> float:
@@ -191,7 +191,7 @@ class PeakMemory:
 
 
 def _reset_peak_resident_set() -> int | None:
-    """Makes the kernel forget the highest resident set so far; returns the present one, None where it cannot."""
+    """Resets the highest resident set of the process, and returns the present one. None: it cannot be reset."""
     if sys.platform != "linux":
         return None
     # What the allocator only keeps in reserve would hide a smaller peak.

@@ -23,8 +23,8 @@ class Record:
     Attributes:
         engine: what ran; a ratio is taken to the full cache of the same engine.
         method: `full`, or what was done to the cache.
-        budget: share of the full cache that is kept; None for the full cache, or where the method has none.
-        tokens, batch, new_tokens: of the prompt, rows, and generated in each row.
+        budget: share of the full cache that is kept. None: the full cache, or a method without a budget.
+        tokens, batch, new_tokens: length of the prompt, number of rows, and tokens generated in each row.
         repeat: which round of the run this was.
         ttft_seconds, tpot_seconds: time to first token, and time per output token after it, for all rows together.
         total_seconds: of the request.
@@ -32,8 +32,8 @@ class Record:
         peak_memory_bytes: most memory in use: of the GPU's allocator, or the resident set of the process.
         peak_above_start_bytes: the same, less what was in use before the request.
         kv_bytes: keys and values held at the end. full_kv_bytes: what the full cache would hold.
-        stages: seconds by stage of the eviction; None where nothing is evicted, or not told.
-        note: what a reader has to know of this method.
+        stages: seconds by stage of the eviction. None: nothing is evicted, or the engine does not tell.
+        note: a remark about this method.
         error: why there are no figures.
     """
 

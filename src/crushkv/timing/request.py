@@ -65,11 +65,11 @@ def measure_request(
 
 
 def rotated(methods: Sequence[Method], repeat: int) -> list[Method]:
-    """The order of a round: each begins with another method, so that none always follows the same one."""
+    """The order of the methods in a round. Each round begins with another one."""
     first = repeat % len(methods)
     return [*methods[first:], *methods[:first]]
 
 
 def share(config: CrushConfig | None) -> float | None:
-    """A configuration's budget, where it is a share of the full cache."""
+    """A configuration's budget, if it is a share of the full cache."""
     return config.budget if config is not None and isinstance(config.budget, float) else None

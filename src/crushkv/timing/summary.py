@@ -16,7 +16,7 @@ Read = Callable[[Record], float | None]
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, and the range that it is from."""
+    """A median and a range."""
 
     median: float
     low: float
@@ -28,10 +28,10 @@ class Figure:
     """One method at one length, batch size and budget, over all repeats.
 
     Attributes:
-        kv_share: of what the full cache of the same request would hold.
+        kv_share: bytes held, as a share of the full cache of the same request.
         ttft_ratio, tpot_ratio: to the full cache of the same engine, each request to the one of the same repeat.
         stages: share of the whole request, by stage.
-        own_share: of the stages that are KVCrush's own.
+        own_share: share of the stages that only KVCrush has (signatures, distances, grouping).
         remarks: notes and errors of the requests, each once.
     """
 
@@ -55,7 +55,7 @@ class Figure:
 
     @property
     def name(self) -> str:
-        """Method and budget; the engine, where it is another's."""
+        """Method and budget, and the engine if it is not crushkv."""
         engine = "" if self.engine == ENGINE else f"{self.engine}: "
         return engine + label(self.method, self.budget)
 

@@ -14,7 +14,7 @@ from .schedule import Eviction, EvictionSchedule
 
 @dataclass(frozen=True)
 class Compaction:
-    """What a worker is told: before this step, move what is kept into `blocks`, which are then all that is held."""
+    """Tells a worker to move kept tokens into `blocks` before this step. The request then holds only these."""
 
     eviction: Eviction
     blocks: list[int]
@@ -52,7 +52,7 @@ class CompactingManager(FullAttentionManager):
 
     @classmethod
     def adopt(cls, manager: FullAttentionManager) -> CompactingManager:
-        """Turns vLLM's manager into this one. vLLM creates it deep inside, and keeps several references to it."""
+        """Turns vLLM's manager into this one, in place: vLLM keeps several references to it."""
         manager.__class__ = cls
         manager.schedules, manager.dropped, manager.reservations, manager.due = {}, {}, {}, {}
         return manager
@@ -134,7 +134,7 @@ class CompactingManager(FullAttentionManager):
         return blocks if reservation is None else blocks + reservation.fresh
 
     def take_due(self) -> dict[str, Compaction]:
-        """The compactions of the step before, without those of requests that have ended or start anew."""
+        """The compactions of the previous step, without requests that have ended or start again."""
         due, self.due = self.due, {}
         return due
 

@@ -1,4 +1,4 @@
-"""What a worker does for KVCrush: gathers queries, scores what is held, selects, and moves it within the cache."""
+"""The worker's part: gathers queries, scores the tokens held, selects, and moves them within the cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PagedLayer:
     Attributes:
         index: among all layers of the model.
         cache: as vLLM has it.
-        numbers: dtype of the stored numbers, where the cache holds them as bytes (fp8).
+        numbers: dtype of the stored numbers, if the cache holds them as bytes (fp8).
         key_scale, value_scale: what stored numbers are multiplied with.
         scaling, softcap: of the attention logits.
     """
@@ -145,12 +145,12 @@ class Compactor:
             self._sources, self._places = torch.tensor(sources, device=device), torch.tensor(places, device=device)
 
     def _needed(self, row: StepRow) -> int | None:
-        """First position of the step whose query the next eviction scores with, None without one."""
+        """First position of the step whose query the next eviction needs. None: it needs none."""
         point = row.clock.next_point(row.computed)
         return None if point is None or not self._scored else max(row.computed, point - self._scored)
 
     def _stream(self, row: StepRow) -> int | None:
-        """Sorts a row under a streaming policy: a prompt's queries are used at once, decoded ones gathered."""
+        """For streaming policies: uses the queries of a prompt at once, and gathers those of decoded tokens."""
         if row.clock.next_point(row.computed) is None:
             return None
         mass = self._mass.setdefault(row.request_id, _Mass())

@@ -1,4 +1,4 @@
-"""The layout of vLLM's CPU cache on this machine, found by writing numbers that say where they belong."""
+"""Finds the layout of vLLM's CPU cache on this machine by writing known numbers and looking where they went."""
 
 from __future__ import annotations
 

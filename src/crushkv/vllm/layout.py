@@ -105,5 +105,5 @@ class PermutedLayout(CacheLayout):
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The same numbers as integers of their size: fp8 knows few operations, and none may round."""
+    """The same bytes as integers. Few operations exist for fp8, and none may round."""
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])

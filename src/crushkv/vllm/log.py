@@ -1,4 +1,4 @@
-"""The log of vLLM, whose format and level hold for loggers below its own."""
+"""A logger below vLLM's own, so that vLLM's format and level hold for it."""
 
 from __future__ import annotations
 

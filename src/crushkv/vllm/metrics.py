@@ -29,10 +29,10 @@ class Counters:
 
 @dataclass
 class Sender:
-    """Sends what the counters grew by along with vLLM's `SchedulerStats`.
+    """Sends the increments of the counters along with vLLM's `SchedulerStats`.
 
-    Each of these reaches one API server, whose counters vLLM adds up over the servers: so it has to bring what nobody
-    has been told yet, and not totals. They have a fixed set of fields, without one for plugins. The counts by LoRA
+    Each of these reaches one API server, and vLLM adds up the counters of all servers. So it has to bring increments,
+    not totals. They have a fixed set of fields, without one for plugins. The counts by LoRA
     adapter are a mapping that is read only with LoRA, which is refused.
     """
 
@@ -75,7 +75,7 @@ def install() -> None:
 
 
 def _unregister() -> None:
-    """Takes back the metrics of an earlier engine in this process, as vLLM does with its own."""
+    """Removes the metrics of an earlier engine in this process, as vLLM does with its own."""
     from prometheus_client import REGISTRY
 
     for collector in list(REGISTRY._collector_to_names):

@@ -17,7 +17,7 @@ CLIENT_SOURCE = f"vllm_xargs[{KEY!r}] (in Python: extra_args)"
 
 
 def register() -> None:
-    """Makes `LLM(...)` and the server heed `additional_config["crushkv"]`. Without it, nothing is changed.
+    """Makes `LLM(...)` and the server read `additional_config["crushkv"]`. Without this key nothing changes.
 
     vLLM has no hook between a configuration's creation and its use, none for checking a request's `extra_args`, and
     none for metrics of a scheduler, so the methods that do these are wrapped.

@@ -1,4 +1,4 @@
-"""The model runner: positions stay those of the text, lengths and slots become those of what is held."""
+"""The model runner: positions count the text, lengths and slots count the tokens held."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def check_signatures() -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What a worker says with a step's tokens.
+    """A worker's report, sent with the tokens of a step.
 
     Attributes:
         microseconds: spent on compactions since the last report.
-        failed: requests that could not be compacted before the step: their tokens of this step are of no use.
+        failed: requests that could not be compacted before the step. Their tokens of this step are wrong.
     """
 
     microseconds: int
@@ -181,7 +181,7 @@ class CompactingRunner(GPUModelRunner):
         return result
 
     def _without_unused_generators(self) -> dict[int, torch.Generator]:
-        """Takes away, and returns, the generators of rows whose token nobody gets: they must not advance.
+        """Removes and returns the generators of rows whose token is thrown away. They must not advance.
 
         vLLM lets them advance and rewinds them afterwards, which generators of a CPU cannot. Without its generator such
         a row draws from the common one.
@@ -194,7 +194,7 @@ class CompactingRunner(GPUModelRunner):
         return {row: generators.pop(row) for row in rows & generators.keys()}
 
     def _report(self) -> Report:
-        """What the scheduler has to hear."""
+        """The report for the scheduler."""
         assert self.crush is not None
         seconds = self.crush.totals.seconds
         report = Report(round((seconds - self.crush_reported) * 1e6), frozenset(self.crush_failed))

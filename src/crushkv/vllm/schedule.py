@@ -51,7 +51,7 @@ class EvictionSchedule:
         return Clock(self.config.interval, self.prompt)
 
     def eviction(self, seen: int, held: int) -> Eviction | None:
-        """What happens at the point `seen` to a request that holds `held` tokens; None where all are kept."""
+        """The eviction at the point `seen` of a request that holds `held` tokens. None: all tokens stay."""
         budget = min(shares.alike(seen, self.bytes_per_token) for shares in self.shares)
         if self.shares[0].nothing_to_do(held, budget):
             return None

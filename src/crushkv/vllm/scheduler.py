@@ -126,14 +126,14 @@ class CrushScheduler(Scheduler):
         super()._free_blocks(request)
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """The last say on how many tokens a step computes: no step crosses a point of the schedule."""
+        """Limits the tokens of a step, so that no step crosses a point of the schedule."""
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         schedule = self.blocks.schedules.get(request.request_id)
         point = None if schedule is None else schedule.clock.next_point(num_computed_tokens)
         return tokens if point is None else min(tokens, point - num_computed_tokens)
 
     def _get_local_prefix_cache_hit(self, request: Any) -> tuple[Any, int, int, bool]:
-        """Leaves the queries that score out of a prefix hit: they are known only where tokens are computed."""
+        """Shortens a prefix hit, so that the queries that score are computed."""
         hit, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         schedule = self.blocks.schedules.get(request.request_id)
         if schedule is None:
@@ -163,7 +163,7 @@ class CrushScheduler(Scheduler):
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _leave_alone(self, request_id: str) -> None:
-        """A request could not be compacted, and its blocks are gone: it is computed anew, and left in full."""
+        """Computes a request again and leaves it in full, because it could not be compacted and its blocks are gone."""
         if self.blocks.schedules.pop(request_id, None) is None:
             return  # heard of before
         request = self.requests.get(request_id)

@@ -38,7 +38,7 @@ def engine_config(additional_config: Any) -> CrushConfig | None:
         if additional_config and _FIELDS.issuperset(additional_config):
             raise ConfigError(
                 f"additional_config={quoted(dict(additional_config))}: these are fields of crushkv's configuration; "
-                f"accepted are they under the key {KEY!r}: {{{KEY!r}: {{...}}}}"
+                f"put them under the key {KEY!r}: {{{KEY!r}: {{...}}}}"
             )
     if given is not None:
         return _parse(given, f"additional_config[{KEY!r}]")
@@ -54,7 +54,7 @@ def engine_config(additional_config: Any) -> CrushConfig | None:
 
 
 def _check_keys(keys: Iterable[Any], where: str) -> None:
-    """Refuses a key that is meant to be `crushkv`: it would be heeded by nobody."""
+    """Refuses a misspelt `crushkv`, which nobody would read."""
     for key in keys:
         if isinstance(key, str) and key != KEY and len(key) <= 20:
             plain = "".join(filter(str.isalnum, key.lower()))

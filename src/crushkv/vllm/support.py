@@ -43,7 +43,7 @@ def check_engine(vllm_config: Any, config: CrushConfig) -> None:
 
 
 def _check_sizes(config: CrushConfig, longest: int) -> None:
-    """Refuses sizes beyond the tokens that a request can have: they could never do anything."""
+    """Refuses a window or a page that is longer than any request can be."""
     budget = config.parsed_budget
     if config.page_size > longest:
         raise ConfigError(f"page_size={config.page_size} tokens is above max_model_len={longest}")
