@@ -83,14 +83,14 @@ class HeadNeeds:
 
 
 def alike(parts: Sequence[float]) -> list[tuple[int, ...]]:
-    """The fewest groups of heads whose `parts` are about the same, each group in ascending order."""
+    """The fewest groups of heads whose `parts` are about the same, and the groups, in ascending order."""
     order = sorted(range(len(parts)), key=lambda head: parts[head])
     ordered = [parts[head] for head in order]
     for count in range(1, min(MOST_GROUPS, len(parts)) + 1):
         error, ends = _cut(ordered, count)
         if error <= (ALIKE**2) * len(parts):
             break
-    return [tuple(sorted(order[a:b])) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return sorted(tuple(sorted(order[a:b])) for a, b in zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _cut(ordered: Sequence[float], count: int) -> tuple[float, list[int]]:

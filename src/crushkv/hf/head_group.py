@@ -37,7 +37,7 @@ class Heads:
     """Some KV heads of a layer, and the query heads that read them.
 
     Args:
-        numbers: of the KV heads.
+        numbers: of the KV heads, ascending.
         of: KV heads of the layer.
     """
 
@@ -51,8 +51,13 @@ class Heads:
         return len(self.numbers)
 
     def pick(self, x: Tensor, dim: int = 1) -> Tensor:
-        """What belongs to these heads of a tensor with a place for each KV or query head of the layer at `dim`."""
+        """What belongs to these heads of a tensor with a place for each KV or query head of the layer at `dim`.
+
+        A view where the heads follow each other.
+        """
         key = x.shape[dim] // self.of, x.device
+        if self.numbers[-1] - self.numbers[0] == len(self) - 1:
+            return x.narrow(dim, self.numbers[0] * key[0], len(self) * key[0])
         if key not in self._indices:
             first = torch.tensor(self.numbers) * key[0]
             self._indices[key] = (first[:, None] + torch.arange(key[0])).flatten().to(x.device)

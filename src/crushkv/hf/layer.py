@@ -142,9 +142,11 @@ class CrushLayer(CacheLayerMixin):
         if len(parts) == 1:
             return parts[0]
         x = torch.cat(parts, dim)
+        places = [head for group in self.groups if group.heads is not None for head in group.heads.numbers]
+        if places == sorted(places):
+            return x
         key = x.shape[dim] // self.kv_heads, x.device
         if key not in self._back:
-            places = [head for group in self.groups if group.heads is not None for head in group.heads.numbers]
             first = torch.tensor(places).argsort() * key[0]
             self._back[key] = (first[:, None] + torch.arange(key[0])).flatten().to(x.device)
         return x.index_select(dim, self._back[key])

@@ -67,7 +67,8 @@ class TieredStorage:
         self._positions: Tensor | None = None  # int32 [B, Hkv, slots of the last `keep`]
 
     def parted(self, pick: Callable[[Tensor], Tensor]) -> TieredStorage:
-        """A storage of its own for the heads that `pick` takes out of `[B, Hkv, P, D]`. Nothing was packed so far."""
+        """A storage of its own for the heads that `pick` takes out of `[B, Hkv, P, D]`, copied. Nothing was packed so
+        far."""
         assert self.bases is None and self._positions is None, "tokens were kept already"
         assert self.dense.keys is not None and self.dense.values is not None, "nothing is held"
         part = TieredStorage(self._formats, self.dense.growth, self._workspace)
