@@ -43,11 +43,8 @@ def build(
     """
     import time
 
-    import torch
-
     from ..hf import CrushCache, save_cache
-    from ..hf.interface import passed
-    from ..prompts import frame
+    from ..prompts import frame, read_prompt
 
     check_output(output)
     text = read_text("DOCUMENT", document)
@@ -60,11 +57,7 @@ def build(
     say(f"Reading {ids.shape[1]} tokens")
     begin = time.perf_counter()
     cache = CrushCache(loaded.model, config)
-    cache.prefill_end = ids.shape[1]
-    with torch.no_grad():
-        for part in ids.to(loaded.model.device).split(model.prefill_chunk_size or ids.shape[1], dim=1):
-            loaded.model(input_ids=part, **passed(cache), logits_to_keep=1)
-    cache.prefill_end = None
+    read_prompt(loaded.model, ids, cache, model.prefill_chunk_size)
     save_cache(output, cache, loaded.model, ids, {"document": document, "model": model.model, "after": framed.after})
     report = cache.report()
     say(f"Read in {seconds(time.perf_counter() - begin)}")

@@ -60,7 +60,6 @@ def _describe(policy: type[Policy]) -> dict[str, Any]:
         "summary": (inspect.getdoc(policy) or "").split("\n\n")[0],
         "options": options,
         "queries": None if REQUIRED in options.values() else _queries(policy()),
-        "gives_mass": policy.gives_mass,
         "layer_budget": policy.layer_budget,
     }
 

@@ -15,10 +15,10 @@ from ..config import CrushConfig
 from ..core import Tier
 from ..core.buckets import stands_for
 from ..hf import CacheReport, CrushCache, CrushLayer
-from ..hf.interface import passed
 from ..hf.layer import AttentionCall
 from ..hf.support import check_prompt
 from ..importance import scores
+from ..prompts import read_prompt
 from .pages import environment
 from .token_text import tokenize
 
@@ -112,7 +112,6 @@ class _InspectedCache(CrushCache):
     layer_class = _InspectedLayer
 
 
-@torch.no_grad()
 def inspect_prompt(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -137,13 +136,9 @@ def inspect_prompt(
         UnsupportedModelError: the model's cache cannot be compressed.
     """
     prompt = tokenize(tokenizer, text, chat, system)
-    tokens = prompt.ids.shape[1]
-    check_prompt(tokens, model.config)
+    check_prompt(prompt.ids.shape[1], model.config)
     cache = _InspectedCache(model, config)
-    cache.prefill_end = tokens
-    for part in prompt.ids.to(model.device).split(prefill_chunk_size or tokens, dim=1):
-        model(input_ids=part, **passed(cache), logits_to_keep=1)
-
+    read_prompt(model, prompt.ids, cache, prefill_chunk_size)
     crushed = {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, _InspectedLayer)}
     return Inspection(
         pieces=prompt.pieces,

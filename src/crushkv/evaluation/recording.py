@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache
 
 from ..config import CrushConfig
 from ..hf.cache import CrushCache
-from ..hf.interface import passed
 from ..hf.layer import AttentionCall, CrushLayer
+from ..prompts import read_prompt
 
 
 class Recording:
@@ -36,15 +36,12 @@ class Recording:
         tokens: S.
     """
 
-    @torch.no_grad()
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, chunk: int | None = None) -> None:
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
             raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: expected [1, tokens]")
         self._model = model
         self._source = _RecordingCache(model)
-        for part in input_ids.to(model.device).split(chunk or input_ids.shape[1], dim=1):
-            output = model(input_ids=part, **passed(self._source), logits_to_keep=1)
-        self.logits: Tensor = output.logits[0, -1].float()
+        self.logits: Tensor = read_prompt(model, input_ids, self._source, chunk)[0, -1].float()
         self.tokens: int = input_ids.shape[1]
         self._masses: dict[str, list[Tensor]] = {}
 

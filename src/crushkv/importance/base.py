@@ -95,8 +95,6 @@ class Policy(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    # Scores are attention mass: not negative, and comparable by sums.
-    gives_mass: ClassVar[bool] = True
     # Every query is shown to `accumulate`, in order, and its result is carried along.
     streams: ClassVar[bool] = False
     # How a budget is split over the layers.
