@@ -777,7 +777,7 @@ def test_doctor_tells_an_unsupported_transformers(crushkv: Any, monkeypatch: pyt
 
 
 def test_doctor_checks_the_range_that_the_package_asks_for() -> None:
-    from crushkv.cli.system import TORCH, TRANSFORMERS
+    from crushkv.cli.doctor import TORCH, TRANSFORMERS
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     low, high = (".".join(map(str, release)) for release in TRANSFORMERS)

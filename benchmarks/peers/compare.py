@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from crushkv.cli.system import cpu
+from crushkv.cli.doctor import cpu
 from crushkv.embedded import DISTRIBUTION, embedded_model_path
 from crushkv.timing import FULL, repeated_prompt
 from engine import Engine, Record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,8 @@ import typer
 from ..config import CrushConfig
 from ..errors import ConfigError
 from .models import LoadedModel, load
-from .options import Json, ModelOptions, read_text, with_options
-from .output import check_output, only_result_on_stdout, print_json, result_console, say, seconds, size
+from .options import ChatOptions, Json, ModelOptions, read_text, with_options
+from .output import check_output, console, only_result_on_stdout, print_json, say, seconds, size
 
 # The questions are not known yet, so no policy can tell which tokens they will need: each policy loses about as many
 # answers as random eviction does, where 8 bits lose none (benchmarks/accuracy/blind.py). By default every token is kept
@@ -27,11 +28,7 @@ def build(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The cache; a file of that name is replaced.", metavar="FILE")
     ] = Path("document.safetensors"),
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template.", show_default="if the model has one"),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT")] = None,
+    chat: ChatOptions,
     config: CrushConfig,
     model: ModelOptions,
 ) -> None:
@@ -41,8 +38,6 @@ def build(
     kept, in 8 bits, unless --budget says otherwise: an evicted token cannot answer a question, and the questions are
     not known yet.
     """
-    import time
-
     from ..hf import CrushCache, save_cache
     from ..prompts import frame, read_prompt
 
@@ -51,7 +46,7 @@ def build(
     if not text.strip():
         raise ConfigError(f"DOCUMENT {document!r}: the document is empty")
     loaded = load(model)
-    framed = frame(loaded.tokenizer, text, chat, system)
+    framed = frame(loaded.tokenizer, text, chat.chat, chat.system)
     ids = framed.document_ids(loaded.tokenizer)
     loaded.check_room(ids.shape[1])
     say(f"Reading {ids.shape[1]} tokens")
@@ -100,7 +95,7 @@ def ask(
     table = Table("question", "answer", "first token")
     for answer in answers:
         table.add_row(Text(answer["question"]), Text(answer["answer"].strip()), seconds(answer["ttft"]))
-    result_console().print(table)
+    console().print(table)
 
 
 def _answer(loaded: LoadedModel, saved: Any, question: str, max_new_tokens: int) -> dict[str, Any]:
@@ -115,14 +110,8 @@ def _answer(loaded: LoadedModel, saved: Any, question: str, max_new_tokens: int)
     ids = torch.cat([saved.input_ids, asked], dim=1).to(model.device)
     loaded.check_room(ids.shape[1], max_new_tokens)
     clock = TokenClock(model.device)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        **passed(saved.cache()),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        streamer=clock,
-    )
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": clock}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **passed(saved.cache()), **options)
     new = output[0, ids.shape[1] :]
     return {
         "question": question,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, CrushError, nearest, one_line
 from .options import ModelOptions
 from .output import say, versions
+
+if TYPE_CHECKING:
+    from ..timing.measure import Measurement
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = "SmolLM2-135M-Instruct (embedded)"
@@ -41,6 +45,10 @@ class LoadedModel:
         """The model and the versions of the packages: a result has to be read with both."""
         return {"model": self.describe(), "versions": versions(*packages)}
 
+    def figures(self, run: Measurement) -> dict[str, Any]:
+        """The JSON form of one run, with its answer as text."""
+        return {"answer": self.tokenizer.decode(run.token_ids, skip_special_tokens=True), **run.figures()}
+
     def check_room(self, prompt_tokens: int, new_tokens: int = 0) -> None:
         """Refuses a prompt or an answer that the model has no positions for.
 
@@ -68,6 +76,7 @@ def load(options: ModelOptions) -> LoadedModel:
         EmbeddedModelError: the embedded model cannot be prepared.
     """
     import torch
+    import transformers
 
     if options.dtype not in DTYPES:
         raise ConfigError(f"--dtype {options.dtype!r}: unknown.{nearest(options.dtype, DTYPES)}")
@@ -75,9 +84,20 @@ def load(options: ModelOptions) -> LoadedModel:
     _check_attention(options.attn_implementation)
     source, name = _find(options.model)
     say(f"Loading {name}")
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    _quiet_transformers()
+    trust = {"trust_remote_code": options.trust_remote_code}
     try:
-        tokenizer, model, info = _read(source, dtype, options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **trust)
+        # With output_loading_info a pair comes back, which the annotation does not tell.
+        pair: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+            attn_implementation=options.attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **trust,
+        )
+        model, info = pair
     except Exception as error:  # a broken folder fails in as many ways as it has files
         raise ModelError(f"--model {name!r}: {_reason(error)}") from error
     if info["missing_keys"]:
@@ -118,13 +138,11 @@ def load_local(model: str | None) -> Any:
     """
     import transformers
 
-    from .system import memory
-
     source, name = _find(model)
     size = sum(file.stat().st_size for file in _local_folder(source).glob("*.safetensors"))
     if not size:
         raise ModelError(f"{name!r} has no weights in safetensors format on this machine")
-    free = memory()["available_bytes"]
+    _, free = memory()
     if free is not None and size > free:
         raise ModelError(f"the {size / 2**30:.1f} GiB of weights of {name!r} do not fit into the free memory")
     _quiet_transformers()
@@ -164,25 +182,6 @@ def _find(model: str | None) -> tuple[str, str]:
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
         raise ModelError(f"--model {model!r}: there is no such folder, and it is no Hugging Face id (owner/name)")
     return model, model
-
-
-def _read(source: str, dtype: Any, options: ModelOptions) -> tuple[Any, Any, dict[str, Any]]:
-    import transformers
-
-    _quiet_transformers()
-    trust = options.trust_remote_code
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-    # With output_loading_info a pair comes back, which the annotation does not tell.
-    pair: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtype,
-        attn_implementation=options.attn_implementation,
-        use_safetensors=True,
-        trust_remote_code=trust,
-        output_loading_info=True,
-    )
-    model, info = pair
-    return tokenizer, model, info
 
 
 def _quiet_transformers() -> None:
@@ -232,11 +231,35 @@ def _device(name: str) -> Any:
 
 
 def _check_attention(name: str) -> None:
-    from ..hf.attention import SUPPORTED
-    from .system import attention_implementations
-
-    if name not in SUPPORTED:
-        raise ConfigError(f"--attn-implementation {name!r}: unknown.{nearest(name, SUPPORTED)}")
+    present = attention_implementations()
+    if name not in present:
+        raise ConfigError(f"--attn-implementation {name!r}: unknown.{nearest(name, present)}")
     # Transformers would download a kernel from the Hub instead.
-    if not attention_implementations()[name]:
+    if not present[name]:
         raise ConfigError(f"--attn-implementation {name!r}: its package (flash-attn) or a GPU for it is missing here")
+
+
+def attention_implementations() -> dict[str, bool]:
+    """The implementations that crushkv works with, and whether each can be used here."""
+    from transformers import utils
+
+    from ..hf.attention import SUPPORTED
+
+    def present(name: str) -> bool:
+        if not name.startswith("flash_attention_"):
+            return True
+        check = getattr(utils, f"is_flash_attn_{name[-1]}_available", None)  # absent where Transformers is older
+        return check is not None and bool(check())
+
+    return {name: present(name) for name in SUPPORTED}
+
+
+def memory() -> tuple[int | None, int | None]:
+    """Bytes of this machine, and how many of them are available, as Linux tells; None elsewhere."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        text = ""
+    found = [re.search(rf"{name}:\s*(\d+) kB", text) for name in ("MemTotal", "MemAvailable")]
+    total, free = (int(match[1]) * 1024 if match else None for match in found)
+    return total, free

@@ -22,7 +22,6 @@ from ..presets import PRESETS
 STDIN = "-"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Use the chat template.")]
 Configs = Annotated[
     list[str] | None,
     typer.Option(
@@ -36,11 +35,11 @@ Configs = Annotated[
 ]
 _model = functools.partial(typer.Option, rich_help_panel="Model", show_default=False)
 _prompt = functools.partial(typer.Option, rich_help_panel="Prompt", show_default=False)
-_task = functools.partial(typer.Option, rich_help_panel="Tasks", show_default=False)
+_config = functools.partial(typer.Option, rich_help_panel="KV cache", show_default=False)
 
 ModelName = Annotated[
     str | None,
-    _model(metavar="MODEL", help="Hugging Face id or folder. [dim]default: SmolLM2-135M-Instruct, embedded[/]"),
+    _model(metavar="MODEL", help="Hugging Face id or folder.  [default: SmolLM2-135M-Instruct, embedded]"),
 ]
 
 
@@ -52,7 +51,7 @@ class ModelOptions:
     dtype: Annotated[str, _model(metavar="NAME", help="auto (as saved), float32, bfloat16 or float16.")] = "auto"
     device: Annotated[str, _model(metavar="NAME", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto"
     attn_implementation: Annotated[
-        str, _model(metavar="NAME", help="sdpa, eager or flash_attention_2. [dim]default: sdpa[/]")
+        str, _model(metavar="NAME", help="sdpa, eager or flash_attention_2.  [default: sdpa]")
     ] = "sdpa"
     prefill_chunk_size: Annotated[
         int | None, _model(metavar="TOKENS", help="Read prompts in pieces of this length.", min=1)
@@ -68,18 +67,23 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptOptions:
-    """Where the prompt comes from, and whether it goes through the chat template (None: if there is one)."""
+class ChatOptions:
+    """How text becomes a prompt: through the chat template or not (None: if there is one)."""
+
+    chat: Annotated[
+        bool | None, _prompt("--chat/--no-chat", help="Use the chat template.  [default: if the model has one]")
+    ] = None
+    system: Annotated[str | None, _prompt(metavar="TEXT", help="System message.")] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptOptions(ChatOptions):
+    """Where the prompt comes from."""
 
     prompt: Annotated[str | None, _prompt(metavar="TEXT", help="The prompt; - is standard input.")] = None
     file: Annotated[
         str | None, _prompt(metavar="FILE", help="A file that is read before --prompt; - is standard input.")
     ] = None
-    chat: Annotated[
-        bool | None,
-        _prompt("--chat/--no-chat", help="Use the chat template. [dim]default: if the model has one[/]"),
-    ] = None
-    system: Annotated[str | None, _prompt(metavar="TEXT", help="System message.")] = None
 
     def read(self) -> str:
         """The text of `--prompt`, of `--file`, of both (the file first), or of standard input.
@@ -120,24 +124,14 @@ def read_text(option: str, name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskOptions:
-    """Where the tasks of an evaluation come from."""
+class ResultOptions:
+    """Where the result goes."""
 
-    data_dir: Annotated[
+    output: Annotated[
         Path | None,
-        _task(
-            metavar="DIR",
-            help="Folder of JSON lines in LongBench's format, a file a task. [dim]default: the harness's own data[/]",
-        ),
+        typer.Option("--output", "-o", help="Keep every single result in this file (JSON).", metavar="FILE"),
     ] = None
-    haystack: Annotated[
-        Path | None,
-        _task(
-            metavar="PATH",
-            help="Text in which retrieval tasks hide facts: a file or a folder. [dim]default: bundled[/]",
-        ),
-    ] = None
-    prompt_seed: Annotated[int, _task(metavar="INT", min=0, help="Seed of the retrieval prompts.")] = 0
+    as_json: Json = False
 
 
 def with_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -146,21 +140,25 @@ def with_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..
     It adds `--debug`.
 
     Args:
-        defaults: fields of `CrushConfig` that have another default in this command.
+        defaults: fields of these dataclasses that have another default in this command.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         parameters: list[inspect.Parameter] = []
-        build: Any
         groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
-            kind = parameter.annotation
+            kind: Any = parameter.annotation
             if not dataclasses.is_dataclass(kind):
                 parameters.append(parameter)
                 continue
-            options, build = _dataclass_options(kind), kind
+            fields = dataclasses.fields(kind)
+            build: Any = kind
+            changed = {field.name: defaults[field.name] for field in fields if field.name in defaults}
             if kind is CrushConfig:
-                options, build = _config_options(defaults), functools.partial(_build_config, defaults)
+                options, build = _config_options(changed), functools.partial(_build_config, changed)
+            else:
+                hints = typing.get_type_hints(kind, include_extras=True)
+                options = [_option(f.name, hints[f.name], changed.get(f.name, f.default)) for f in fields]
             groups[parameter.name] = build, [option.name for option in options]
             parameters += options
 
@@ -181,11 +179,6 @@ def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _dataclass_options(kind: Any) -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return [_option(field.name, hints[field.name], field.default) for field in dataclasses.fields(kind)]
-
-
 def _set_debug(context: typer.Context, value: bool) -> None:
     if value:
         context.find_root().obj.debug = True
@@ -200,13 +193,11 @@ _DEBUG = _option(
 )
 
 
-# The fields of `CrushConfig`. An option that is not given is None: then --config or the default holds.
-
-_config = functools.partial(typer.Option, rich_help_panel="KV cache", show_default=False)
-
-
 def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
-    """`--config`, and an option for each field of `CrushConfig`. Its help is the first sentence about the field."""
+    """`--config`, and an option for each field of `CrushConfig`, with the first sentence about the field as its help.
+
+    An option that is not given is None: then `--config` or the default holds.
+    """
     whole = _config(
         "--config",
         "--preset",
@@ -223,8 +214,7 @@ def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
             text = f"{text.removesuffix('.')} ({', '.join(choices)})."
         default = changed.get(field.name, field.default)
         if default is not None and default is not dataclasses.MISSING:
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-            text += f" [dim]default: {shown}[/]"
+            text += f"  [default: {str(default).lower()}]"
         flag = "--" + field.name.replace("_", "-")
         info = _config(flag.removesuffix("s") if kind == list[str] else flag, metavar=metavar, help=text)
         options.append(_option(field.name, Annotated[kind | None, info], None))
@@ -236,10 +226,8 @@ def _kind(hint: Any) -> tuple[Any, str, Iterable[str]]:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return str, "NAME", typing.get_args(hint)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         return list[str], "NAME=VALUE", ()
-    if hint == tuple[str, ...]:
-        return list[str], "NAME", ()
     return (int, "INT", ()) if hint is int else (str, "true|false" if hint is bool else "VALUE", ())
 
 
@@ -249,7 +237,7 @@ def _documentation(kind: Any) -> dict[str, str]:
     sentences = {}
     for name, text in found:
         sentence = re.split(r"(?<=[.;]) (?=[A-Z`0-9])", " ".join(text.split()), maxsplit=1)[0].rstrip(".;")
-        sentences[name] = f"{sentence[:1].upper()}{sentence[1:]}.".replace("[", r"\[")
+        sentences[name] = f"{sentence[:1].upper()}{sentence[1:]}."
     return sentences
 
 
@@ -298,8 +286,3 @@ def _read(name: str, value: Any) -> Any:
             raise ConfigError(f"--policy-option {pair!r}: accepted is NAME=VALUE, for example kernel=5")
         options[key] = read_value(text)
     return options
-
-
-def split_names(text: str) -> list[str]:
-    """The names in `a,b`."""
-    return [name.strip() for name in text.split(",") if name.strip()]

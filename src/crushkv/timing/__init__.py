@@ -2,8 +2,8 @@
 
 from .prompt import repeated_prompt
 from .record import ENGINE, FULL, Record, label, read_records, record_of, write_record
-from .request import measure_request, rotated, share
-from .summary import OWN_STAGES, Figure, Spread, summarize
+from .request import Request, measure_request, rotated, share
+from .summary import OWN_STAGES, Figure, Spread, summarize, summarize_runs
 
 __all__ = [
     "ENGINE",
@@ -11,6 +11,7 @@ __all__ = [
     "OWN_STAGES",
     "Figure",
     "Record",
+    "Request",
     "Spread",
     "label",
     "measure_request",
@@ -20,5 +21,6 @@ __all__ = [
     "rotated",
     "share",
     "summarize",
+    "summarize_runs",
     "write_record",
 ]
