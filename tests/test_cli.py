@@ -770,7 +770,7 @@ def test_doctor_says_when_vllm_leaves_the_plugin_out(
 
 
 def test_doctor_tells_an_unsupported_transformers(crushkv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crushkv.cli.output.installed", lambda name: {"transformers": "5.15.1"}.get(name, "2.9.0"))
+    monkeypatch.setattr("crushkv.machine.installed", lambda name: {"transformers": "5.15.1"}.get(name, "2.9.0"))
     outcome = crushkv("doctor", "--json")
     assert outcome.code == 1
     assert "transformers 5.15.1" in json.loads(outcome.out)["problems"][0]

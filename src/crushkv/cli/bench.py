@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-import typer
-
 from ..config import CrushConfig
 from ..errors import ConfigError, one_line
+from ..machine import device_name
 from ..presets import PRESETS
-from .doctor import processor
+from ..text import seconds, size
 from .models import LoadedModel, load
-from .options import Configs, ModelOptions, ResultOptions, with_options
-from .output import Progress, check_output, console, only_result_on_stdout, plain_table, say, seconds, size
+from .options import Configs, ModelOptions, ResultOptions, option, with_options
+from .output import Progress, check_output, console, only_result_on_stdout, plain_table, say
 
 if TYPE_CHECKING:
     from ..timing import Figure, Record, Request, Spread
@@ -29,15 +28,11 @@ class RequestOptions:
     """What is to be measured."""
 
     method: Configs = None
-    tokens: Annotated[str, typer.Option(help="Lengths of the prompt, separated by commas.", metavar="TOKENS,...")] = (
-        "1024,2048,4096"
-    )
-    budgets: Annotated[
-        str, typer.Option(help="Budgets of the methods that name none themselves.", metavar="AMOUNT,...")
-    ] = "0.25"
-    batch: Annotated[str, typer.Option(help="Batch sizes.", metavar="ROWS,...")] = "1"
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate in each row.", metavar="TOKENS", min=2)] = 32
-    repeats: Annotated[int, typer.Option(help="Rounds. Ratios are medians over them.", metavar="NUMBER", min=1)] = 3
+    tokens: Annotated[str, option("Lengths of the prompt, separated by commas.", "TOKENS,...")] = "1024,2048,4096"
+    budgets: Annotated[str, option("Budgets of the methods that name none themselves.", "AMOUNT,...")] = "0.25"
+    batch: Annotated[str, option("Batch sizes.", "ROWS,...")] = "1"
+    new_tokens: Annotated[int, option("Tokens to generate in each row.", "TOKENS", min=2)] = 32
+    repeats: Annotated[int, option("Rounds. Ratios are medians over them.", "NUMBER", min=1)] = 3
 
     def requests(self) -> list[Request]:
         """All requests, round by round. Each round measures the methods in another order.
@@ -89,12 +84,9 @@ def bench(
     *,
     asked: RequestOptions,
     result: ResultOptions,
-    plots: Annotated[
-        Path | None, typer.Option(help="Write plots as PNG and SVG into this folder.", metavar="DIR")
-    ] = None,
+    plots: Annotated[Path | None, option("Write plots as PNG and SVG into this folder.", "DIR")] = None,
     show: Annotated[
-        list[Path] | None,
-        typer.Option(help="Measure nothing: show the results in this file. Repeatable.", metavar="FILE"),
+        list[Path] | None, option("Measure nothing: show the results in this file. Repeatable.", "FILE")
     ] = None,
     model: ModelOptions,
 ) -> None:
@@ -167,36 +159,35 @@ def _machine(loaded: LoadedModel) -> dict[str, Any]:
     """What a figure has to be read with."""
     import torch
 
-    device = loaded.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {"device": name, "threads": torch.get_num_threads(), **loaded.conditions()}
+    return {"device": device_name(loaded.model.device), "threads": torch.get_num_threads(), **loaded.conditions()}
 
 
 def _print(figures: Sequence[Figure]) -> None:
     """Time and memory for each length and batch size, and remarks about the rows below them."""
+    tables: tuple[tuple[tuple[str, Callable[[Figure], str]], ...], ...] = (
+        (
+            ("TTFT", lambda figure: _median(figure.ttft, seconds)),
+            ("of full (range)", lambda figure: _ranged(figure.ttft_ratio, 2, "x")),
+            ("TPOT", lambda figure: _median(figure.tpot, seconds)),
+            ("of full (range)", lambda figure: _ranged(figure.tpot_ratio, 2, "x")),
+        ),
+        (
+            ("KV cache", lambda figure: _median(figure.kv_bytes, size)),
+            ("of full", lambda figure: _median(figure.kv_share, "{:.1%}".format)),
+            ("peak MiB (range)", lambda figure: _ranged(figure.peak_above_start, 0, scale=2**20)),
+            ("tokens/s", lambda figure: _median(figure.tokens_per_second, "{:.1f}".format)),
+            ("own", lambda figure: f"{figure.own_share:.2%}" if figure.own_share else "-"),
+        ),
+    )
     shown = console()
     for tokens, batch in dict.fromkeys((figure.tokens, figure.batch) for figure in figures):
         found = [figure for figure in figures if (figure.tokens, figure.batch) == (tokens, batch)]
         shown.print(f"\n{tokens} tokens{'' if batch == 1 else f', batch of {batch}'}", style="bold")
-        times = plain_table("method", ("TTFT", "of full (range)", "TPOT", "of full (range)"))
-        memory = plain_table("method", ("KV cache", "of full", "peak MiB (range)", "tokens/s", "own"))
-        for figure in found:
-            times.add_row(
-                figure.name,
-                _median(figure.ttft, seconds),
-                _ranged(figure.ttft_ratio, 2, unit="x"),
-                _median(figure.tpot, seconds),
-                _ranged(figure.tpot_ratio, 2, unit="x"),
-            )
-            memory.add_row(
-                figure.name,
-                _median(figure.kv_bytes, size),
-                _median(figure.kv_share, "{:.1%}".format),
-                _ranged(figure.peak_above_start, 0, scale=2**20),
-                _median(figure.tokens_per_second, "{:.1f}".format),
-                f"{figure.own_share:.2%}" if figure.own_share else "-",
-            )
-        shown.print(times, memory, sep="\n")
+        for columns in tables:
+            table = plain_table("method", (name for name, _ in columns))
+            for figure in found:
+                table.add_row(figure.name, *(cell(figure) for _, cell in columns))
+            shown.print(table)
         for figure in found:
             for remark in figure.remarks:
                 shown.print(f"{figure.name}: {remark}", markup=False)
@@ -209,7 +200,8 @@ def _median(spread: Spread | None, show: Callable[[float], str]) -> str:
     return "-" if spread is None else show(spread.median)
 
 
-def _ranged(spread: Spread | None, digits: int, scale: float = 1, unit: str = "") -> str:
+def _ranged(spread: Spread | None, digits: int, unit: str = "", scale: float = 1) -> str:
+    """The median, and in brackets the range: `0.52x (0.50-0.55)`."""
     if spread is None:
         return "-"
     median, low, high = (f"{value / scale:.{digits}f}" for value in (spread.median, spread.low, spread.high))

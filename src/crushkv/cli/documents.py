@@ -11,9 +11,10 @@ import typer
 
 from ..config import CrushConfig
 from ..errors import ConfigError
+from ..text import seconds, size
 from .models import LoadedModel, load
-from .options import ChatOptions, Json, ModelOptions, read_text, with_options
-from .output import check_output, console, only_result_on_stdout, print_json, say, seconds, size
+from .options import ChatOptions, Json, ModelOptions, NewTokens, output_option, read_text, with_options
+from .output import check_output, console, only_result_on_stdout, print_json, say
 
 # The questions are not known yet, so no policy can tell which tokens they will need: each policy loses about as many
 # answers as random eviction does, where 8 bits lose none (benchmarks/accuracy/blind.py). By default every token is kept
@@ -25,9 +26,9 @@ UNASKED = {"budget": 1.0, "bits": 8, "policy": "expected_attention"}
 def build(
     document: Annotated[str, typer.Argument(help="A text file; - is standard input.", metavar="DOCUMENT")],
     *,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The cache; a file of that name is replaced.", metavar="FILE")
-    ] = Path("document.safetensors"),
+    output: Annotated[Path, output_option("The cache; a file of that name is replaced.")] = Path(
+        "document.safetensors"
+    ),
     chat: ChatOptions,
     config: CrushConfig,
     model: ModelOptions,
@@ -67,7 +68,7 @@ def ask(
     cache: Annotated[Path, typer.Argument(help="A file that `crushkv build` has written.", metavar="CACHE")],
     questions: Annotated[list[str], typer.Argument(help="Each is answered on its own.", metavar="QUESTION...")],
     *,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.", metavar="TOKENS", min=1)] = 128,
+    max_new_tokens: NewTokens = 128,
     as_json: Json = False,
     model: ModelOptions,
 ) -> None:
@@ -94,7 +95,7 @@ def ask(
         return
     table = Table("question", "answer", "first token")
     for answer in answers:
-        table.add_row(Text(answer["question"]), Text(answer["answer"].strip()), seconds(answer["ttft"]))
+        table.add_row(Text(answer["question"]), Text(answer["answer"].strip()), seconds(answer["ttft_seconds"]))
     console().print(table)
 
 
@@ -103,21 +104,10 @@ def _answer(loaded: LoadedModel, saved: Any, question: str, max_new_tokens: int)
 
     from ..hf.interface import passed
     from ..prompts import Frame
-    from ..timing.measure import TokenClock
+    from ..timing.measure import measure
 
-    model = loaded.model
     asked = Frame.question_ids(loaded.tokenizer, question, saved.notes.get("after", ""))
-    ids = torch.cat([saved.input_ids, asked], dim=1).to(model.device)
+    ids = torch.cat([saved.input_ids, asked], dim=1)
     loaded.check_room(ids.shape[1], max_new_tokens)
-    clock = TokenClock(model.device)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": clock}
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), **passed(saved.cache()), **options)
-    new = output[0, ids.shape[1] :]
-    return {
-        "question": question,
-        "answer": loaded.tokenizer.decode(new, skip_special_tokens=True),
-        "prompt_tokens": ids.shape[1],
-        "new_tokens": len(new),
-        "ttft": clock.ttft,
-        "tpot": clock.tpot,
-    }
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, **passed(saved.cache())}
+    return {"question": question, **loaded.figures(measure(loaded.model, ids, **options))}

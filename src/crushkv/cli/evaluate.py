@@ -8,8 +8,7 @@ import functools
 import json
 import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,44 +17,34 @@ import typer
 from ..config import CrushConfig
 from ..errors import ConfigError
 from ..files import write_text
+from ..machine import missing, versions
 from ..presets import PRESETS
 from .models import load
-from .options import Configs, ModelOptions, ResultOptions, with_options
-from .output import Progress, check_output, console, missing, only_result_on_stdout, plain_table, print_json, say
-from .output import versions as known_versions
+from .options import Configs, ModelOptions, ResultOptions, option, output_option, with_options
+from .output import Progress, check_output, console, only_result_on_stdout, plain_table, print_json, say
 
 if TYPE_CHECKING:
     from ..evaluation import Sample, Sweep
 
-_task = functools.partial(typer.Option, rich_help_panel="Tasks")
+_task = functools.partial(option, panel="Tasks")
+_NAMES = (
+    "Names, separated by commas: any task of lm-evaluation-harness, a file of --data-dir, or retrieval_single_2k and "
+    "the like."
+)
+_DATA = "Folder of JSON lines in LongBench's format, a file a task.  [default: the harness's own data]"
+_HAYSTACK = "Text in which retrieval tasks hide facts: a file or a folder.  [default: bundled]"
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
     """Which tasks, how many prompts of each, and where they come from."""
 
-    tasks: Annotated[
-        str | None,
-        _task(
-            help="Names, separated by commas: any task of lm-evaluation-harness, a file of --data-dir, or "
-            "retrieval_single_2k and the like.",
-            metavar="NAMES",
-        ),
-    ] = None
-    limit: Annotated[int | None, _task(help="Prompts a task, at most.", metavar="NUMBER", min=1)] = None
-    chat: Annotated[bool, _task("--chat", help="Use the chat template.")] = False
-    data_dir: Annotated[
-        Path | None,
-        _task(
-            metavar="DIR",
-            help="Folder of JSON lines in LongBench's format, a file a task.  [default: the harness's own data]",
-        ),
-    ] = None
-    haystack: Annotated[
-        Path | None,
-        _task(metavar="PATH", help="Text in which retrieval tasks hide facts: a file or a folder.  [default: bundled]"),
-    ] = None
-    prompt_seed: Annotated[int, _task(metavar="INT", min=0, help="Seed of the retrieval prompts.")] = 0
+    tasks: Annotated[str | None, _task(_NAMES, "NAMES")] = None
+    limit: Annotated[int | None, _task("Prompts a task, at most.", "NUMBER", min=1)] = None
+    chat: Annotated[bool, _task("Use the chat template.", None, "--chat")] = False
+    data_dir: Annotated[Path | None, _task(_DATA, "DIR")] = None
+    haystack: Annotated[Path | None, _task(_HAYSTACK, "PATH")] = None
+    prompt_seed: Annotated[int, _task("Seed of the retrieval prompts.", "INT", min=0)] = 0
 
     @property
     def names(self) -> list[str]:
@@ -78,20 +67,18 @@ class FidelityOptions:
     """What is compared, and along what."""
 
     configs: Configs = None
-    answer_tokens: Annotated[
-        int, typer.Option(help="How much of the full cache's answer is followed.", metavar="TOKENS", min=2)
-    ] = 32
-    min_prompt_tokens: Annotated[int, typer.Option(help="Leave out shorter prompts.", metavar="TOKENS")] = 1
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Leave out longer prompts.", metavar="TOKENS")] = None
-    trim: Annotated[bool, typer.Option("--trim", help="Cut spaces off the end of prompts.")] = False
+    answer_tokens: Annotated[int, option("How much of the full cache's answer is followed.", "TOKENS", min=2)] = 32
+    min_prompt_tokens: Annotated[int, option("Leave out shorter prompts.", "TOKENS")] = 1
+    max_prompt_tokens: Annotated[int | None, option("Leave out longer prompts.", "TOKENS")] = None
+    trim: Annotated[bool, option("Cut spaces off the end of prompts.", None, "--trim")] = False
 
 
 @dataclasses.dataclass(frozen=True)
 class HarnessOptions:
     """How lm-evaluation-harness runs the model."""
 
-    full: Annotated[bool, typer.Option("--full", help="Use the full cache, for comparison.")] = False
-    batch_size: Annotated[int, typer.Option(help="Prompts read together.", metavar="PROMPTS", min=1)] = 1
+    full: Annotated[bool, option("Use the full cache, for comparison.", None, "--full")] = False
+    batch_size: Annotated[int, option("Prompts read together.", "PROMPTS", min=1)] = 1
 
 
 @contextlib.contextmanager
@@ -117,17 +104,18 @@ def fidelity(*, tasks: TaskOptions, compared: FidelityOptions, result: ResultOpt
     """
     with evaluation_extra():
         from ..evaluation import Sweep
+        from ..evaluation.statistics import summary
 
     fields = dataclasses.asdict(compared)
     configurations = fields.pop("configs") or ["full", "readahead:budget=0.25", *PRESETS]
     sweep = Sweep.from_dict({"configurations": configurations, **fields, **tasks.given})
-    found: dict[str, list[Sample]] = defaultdict(list)
     with only_result_on_stdout(result.as_json):
-        _run_sweep(sweep, tasks, model, result.output, lambda sample: found[sample.name].append(sample))
-    summaries = [_summary(name, found[name]) for name in sweep.configurations if found[name]]
+        samples = _run_sweep(sweep, tasks, model, result.output)
+    found = {name: [sample for sample in samples if sample.name == name] for name in sweep.configurations}
+    summaries = [summary(name, measured) for name, measured in found.items() if measured]
     if result.as_json:
-        for summary in summaries:
-            print_json(summary, indent=None)
+        for line in summaries:
+            print_json(line, indent=None)
     else:
         _print_fidelity(summaries)
 
@@ -137,8 +125,7 @@ def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep, in YAML.", metavar="SWEEP", show_default=False)],
     *,
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="Results, a JSON line a sample. Samples in it are not measured again."),
+        Path, output_option("Results, a JSON line a sample. Samples in it are not measured again.")
     ] = Path("results.jsonl"),
     tasks: TaskOptions,
     model: ModelOptions,
@@ -151,8 +138,7 @@ def sweep(
     with evaluation_extra():
         from ..evaluation import Sweep
 
-    samples: list[Sample] = []
-    _run_sweep(Sweep.load(file, tasks.given), tasks, model, output, samples.append)
+    samples = _run_sweep(Sweep.load(file, tasks.given), tasks, model, output)
     say(f"{len(samples)} samples in {output}; `crushkv report {output}` makes a page of them")
 
 
@@ -162,10 +148,8 @@ def report(
         list[Path], typer.Argument(help="Files of `crushkv sweep` or `fidelity -o`.", metavar="RESULTS...")
     ],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.", metavar="FILE")] = Path("report.html"),
-    plots: Annotated[
-        Path | None, typer.Option(help="Write the plots as PNG and SVG into this folder, too.", metavar="DIR")
-    ] = None,
+    output: Annotated[Path, output_option("The page.")] = Path("report.html"),
+    plots: Annotated[Path | None, option("Write the plots as PNG and SVG into this folder, too.", "DIR")] = None,
 ) -> None:
     """Make a self-contained page of results: tables, plots, paired differences with intervals."""
     check_output(output)
@@ -249,24 +233,16 @@ def lm_eval(context: typer.Context) -> None:
         sys.argv = before
 
 
-def _run_sweep(
-    sweep: Sweep, tasks: TaskOptions, model: ModelOptions, output: Path | None, add: Callable[[Sample], None]
-) -> None:
-    """Runs what is left of a sweep. `add` is given every sample, those of an earlier run included."""
+def _run_sweep(sweep: Sweep, tasks: TaskOptions, model: ModelOptions, output: Path | None) -> list[Sample]:
+    """Runs what is left of a sweep, and returns all of its samples, those of an earlier run included."""
     from ..evaluation import ResultsFile, Subject, plan_work, run_item
 
     loaded = load(model)
-    versions = known_versions("lm_eval")
-    subject = Subject(loaded.model, loaded.tokenizer, loaded.describe(), versions, model.prefill_chunk_size)
-    with contextlib.ExitStack() as stack:
+    told = loaded.describe(), versions("lm_eval")
+    subject = Subject(loaded.model, loaded.tokenizer, *told, model.prefill_chunk_size)
+    with warnings.catch_warnings(), ResultsFile(output, subject.description, subject.versions) as results:
         # Advice of another package to its developers.
-        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")
-        results: ResultsFile | None = None
-        if output is not None:
-            results = stack.enter_context(ResultsFile(output, subject.description, subject.versions))
-            for sample in results.samples:
-                add(sample)
         work = plan_work(sweep, subject, tasks.source(sweep.seed), results)
         for task, count in work.skipped.items():
             if count:
@@ -274,51 +250,20 @@ def _run_sweep(
         if work.known:
             say(f"{work.known} samples are there from an earlier run")
         say(f"{len(work.items)} prompts, {len(sweep.configurations)} configurations")
-
-        def keep(sample: Sample) -> None:
-            if results is not None:
-                results.add(sample)
-            add(sample)
-
         # Reading a prompt takes about as long as measuring ten configurations of it.
         weights = [float(item.ids.shape[1] * (10 + len(item.configs))) for item in work.items]
-        progress = stack.enter_context(Progress(weights))
         try:
-            for item in work.items:
-                text = f"{item.prompt.task}: {item.ids.shape[1]} tokens"
-                progress.begin(text)
-                run_item(item, sweep, subject, keep)
-                progress.done(f"{text}, {len(item.configs)} configurations")
+            with Progress(weights) as progress:
+                for item in work.items:
+                    text = f"{item.prompt.task}: {item.ids.shape[1]} tokens"
+                    progress.begin(text)
+                    run_item(item, sweep, subject, results.add)
+                    progress.done(f"{text}, {len(item.configs)} configurations")
         except KeyboardInterrupt:
-            if results is not None:
+            if output is not None:
                 say(f"{len(results.samples)} samples are kept in {output}; the same command goes on from there")
             raise
-
-
-def _summary(name: str, samples: list[Sample]) -> dict[str, Any]:
-    """Means over the tasks with 95 % intervals, each task counting alike; KL's median, 95th percentile and worst.
-
-    `gold_nll` is None without gold answers.
-    """
-    from ..evaluation.statistics import by_task, macro_mean, worst_prompt
-
-    worst = worst_prompt(samples)
-    assert worst is not None
-    kl = macro_mean(by_task(samples, lambda sample: sample.kl))
-    nll = by_task(samples, lambda sample: sample.gold_nll)
-    return {
-        "name": name,
-        "kl": kl.mean,
-        "kl_interval": [kl.low, kl.high],
-        "kl_median": kl.median,
-        "kl_percentile_95": kl.percentile_95,
-        "kl_worst": kl.highest,
-        "worst_prompt": {"task": worst.task, "id": worst.id},
-        "agreement": macro_mean(by_task(samples, lambda sample: sample.agreement)).mean,
-        "gold_nll": macro_mean(nll).mean if nll else None,
-        "bytes_fraction": sum(sample.bytes_fraction for sample in samples) / len(samples),
-        "prompts": len(samples),
-    }
+        return results.samples
 
 
 def _print_fidelity(summaries: list[dict[str, Any]]) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ..config import CrushConfig
 from ..errors import ConfigError
 from .models import LoadedModel, load
-from .options import Json, ModelOptions, PromptOptions, with_options
+from .options import Json, ModelOptions, PromptOptions, option, with_options
 from .output import (
     Progress,
     add_figures,
     console,
-    figure_rows,
     names_and_values,
     only_result_on_stdout,
     print_json,
@@ -27,26 +25,17 @@ from .output import (
 if TYPE_CHECKING:
     from ..timing.measure import Measurement
 
-ANSWER = "Answer"
+_answer = functools.partial(option, panel="Answer")
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
     """How an answer is made."""
 
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Length of the answer at most.", metavar="TOKENS", min=1, rich_help_panel=ANSWER)
-    ] = 256
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token.", metavar="NUMBER", min=0, rich_help_panel=ANSWER)
-    ] = 0.0
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Sample from the likeliest tokens of this mass.", metavar="SHARE", rich_help_panel=ANSWER),
-    ] = None
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Answer with the full cache, too.", rich_help_panel=ANSWER)
-    ] = False
+    max_new_tokens: Annotated[int, _answer("Length of the answer at most.", "TOKENS", min=1)] = 256
+    temperature: Annotated[float, _answer("0 takes the likeliest token.", "NUMBER", min=0)] = 0.0
+    top_p: Annotated[float | None, _answer("Sample from the likeliest tokens of this mass.", "SHARE")] = None
+    compare: Annotated[bool, _answer("Answer with the full cache, too.", None, "--compare")] = False
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -70,6 +59,7 @@ def generate(
     The prompt is --prompt, --file, both (the file first), or standard input.
     """
     from ..prompts import encode
+    from ..timing.figures import rows
     from ..timing.measure import warm_up
 
     options = {"seed": config.seed, **answer.generation, **model.generation}
@@ -90,7 +80,7 @@ def generate(
         compared = {} if full is None else {"full": loaded.figures(full), **_equality(run, full)}
         print_json({"command": "generate", **figures, **compared, "config": config.to_dict(), **loaded.conditions()})
     elif full is None:
-        console(messages=True).print("", names_and_values(figure_rows(figures).items(), "dim"), sep="\n")
+        console(messages=True).print("", names_and_values(rows(figures).items(), "dim"), sep="\n")
     else:
         _print_comparison([loaded.figures(full), figures], **_equality(run, full))
 

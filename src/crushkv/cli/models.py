@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, CrushError, nearest, one_line
+from ..machine import memory, versions
 from .options import ModelOptions
-from .output import say, versions
+from .output import say
 
 if TYPE_CHECKING:
     from ..timing.measure import Measurement
@@ -46,8 +46,10 @@ class LoadedModel:
         return {"model": self.describe(), "versions": versions(*packages)}
 
     def figures(self, run: Measurement) -> dict[str, Any]:
-        """The JSON form of one run, with its answer as text."""
-        return {"answer": self.tokenizer.decode(run.token_ids, skip_special_tokens=True), **run.figures()}
+        """The figures of one run, and its answer as text."""
+        from ..timing.figures import figures
+
+        return {"answer": self.tokenizer.decode(run.token_ids, skip_special_tokens=True), **figures(run)}
 
     def check_room(self, prompt_tokens: int, new_tokens: int = 0) -> None:
         """Refuses a prompt or an answer that the model has no positions for.
@@ -252,14 +254,3 @@ def attention_implementations() -> dict[str, bool]:
         return check is not None and bool(check())
 
     return {name: present(name) for name in SUPPORTED}
-
-
-def memory() -> tuple[int | None, int | None]:
-    """Bytes of this machine, and how many of them are available, as Linux tells; None elsewhere."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        text = ""
-    found = [re.search(rf"{name}:\s*(\d+) kB", text) for name in ("MemTotal", "MemAvailable")]
-    total, free = (int(match[1]) * 1024 if match else None for match in found)
-    return total, free

@@ -21,25 +21,39 @@ from ..presets import PRESETS
 
 STDIN = "-"
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+def option(help: str, metavar: str | None = None, *flags: str, panel: str | None = None, **more: Any) -> Any:
+    """An option with its help, the name of its value, and its flags where they are not the parameter's name.
+
+    Args:
+        panel: the section of the help that it stands in.
+        more: further arguments of `typer.Option`.
+    """
+    return typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, **more)
+
+
+def output_option(help: str) -> Any:
+    return option(help, "FILE", "--output", "-o")
+
+
+_model = functools.partial(option, panel="Model")
+_prompt = functools.partial(option, panel="Prompt")
+_config = functools.partial(option, panel="KV cache")
+
+Json = Annotated[bool, option("Print JSON.", None, "--json")]
+NewTokens = Annotated[int, option("Length of an answer at most.", "TOKENS", min=1)]
 Configs = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
+        "full, a preset, POLICY:FIELD=VALUE,... or FIELD=VALUE,... Repeatable; {a,b} stands for both.",
+        "TEXT",
         "--config",
         "--preset",
         "--method",
-        metavar="TEXT",
-        help="full, a preset, POLICY:FIELD=VALUE,... or FIELD=VALUE,... Repeatable; {a,b} stands for both.",
-        show_default=False,
     ),
 ]
-_model = functools.partial(typer.Option, rich_help_panel="Model", show_default=False)
-_prompt = functools.partial(typer.Option, rich_help_panel="Prompt", show_default=False)
-_config = functools.partial(typer.Option, rich_help_panel="KV cache", show_default=False)
-
 ModelName = Annotated[
-    str | None,
-    _model(metavar="MODEL", help="Hugging Face id or folder.  [default: SmolLM2-135M-Instruct, embedded]"),
+    str | None, _model("Hugging Face id or folder.  [default: SmolLM2-135M-Instruct, embedded]", "MODEL")
 ]
 
 
@@ -48,15 +62,11 @@ class ModelOptions:
     """Which model runs, and how. `model` None is the embedded one."""
 
     model: ModelName = None
-    dtype: Annotated[str, _model(metavar="NAME", help="auto (as saved), float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, _model(metavar="NAME", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto"
-    attn_implementation: Annotated[
-        str, _model(metavar="NAME", help="sdpa, eager or flash_attention_2.  [default: sdpa]")
-    ] = "sdpa"
-    prefill_chunk_size: Annotated[
-        int | None, _model(metavar="TOKENS", help="Read prompts in pieces of this length.", min=1)
-    ] = None
-    trust_remote_code: Annotated[bool, _model("--trust-remote-code", help="Run code that comes with the model.")] = (
+    dtype: Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", "NAME")] = "auto"
+    device: Annotated[str, _model("auto (a GPU if there is one), cpu, cuda, cuda:1, ...", "NAME")] = "auto"
+    attn_implementation: Annotated[str, _model("sdpa, eager or flash_attention_2.", "NAME")] = "sdpa"
+    prefill_chunk_size: Annotated[int | None, _model("Read prompts in pieces of this length.", "TOKENS", min=1)] = None
+    trust_remote_code: Annotated[bool, _model("Run code that comes with the model.", None, "--trust-remote-code")] = (
         False
     )
 
@@ -71,19 +81,17 @@ class ChatOptions:
     """How text becomes a prompt: through the chat template or not (None: if there is one)."""
 
     chat: Annotated[
-        bool | None, _prompt("--chat/--no-chat", help="Use the chat template.  [default: if the model has one]")
+        bool | None, _prompt("Use the chat template.  [default: if the model has one]", None, "--chat/--no-chat")
     ] = None
-    system: Annotated[str | None, _prompt(metavar="TEXT", help="System message.")] = None
+    system: Annotated[str | None, _prompt("System message.", "TEXT")] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptOptions(ChatOptions):
     """Where the prompt comes from."""
 
-    prompt: Annotated[str | None, _prompt(metavar="TEXT", help="The prompt; - is standard input.")] = None
-    file: Annotated[
-        str | None, _prompt(metavar="FILE", help="A file that is read before --prompt; - is standard input.")
-    ] = None
+    prompt: Annotated[str | None, _prompt("The prompt; - is standard input.", "TEXT")] = None
+    file: Annotated[str | None, _prompt("A file that is read before --prompt; - is standard input.", "FILE")] = None
 
     def read(self) -> str:
         """The text of `--prompt`, of `--file`, of both (the file first), or of standard input.
@@ -127,10 +135,7 @@ def read_text(option: str, name: str) -> str:
 class ResultOptions:
     """Where the result goes."""
 
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Keep every single result in this file (JSON).", metavar="FILE"),
-    ] = None
+    output: Annotated[Path | None, output_option("Keep every single result in this file (JSON).")] = None
     as_json: Json = False
 
 
@@ -184,13 +189,8 @@ def _set_debug(context: typer.Context, value: bool) -> None:
         context.find_root().obj.debug = True
 
 
-_DEBUG = _option(
-    "debug",
-    Annotated[
-        bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show tracebacks and all warnings.")
-    ],
-    False,
-)
+_debug = option("Show tracebacks and all warnings.", None, "--debug", callback=_set_debug, is_eager=True)
+_DEBUG = _option("debug", Annotated[bool, _debug], False)
 
 
 def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
@@ -198,13 +198,8 @@ def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
 
     An option that is not given is None: then `--config` or the default holds.
     """
-    whole = _config(
-        "--config",
-        "--preset",
-        metavar="TEXT",
-        help=f"{', '.join(PRESETS)}, PRESET:FIELD=VALUE,..., POLICY:FIELD=VALUE,..., FIELD=VALUE,... or a JSON file. "
-        "Options given beside it win.",
-    )
+    forms = f"{', '.join(PRESETS)}, PRESET:FIELD=VALUE,..., POLICY:FIELD=VALUE,..., FIELD=VALUE,... or a JSON file."
+    whole = _config(f"{forms} Options given beside it win.", "TEXT", "--config", "--preset")
     hints, documented = typing.get_type_hints(CrushConfig), _documentation(CrushConfig)
     options = [_option("config_text", Annotated[str | None, whole], None)]
     for field in dataclasses.fields(CrushConfig):
@@ -216,7 +211,7 @@ def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
         if default is not None and default is not dataclasses.MISSING:
             text += f"  [default: {str(default).lower()}]"
         flag = "--" + field.name.replace("_", "-")
-        info = _config(flag.removesuffix("s") if kind == list[str] else flag, metavar=metavar, help=text)
+        info = _config(text, metavar, flag.removesuffix("s") if kind == list[str] else flag)
         options.append(_option(field.name, Annotated[kind | None, info], None))
     return options
 

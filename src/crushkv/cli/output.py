@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from .._version import __version__
 from ..errors import ConfigError
-from ..text import size as size  # part of what commands write with
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,72 +76,14 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     print(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
 
 
-def installed(distribution: str) -> str | None:
-    """The version of an installed package, or None."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def missing(extra: str) -> list[str]:
-    """The packages of one of crushkv's extras (`embedded`, `eval`, `vllm`) that are not installed."""
-    from importlib.metadata import PackageNotFoundError, requires
-
-    try:
-        needed = requires("crushkv") or []
-    except PackageNotFoundError:  # crushkv itself runs from a folder of source
-        return []
-    names = [re.match(r"[\w.-]+", line) for line in needed if re.search(rf"""extra == ['"]{extra}['"]""", line)]
-    return [name[0] for name in names if name is not None and installed(name[0]) is None]
-
-
-def versions(*others: str) -> dict[str, str | None]:
-    """The versions of everything that a result depends on."""
-    packages = {name: installed(name) for name in ("torch", "transformers", "tokenizers", *others)}
-    return {"crushkv": __version__, "python": platform.python_version(), **packages}
-
-
-def seconds(time: float | None) -> str:
-    if time is None:
-        return "-"
-    return f"{time:.2f} s" if time >= 1 else f"{time * 1000:.0f} ms"
-
-
-def figure_rows(run: Mapping[str, Any]) -> dict[str, str]:
-    """What a table shows of one run, or of a summary of several, by the name of the row."""
-    tiers = run["tiers"] or {}
-
-    def duration(name: str) -> str:
-        """`17.2 s`, and the range where there is one: `17.2 s (16.9 s to 18.0 s)`."""
-        text, spread = seconds(run[f"{name}_seconds"]), run.get(f"{name}_range_seconds")
-        return text if spread is None else f"{text} ({seconds(spread[0])} to {seconds(spread[1])})"
-
-    return {
-        "KV cache at 16 bits": f"{size(run['kv_bytes'])} ({run['bytes_fraction']:.1%})",
-        "tokens per KV head": f"{run['tokens_held']:.0f} of {run['tokens_seen']:.0f}",
-        **{f"  {name}": f"{tiers[name]:.0f}" if tiers else "-" for name in TIERS},
-        "  room to grow": size(run["room_bytes"]),
-        "  scores, positions": size(run["state_bytes"]),
-        "  allocated in all": size(run["memory_bytes"]),
-        "first token (TTFT)": duration("ttft"),
-        "token after it (TPOT)": duration("tpot"),
-        "peak memory": size(run["peak_memory_bytes"]),
-        "  since the prompt": size(run["peak_above_start_bytes"]),
-    }
-
-
-TIERS = ("sink", "important", "representative", "recent")
-
-
 def add_figures(table: Table, runs: Iterable[Mapping[str, Any]]) -> None:
-    """Adds the rows of `figure_rows`, with a column for each run, to a table whose first column has names."""
+    """Adds the rows of figures, with a column for each run, to a table whose first column has names."""
+    from ..timing.figures import rows
+
     table.columns[0].no_wrap = True
-    shown = [figure_rows(run) for run in runs]
+    shown = [rows(run) for run in runs]
     for name in shown[0]:
-        table.add_row(name, *(rows[name] for rows in shown))
+        table.add_row(name, *(run[name] for run in shown))
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):

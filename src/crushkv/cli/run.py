@@ -6,11 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ..demo import Question, load_questions
 from .models import LoadedModel, load
-from .options import Configs, Json, ModelOptions, with_options
+from .options import Configs, Json, ModelOptions, NewTokens, option, with_options
 from .output import Progress, add_figures, console, only_result_on_stdout, print_json, say
 
 if TYPE_CHECKING:
@@ -26,8 +24,8 @@ Runs = Mapping[str, dict[str, Any]]
 def run(
     *,
     configs: Configs = None,
-    questions: Annotated[int, typer.Option(help="How many of the bundled questions.", metavar="NUMBER", min=1)] = 3,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.", metavar="TOKENS", min=1)] = 32,
+    questions: Annotated[int, option("How many of the bundled questions.", "NUMBER", min=1)] = 3,
+    max_new_tokens: NewTokens = 32,
     as_json: Json = False,
     model: ModelOptions,
 ) -> None:
@@ -36,7 +34,7 @@ def run(
     The document and the questions come with the package. --config names other caches to compare with the full one.
     """
     from ..config_text import parse_configs
-    from ..timing import summarize_runs
+    from ..timing.figures import joined
 
     methods = {FULL: None, **parse_configs(configs or ["balanced", PUBLISHED])}
     asked = load_questions(questions)
@@ -48,7 +46,7 @@ def run(
     for name in methods:
         runs = [found[name] for found in answered]
         correct = sum(run["correct"] for run in runs)
-        summary[name] = {"correct": correct, "questions": len(runs), **summarize_runs(runs)}
+        summary[name] = {"correct": correct, "questions": len(runs), **joined(runs)}
     if not as_json:
         _print(asked, answered, summary)
         return

@@ -12,10 +12,11 @@ import typer
 from ..config import CrushConfig
 from ..errors import ConfigError
 from ..files import write_text
+from ..text import seconds, size
 from .doctor import UNKNOWN, alike, key_lines, measured_keys
 from .models import load, load_config
-from .options import Json, ModelName, ModelOptions, PromptOptions, with_options
-from .output import TIERS, check_output, console, print_json, say, seconds, size
+from .options import Json, ModelName, ModelOptions, PromptOptions, option, output_option, with_options
+from .output import check_output, console, print_json, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +32,7 @@ def plan(
     tokens: Annotated[int, typer.Argument(help="Length of the prompt, in tokens.", metavar="TOKENS", min=1)],
     *,
     model: ModelName = None,
-    measure: Annotated[bool, typer.Option("--load", help="Load the model, and say how RoPE turns its keys.")] = False,
+    measure: Annotated[bool, option("Load the model, and say how RoPE turns its keys.", None, "--load")] = False,
     as_json: Json = False,
     config: CrushConfig,
 ) -> None:
@@ -81,6 +82,8 @@ def plan(
 def _plan_table(layers: list[dict[str, Any]], config: CrushConfig) -> Table:
     """One line for layers that do the same."""
     from rich.table import Table
+
+    from ..timing.figures import TIERS
 
     table = Table("layers", *TIERS, "bytes a layer")
     for span, layer in alike(layers, lambda layer: [layer[name] for name in (*TIERS, "nbytes")]):
@@ -145,9 +148,7 @@ def inspect(
     *,
     prompt: PromptOptions,
     config: CrushConfig,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The page; a file of that name is replaced.", metavar="FILE")
-    ] = Path("inspect.html"),
+    output: Annotated[Path, output_option("The page; a file of that name is replaced.")] = Path("inspect.html"),
     model: ModelOptions,
 ) -> None:
     """Show which tokens of a prompt each layer and KV head keeps, as one HTML page.
@@ -175,19 +176,10 @@ def inspect(
 
 @with_options()
 def profile(
-    name: Annotated[
-        str | None, typer.Argument(help="Hugging Face id or folder, as --model.", metavar="MODEL", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="Hugging Face id or folder, as --model.", metavar="MODEL")] = None,
     *,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="The profile.",
-            metavar="FILE",
-            show_default="in the user's cache folder, where it is found",
-        ),
+        Path | None, output_option("The profile.  [default: in the user's cache folder, where it is found]")
     ] = None,
     model: ModelOptions,
 ) -> None:

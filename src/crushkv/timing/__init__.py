@@ -3,7 +3,7 @@
 from .prompt import repeated_prompt
 from .record import ENGINE, FULL, Record, label, read_records, record_of, write_record
 from .request import Request, measure_request, rotated, share
-from .summary import OWN_STAGES, Figure, Spread, summarize, summarize_runs
+from .summary import OWN_STAGES, Figure, Spread, summarize
 
 __all__ = [
     "ENGINE",
@@ -21,6 +21,5 @@ __all__ = [
     "rotated",
     "share",
     "summarize",
-    "summarize_runs",
     "write_record",
 ]

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,38 +68,6 @@ class Measurement:
         if self.peak_memory is None or self.memory_before is None:
             return None
         return self.peak_memory - self.memory_before
-
-    def figures(self) -> dict[str, Any]:
-        """All figures as JSON has them. `tiers` are tokens per layer and KV head; None for the full cache."""
-        report = _UNCOMPRESSED | {"tokens_held": self.tokens_seen} if self.report is None else asdict(self.report)
-        return {
-            **report,
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": len(self.token_ids),
-            "tokens_seen": self.tokens_seen,
-            "kv_bytes": self.kv_bytes,
-            "full_kv_bytes": self.full_kv_bytes,
-            "bytes_fraction": self.bytes_fraction,
-            "memory_bytes": self.memory_bytes,
-            "ttft_seconds": self.ttft,
-            "tpot_seconds": self.tpot,
-            "peak_memory_bytes": self.peak_memory,
-            "memory_before_bytes": self.memory_before,
-            "peak_above_start_bytes": self.peak_above_start,
-        }
-
-
-# What a report would say of the full cache.
-_UNCOMPRESSED: dict[str, Any] = {
-    "tiers": None,
-    "untouched_rows": 0,
-    "room_bytes": 0,
-    "state_bytes": 0,
-    "rope_layers": 0,
-    "widened_layers": {},
-    "profile": None,
-    "kernels": None,
-}
 
 
 def measure(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .record import ENGINE, FULL, Record, label
 
@@ -70,38 +69,6 @@ def summarize(records: Iterable[Record]) -> list[Figure]:
         if record.method == FULL and record.error is None:
             full[_round(record)] = record
     return [_figure(group, full) for group in groups.values()]
-
-
-def summarize_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures of several runs of one configuration, as `Measurement.figures` gives them, as those of one.
-
-    Medians of bytes, tokens and times, with the ranges of times; means of the tiers; the highest of the peaks.
-    """
-
-    def values(name: str) -> list[float]:
-        return [run[name] for run in runs if run[name] is not None]
-
-    tiers = runs[0]["tiers"]
-    times = {name: _spread(values(f"{name}_seconds")) for name in ("ttft", "tpot")}
-    return {
-        **{name: statistics.median(values(name)) for name in _MEDIANS},
-        **{f"{name}_seconds": spread and spread.median for name, spread in times.items()},
-        **{f"{name}_range_seconds": spread and [spread.low, spread.high] for name, spread in times.items()},
-        "tiers": tiers and {tier: statistics.fmean(run["tiers"][tier] for run in runs) for tier in tiers},
-        **{name: max(values(name), default=None) for name in ("peak_memory_bytes", "peak_above_start_bytes")},
-    }
-
-
-_MEDIANS = (
-    "kv_bytes",
-    "full_kv_bytes",
-    "bytes_fraction",
-    "room_bytes",
-    "state_bytes",
-    "memory_bytes",
-    "tokens_seen",
-    "tokens_held",
-)
 
 
 def _round(record: Record) -> tuple[object, ...]:
