@@ -1,4 +1,4 @@
-"""Values that users and clients give, bounded before they are parsed and quoted in short; sizes and times for people."""
+"""Values that users and clients give, bounded before they are parsed and quoted in short; sizes and times to read."""
 
 from __future__ import annotations
 
