@@ -65,7 +65,7 @@ class _Command(TyperCommand):
 
 def _application(args: Sequence[str]) -> typer.Typer:
     """The application, with as little of it as can answer `args`: making options and reading modules takes time."""
-    first = args[0] if args else "--help"
+    first = next((arg for arg in args if arg != "--"), "--help")
     app = typer.Typer(
         help="Makes the KV cache of a language model several times smaller (KVCrush, arXiv 2503.00022).",
         add_completion=False,

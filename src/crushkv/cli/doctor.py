@@ -57,8 +57,8 @@ def _examine() -> dict[str, Any]:
 
     known = versions()
     problems = _problems(known)
-    embedded = _embedded_model()
     total, available = memory()
+    peaks = PeakMemory(torch.device("cpu")).peak() is not None
     return {
         "usable": not problems,
         "problems": problems,
@@ -67,17 +67,11 @@ def _examine() -> dict[str, Any]:
         "missing": {extra: missing(extra) for extra in EXTRAS},
         "devices": _devices(),
         "threads": torch.get_num_threads(),
-        "memory": {"total_bytes": total, "available_bytes": available},
-        "embedded_model": embedded,
+        "memory": {"total_bytes": total, "available_bytes": available, "peaks_measured": peaks},
+        "embedded_model": _embedded_model(),
         "attention_implementations": attention_implementations(),
         "kernels": _kernels(),
         "vllm_plugin": _vllm_plugin(),
-        "features": {
-            "generation": not problems,
-            "embedded model": embedded["ready"],
-            "GPU": torch.cuda.is_available(),
-            "peak memory on the CPU": PeakMemory(torch.device("cpu")).peak() is not None,
-        },
     }
 
 
@@ -237,11 +231,11 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         memory = "" if device["memory_bytes"] is None else f", {size(device['memory_bytes'])}"
         yield "device", Text(f"{device['device']}: {device['description']}{memory}")
     memory = found["memory"]
-    yield "memory", f"{size(memory['available_bytes'])} free of {size(memory['total_bytes'])}"
+    peaks = "" if memory["peaks_measured"] else "; peaks of the CPU cannot be measured here"
+    yield "memory", f"{size(memory['available_bytes'])} free of {size(memory['total_bytes'])}{peaks}"
     yield "embedded model", Text(found["embedded_model"]["folder"] or found["embedded_model"]["advice"])
     yield "attention", _pairs(found["attention_implementations"])
     yield "kernels", Text(found["kernels"]["text"])
-    yield "features", _pairs(found["features"])
     plugin = found["vllm_plugin"]
     if found["optional"]["vllm"] or not plugin["loaded"]:
         yield "vLLM plugin", Text(plugin["text"], style="" if plugin["loaded"] else "red")

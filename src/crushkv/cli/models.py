@@ -78,7 +78,6 @@ def load(options: ModelOptions) -> LoadedModel:
         EmbeddedModelError: the embedded model cannot be prepared.
     """
     import torch
-    import transformers
 
     if options.dtype not in DTYPES:
         raise ConfigError(f"--dtype {options.dtype!r}: unknown.{nearest(options.dtype, DTYPES)}")
@@ -86,22 +85,18 @@ def load(options: ModelOptions) -> LoadedModel:
     _check_attention(options.attn_implementation)
     source, name = _find(options.model)
     say(f"Loading {name}")
-    _quiet_transformers()
     trust = {"trust_remote_code": options.trust_remote_code}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **trust)
-        # With output_loading_info a pair comes back, which the annotation does not tell.
-        pair: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-            attn_implementation=options.attn_implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-            **trust,
-        )
-        model, info = pair
-    except Exception as error:  # a broken folder fails in as many ways as it has files
-        raise ModelError(f"--model {name!r}: {_reason(error)}") from error
+    tokenizer = _pretrained("AutoTokenizer", name, source, **trust)
+    model, info = _pretrained(
+        "AutoModelForCausalLM",
+        name,
+        source,
+        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        attn_implementation=options.attn_implementation,
+        use_safetensors=True,
+        output_loading_info=True,
+        **trust,
+    )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -115,20 +110,9 @@ def load(options: ModelOptions) -> LoadedModel:
 
 
 def load_config(model: str | None) -> tuple[str, Any]:
-    """The name of a model (None: the embedded one) and its configuration, without its weights.
-
-    Raises:
-        ModelError: it cannot be found or read.
-        EmbeddedModelError: the embedded model cannot be prepared.
-    """
+    """The name of a model (None: the embedded one) and its configuration, without its weights. Errors as of `load`."""
     source, name = _find(model)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    try:
-        return name, transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:
-        raise ModelError(f"--model {name!r}: {_reason(error)}") from error
+    return name, _pretrained("AutoConfig", name, source)
 
 
 def load_local(model: str | None) -> Any:
@@ -138,8 +122,6 @@ def load_local(model: str | None) -> Any:
         ModelError: its weights are not here, do not fit into the free memory, or cannot be read.
         EmbeddedModelError: the embedded model cannot be prepared.
     """
-    import transformers
-
     source, name = _find(model)
     size = sum(file.stat().st_size for file in _local_folder(source).glob("*.safetensors"))
     if not size:
@@ -147,15 +129,9 @@ def load_local(model: str | None) -> Any:
     _, free = memory()
     if free is not None and size > free:
         raise ModelError(f"the {size / 2**30:.1f} GiB of weights of {name!r} do not fit into the free memory")
-    _quiet_transformers()
     say(f"Loading {name}")
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", use_safetensors=True, local_files_only=True
-        )
-    except Exception as error:
-        raise ModelError(f"{name!r} cannot be loaded: {_reason(error)}") from error
-    return loaded.eval()
+    local = {"use_safetensors": True, "local_files_only": True}
+    return _pretrained("AutoModelForCausalLM", name, source, dtype="auto", **local).eval()
 
 
 def _local_folder(source: str) -> Path:
@@ -186,8 +162,12 @@ def _find(model: str | None) -> tuple[str, str]:
     return model, model
 
 
-def _quiet_transformers() -> None:
-    """Transformers reports nothing by itself, and asks nobody to convert checkpoints."""
+def _pretrained(kind: str, name: str, source: str, **options: Any) -> Any:
+    """What one of Transformers' Auto classes reads. Transformers itself reports nothing, and converts nothing.
+
+    Raises:
+        ModelError: it cannot be read. A broken folder fails in as many ways as it has files.
+    """
     import transformers
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import enable_progress_bars
@@ -199,6 +179,10 @@ def _quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
     enable_progress_bars()
     hub_logging.set_verbosity_error()
+    try:
+        return getattr(transformers, kind).from_pretrained(source, **options)
+    except Exception as error:
+        raise ModelError(f"--model {name!r}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -23,12 +23,7 @@ STDIN = "-"
 
 
 def option(help: str, metavar: str | None = None, *flags: str, panel: str | None = None, **more: Any) -> Any:
-    """An option with its help, the name of its value, and its flags where they are not the parameter's name.
-
-    Args:
-        panel: the section of the help that it stands in.
-        more: further arguments of `typer.Option`.
-    """
+    """An option. `flags` replace the one that is made from the parameter's name; `panel` is a section of the help."""
     return typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, **more)
 
 
@@ -163,7 +158,7 @@ def with_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..
                 options, build = _config_options(changed), functools.partial(_build_config, changed)
             else:
                 hints = typing.get_type_hints(kind, include_extras=True)
-                options = [_option(f.name, hints[f.name], changed.get(f.name, f.default)) for f in fields]
+                options = [_parameter(f.name, hints[f.name], changed.get(f.name, f.default)) for f in fields]
             groups[parameter.name] = build, [option.name for option in options]
             parameters += options
 
@@ -180,7 +175,7 @@ def with_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..
     return decorate
 
 
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -190,7 +185,7 @@ def _set_debug(context: typer.Context, value: bool) -> None:
 
 
 _debug = option("Show tracebacks and all warnings.", None, "--debug", callback=_set_debug, is_eager=True)
-_DEBUG = _option("debug", Annotated[bool, _debug], False)
+_DEBUG = _parameter("debug", Annotated[bool, _debug], False)
 
 
 def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
@@ -201,7 +196,7 @@ def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
     forms = f"{', '.join(PRESETS)}, PRESET:FIELD=VALUE,..., POLICY:FIELD=VALUE,..., FIELD=VALUE,... or a JSON file."
     whole = _config(f"{forms} Options given beside it win.", "TEXT", "--config", "--preset")
     hints, documented = typing.get_type_hints(CrushConfig), _documentation(CrushConfig)
-    options = [_option("config_text", Annotated[str | None, whole], None)]
+    options = [_parameter("config_text", Annotated[str | None, whole], None)]
     for field in dataclasses.fields(CrushConfig):
         kind, metavar, choices = _kind(hints[field.name])
         text = documented.get(field.name, "")
@@ -212,7 +207,7 @@ def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
             text += f"  [default: {str(default).lower()}]"
         flag = "--" + field.name.replace("_", "-")
         info = _config(text, metavar, flag.removesuffix("s") if kind == list[str] else flag)
-        options.append(_option(field.name, Annotated[kind | None, info], None))
+        options.append(_parameter(field.name, Annotated[kind | None, info], None))
     return options
 
 
