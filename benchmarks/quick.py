@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crushkv import CrushConfig
-from crushkv.timing import Figure, Spread, measure_request, rotated, summarize
+from crushkv.timing import Figure, Request, Spread, measure_request, rotated, summarize
 from crushkv.timing.measure import warm_up
 from subject import load, machine
 
@@ -37,7 +37,8 @@ def measure() -> list[Figure]:
     for repeat in range(ROUNDS):
         print(f"round {repeat + 1} of {ROUNDS}", file=sys.stderr)
         for name in rotated(list(METHODS), repeat):
-            records.append(measure_request(model, prompt, NEW_TOKENS, METHODS[name], name, repeat))
+            request = Request(TOKENS, 1, NEW_TOKENS, name, METHODS[name], repeat)
+            records.append(measure_request(model, prompt, request))
     return [figure for figure in summarize(records) if figure.method != "full"]
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crushkv import __version__
 from crushkv.embedded import embedded_model_path
+from crushkv.machine import device_name, versions
 from crushkv.timing import repeated_prompt
 
 
@@ -28,12 +26,5 @@ def load(name: str | None, tokens: int) -> tuple[Any, Tensor]:
 
 def machine() -> dict[str, Any]:
     """What a figure has to be read with."""
-    gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "crushkv": __version__,
-    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {"device": device_name(device), "threads": torch.get_num_threads(), **versions()}

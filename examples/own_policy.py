@@ -16,7 +16,6 @@ class ValueNorm(Policy):
 
     name = "value_norm"
     paper = "none"
-    gives_mass = False  # the scores are not attention mass
 
     def score(self, view: LayerView) -> Tensor:
         """Importance, `[B, Hkv, S]`, from the values `[B, Hkv, S, D]`."""

@@ -770,14 +770,14 @@ def test_doctor_says_when_vllm_leaves_the_plugin_out(
 
 
 def test_doctor_tells_an_unsupported_transformers(crushkv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crushkv.cli.output.installed", lambda name: {"transformers": "5.15.1"}.get(name, "2.9.0"))
+    monkeypatch.setattr("crushkv.machine.installed", lambda name: {"transformers": "5.15.1"}.get(name, "2.9.0"))
     outcome = crushkv("doctor", "--json")
     assert outcome.code == 1
     assert "transformers 5.15.1" in json.loads(outcome.out)["problems"][0]
 
 
 def test_doctor_checks_the_range_that_the_package_asks_for() -> None:
-    from crushkv.cli.system import TORCH, TRANSFORMERS
+    from crushkv.cli.doctor import TORCH, TRANSFORMERS
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     low, high = (".".join(map(str, release)) for release in TRANSFORMERS)
@@ -805,6 +805,8 @@ def test_help_and_version(crushkv: Any) -> None:
         assert listed.code == 0
         assert "…" not in listed.out  # nothing is cut off
         assert max(map(len, listed.out.splitlines())) <= 80
+    sections = re.findall(r"^(\w.*):$", crushkv("generate", "--help").out, re.MULTILINE)
+    assert sections == ["Options", "Prompt", "KV cache", "Answer", "Model"]
     assert re.fullmatch(r"crushkv \d+\.\d+\.\d+\S*\n", crushkv("--version").out)
 
 
@@ -820,8 +822,8 @@ def test_help_and_version(crushkv: Any) -> None:
     ids=" ".join,
 )
 def test_help_and_typos_are_answered_without_torch(args: list[str]) -> None:
-    """Importing torch and Transformers takes seconds, which an answer about the command line has no use for."""
-    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'lm_eval'}"
+    """Importing torch and Transformers takes seconds, Rich and pydantic 0.1 s each: an answer needs none of them."""
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'lm_eval', 'rich', 'pydantic'}"
     program = (
         "import sys\nfrom crushkv.cli import main\n"
         f"try:\n    main({args!r})\nfinally:\n    print('heavy:', *({heavy} & set(sys.modules)), file=sys.stderr)"

@@ -288,6 +288,14 @@ def test_the_model_and_its_tokenizer_in_one_call() -> None:
     assert "Paris" in tokenizer.decode(answer[0])
 
 
+@pytest.mark.model
+def test_loading_shows_no_progress_bar() -> None:
+    plain = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    command = [sys.executable, "-c", "import crushkv; crushkv.load_embedded()"]
+    done = subprocess.run(command, capture_output=True, text=True, env=plain, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_missing_gguf_says_what_to_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     with monkeypatch.context() as patch:

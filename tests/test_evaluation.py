@@ -32,7 +32,7 @@ from crushkv.evaluation import (
     run_item,
 )
 from crushkv.evaluation.data import DataError
-from crushkv.evaluation.decoding import greedy_answers
+from crushkv.evaluation.decoding import Ending, greedy_answers
 from crushkv.evaluation.recording import Recording
 from crushkv.hf import CrushCache
 from evaluation_models import byte_model, byte_tokenizer
@@ -260,10 +260,10 @@ def test_answers_decoded_together_are_those_of_generate(subject: Subject) -> Non
     with KVCrush(config)(model):
         tokens = model.generate(ids, max_new_tokens=20, do_sample=False)[0, 200:]
     expected = subject.tokenizer.decode(tokens, skip_special_tokens=True)
-    (answer,) = greedy_answers(model, subject.tokenizer, recording, recording.branch(config), 1, 20)
+    (answer,) = greedy_answers(recording, subject.tokenizer, recording.branch(config), 1, Ending(20))
     assert answer == expected
     end = expected[5]
-    cut = greedy_answers(model, subject.tokenizer, recording, recording.branch(config), 1, 20, until=(end,))
+    cut = greedy_answers(recording, subject.tokenizer, recording.branch(config), 1, Ending(20, (end,)))
     assert cut == [expected.split(end)[0]]
 
 

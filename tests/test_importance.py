@@ -237,7 +237,6 @@ def test_bad_names_and_options(name: str, options: dict, message: str) -> None:
 class Newest(Policy):
     name = "newest_first"
     paper = "none"
-    gives_mass = False
 
     def score(self, view: LayerView) -> torch.Tensor:
         return torch.zeros(view.keys.shape[:3])

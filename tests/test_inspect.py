@@ -71,7 +71,7 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def inspected(model: Any, tokenizer: Any) -> Callable[[str], Inspection]:
     """The inspection of one prompt by the name of a configuration."""
-    return lambda name: inspect_prompt(model, tokenizer, prompt(300), CrushConfig(**CONFIGS[name]))
+    return lambda name: inspect_prompt(model, tokenize(tokenizer, prompt(300)), CrushConfig(**CONFIGS[name]))
 
 
 # Buckets
@@ -201,14 +201,16 @@ def test_buckets_are_of_equal_size(inspected: Any) -> None:
 
 @pytest.mark.parametrize("name", ["pages", "mass"])
 def test_a_prompt_read_in_pieces_is_the_same(name: str, model: Any, tokenizer: Any, inspected: Any) -> None:
-    pieces = inspect_prompt(model, tokenizer, prompt(300), CrushConfig(**CONFIGS[name]), prefill_chunk_size=64)
+    pieces = inspect_prompt(
+        model, tokenize(tokenizer, prompt(300)), CrushConfig(**CONFIGS[name]), prefill_chunk_size=64
+    )
     assert torch.equal(pieces.tiers, inspected(name).tiers)
     assert torch.equal(pieces.stands_for, inspected(name).stands_for)
 
 
 def test_sliding_layers_are_left_out(tokenizer: Any) -> None:
     text = prompt(200).replace(" ", "-").replace("\n", "+")  # characters within the small vocabulary
-    inspection = inspect_prompt(small_model("gemma3"), tokenizer, text, CrushConfig(**CONFIGS["pages"]))
+    inspection = inspect_prompt(small_model("gemma3"), tokenize(tokenizer, text), CrushConfig(**CONFIGS["pages"]))
     assert inspection.layers == (1, 3)
     assert "2 of the model's 4 layers have a sliding window" in " ".join(inspection.notes)
 
@@ -219,11 +221,11 @@ def test_notes_say_when_there_is_nothing_to_see(model: Any, tokenizer: Any, insp
     assert (
         "no room for representatives"
         in inspect_prompt(
-            model, tokenizer, prompt(300), CrushConfig(budget=0.3, representative_share=0.01, min_tokens=0)
+            model, tokenize(tokenizer, prompt(300)), CrushConfig(budget=0.3, representative_share=0.01, min_tokens=0)
         ).notes[0]
     )
     for text in ("a", prompt(30)):
-        inspection = inspect_prompt(model, tokenizer, text, CrushConfig())
+        inspection = inspect_prompt(model, tokenize(tokenizer, text), CrushConfig())
         assert not inspection.evicted and bool((inspection.tiers == Tier.RECENT).all())
         assert bool((inspection.stands_for == -1).all())
         assert "Nothing was evicted" in render(inspection)
@@ -231,7 +233,7 @@ def test_notes_say_when_there_is_nothing_to_see(model: Any, tokenizer: Any, insp
 
 def test_an_empty_prompt_is_refused(model: Any, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="prompt"):
-        inspect_prompt(model, tokenizer, "", CrushConfig())
+        inspect_prompt(model, tokenize(tokenizer, ""), CrushConfig())
 
 
 # The text of tokens
@@ -276,11 +278,9 @@ def test_the_page_loads_nothing(inspected: Any) -> None:
 def test_hostile_text_is_escaped(model: Any, tokenizer: Any) -> None:
     inspection = inspect_prompt(
         model,
-        tokenizer,
-        HOSTILE * 4,
+        tokenize(tokenizer, HOSTILE * 4),
         CrushConfig(**CONFIGS["pages"]),
-        description={"name": HOSTILE, HOSTILE: 1},
-        versions={"x": HOSTILE},
+        conditions={"model": {"name": HOSTILE, HOSTILE: 1}, "versions": {"x": HOSTILE}},
     )
     page = render(inspection)
     assert "".join(embedded(page)["pieces"]) == HOSTILE * 4
@@ -402,8 +402,8 @@ def test_pointer_and_keys_change_the_address(inspected: Any, browse: Browse) -> 
 
 @in_browser
 def test_hostile_text_stays_text(model: Any, tokenizer: Any, browse: Browse) -> None:
-    description = {"name": HOSTILE}
-    inspection = inspect_prompt(model, tokenizer, HOSTILE * 4, CrushConfig(**CONFIGS["pages"]), description=description)
+    config, conditions = CrushConfig(**CONFIGS["pages"]), {"model": {"name": HOSTILE}}
+    inspection = inspect_prompt(model, tokenize(tokenizer, HOSTILE * 4), config, conditions=conditions)
     script = "document.body.dataset.text = document.getElementById('text').textContent;"
     document = browse(render(inspection), "#layer=0&head=0&token=40", script)
     assert html.unescape(data(document, "text")) == HOSTILE * 4
@@ -413,7 +413,9 @@ def test_hostile_text_stays_text(model: Any, tokenizer: Any, browse: Browse) -> 
 
 @in_browser
 def test_a_page_without_evictions(model: Any, tokenizer: Any, browse: Browse) -> None:
-    document = browse(render(inspect_prompt(model, tokenizer, "a", CrushConfig(budget=1.0))), "#layer=0&head=1&token=0")
+    document = browse(
+        render(inspect_prompt(model, tokenize(tokenizer, "a"), CrushConfig(budget=1.0))), "#layer=0&head=1&token=0"
+    )
     assert shown(document) == ["t4"]
 
 

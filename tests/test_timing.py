@@ -11,7 +11,7 @@ import torch
 
 from architectures import small_model
 from crushkv import ConfigError, CrushConfig
-from crushkv.timing import Record, measure_request, read_records, repeated_prompt, summarize, write_record
+from crushkv.timing import Record, Request, measure_request, read_records, repeated_prompt, summarize, write_record
 from crushkv.timing.plots import plot, save
 
 
@@ -93,9 +93,9 @@ def test_records_survive_a_file(tmp_path: Path) -> None:
 def test_a_request_is_measured(batch: int) -> None:
     model = small_model()
     prompt = torch.randint(1, 100, (batch, 200))
-    full = measure_request(model, prompt, 5, None)
+    full = measure_request(model, prompt, Request(200, batch, 5))
     config = CrushConfig(budget=0.25, min_tokens=0, sink=2, window=8, page_size=4, representative_share=0.5)
-    ours = measure_request(model, prompt, 5, config, "snapkv", 2)
+    ours = measure_request(model, prompt, Request(200, batch, 5, "snapkv", config, 2))
     assert (full.method, ours.method, ours.repeat, ours.budget) == ("full", "snapkv", 2, 0.25)
     for made in (full, ours):
         assert (made.tokens, made.batch, made.new_tokens) == (200, batch, 5)

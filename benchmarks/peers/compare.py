@@ -24,8 +24,8 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from crushkv.cli.system import cpu
 from crushkv.embedded import DISTRIBUTION, embedded_model_path
+from crushkv.machine import cpu
 from crushkv.timing import FULL, repeated_prompt
 from engine import Engine, Record
 from process import WorkerError

@@ -29,7 +29,6 @@ from torch import Tensor
 from crushkv import CrushConfig
 from crushkv.cli.models import load
 from crushkv.cli.options import ModelOptions
-from crushkv.cli.output import versions
 from crushkv.config_text import expand, parse_config
 from crushkv.core.seeds import layer_seed
 from crushkv.evaluation import Sample, TaskSource, by_model, read_report_samples
@@ -42,6 +41,7 @@ from crushkv.evaluation.statistics import Estimate, Read, macro_mean
 from crushkv.evaluation.tasks import Prompt, load_tasks, prompts
 from crushkv.hf import CrushCache
 from crushkv.importance import LayerView, ReadAhead, register
+from crushkv.machine import versions
 
 TASKS = (
     "trec_short_1k",

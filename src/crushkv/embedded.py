@@ -55,8 +55,9 @@ def load_embedded(*, progress: Progress | None = None, **options: Any) -> tuple[
     folder = embedded_model_path(progress=progress or (lambda line: print(line, file=sys.stderr, flush=True)))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **options}).eval(), tokenizer
+    with _without_bars():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **options}).eval(), tokenizer
 
 
 def embedded_model_path(*, progress: Progress | None = None) -> Path:
@@ -261,13 +262,19 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps progress bars off the terminal: `progress` tells what there is to tell. Logged warnings still show."""
+    with _without_bars(), redirect_stderr(io.StringIO()):  # one bar of the GGUF reader heeds no switch
+        yield
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Turns Transformers' progress bars off."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # one bar of the GGUF reader heeds no switch
-            yield
+        yield
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""How text becomes tokens: through the chat template or not, in one piece, or as a document and a later question."""
+"""How text becomes tokens, through the chat template or not, and how tokens become a cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers.cache_utils import Cache
 
 
 def encode(tokenizer: Any, text: str, chat: bool | None = None, system: str | None = None) -> Tensor:
@@ -94,3 +95,26 @@ def frame(tokenizer: Any, document: str, chat: bool | None = None, system: str |
     if not found:
         raise ConfigError("--chat: the chat template of this model changes its messages; use --no-chat")
     return Frame(before, after, chat=True)
+
+
+def read_prompt(model: Any, ids: Tensor, cache: Cache, chunk: int | None = None) -> Tensor:
+    """Reads a prompt `[B, S]` into an empty cache, and returns the logits `[B, 1, V]` behind it.
+
+    Args:
+        chunk: read the prompt in pieces of this many tokens. None reads it in one pass.
+    """
+    import torch
+
+    from .hf import CrushCache
+    from .hf.interface import passed
+
+    tokens = ids.shape[1]
+    if isinstance(cache, CrushCache):
+        cache.prefill_end = tokens
+    with torch.no_grad():
+        for part in ids.to(model.device).split(chunk or tokens, dim=1):
+            output = model(input_ids=part, **passed(cache), logits_to_keep=1)
+    if isinstance(cache, CrushCache):
+        cache.prefill_end = None
+    logits: Tensor = output.logits
+    return logits

@@ -1,4 +1,4 @@
-"""Values that users and clients give, bounded before they are parsed and quoted in short; and bytes for people."""
+"""Values that users and clients give, bounded before they are parsed and quoted in short; sizes and times to read."""
 
 from __future__ import annotations
 
@@ -78,6 +78,13 @@ def size(count: float | None) -> str:
             return f"{amount:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         amount /= 1024
     return f"{amount:.2f} GiB"
+
+
+def seconds(time: float | None) -> str:
+    """Seconds for reading: `1.25 s`, `40 ms`."""
+    if time is None:
+        return "-"
+    return f"{time:.2f} s" if time >= 1 else f"{time * 1000:.0f} ms"
 
 
 def release(version: str | None) -> tuple[int, ...]:

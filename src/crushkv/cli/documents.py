@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,10 @@ import typer
 
 from ..config import CrushConfig
 from ..errors import ConfigError
+from ..text import seconds, size
 from .models import LoadedModel, load
-from .options import Json, ModelOptions, read_text, with_options
-from .output import check_output, only_result_on_stdout, print_json, result_console, say, seconds, size
+from .options import ChatOptions, Json, ModelOptions, NewTokens, output_option, read_text, with_options
+from .output import check_output, console, only_result_on_stdout, print_json, say
 
 # The questions are not known yet, so no policy can tell which tokens they will need: each policy loses about as many
 # answers as random eviction does, where 8 bits lose none (benchmarks/accuracy/blind.py). By default every token is kept
@@ -24,14 +26,10 @@ UNASKED = {"budget": 1.0, "bits": 8, "policy": "expected_attention"}
 def build(
     document: Annotated[str, typer.Argument(help="A text file; - is standard input.", metavar="DOCUMENT")],
     *,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The cache; a file of that name is replaced.", metavar="FILE")
-    ] = Path("document.safetensors"),
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template.", show_default="if the model has one"),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT")] = None,
+    output: Annotated[Path, output_option("The cache; a file of that name is replaced.")] = Path(
+        "document.safetensors"
+    ),
+    chat: ChatOptions,
     config: CrushConfig,
     model: ModelOptions,
 ) -> None:
@@ -40,30 +38,21 @@ def build(
     `crushkv ask` answers questions from it without reading the document again. Every token is kept, in 8 bits, unless
     --budget says otherwise, because the questions are not known yet.
     """
-    import time
-
-    import torch
-
     from ..hf import CrushCache, save_cache
-    from ..hf.interface import passed
-    from ..prompts import frame
+    from ..prompts import frame, read_prompt
 
     check_output(output)
     text = read_text("DOCUMENT", document)
     if not text.strip():
         raise ConfigError(f"DOCUMENT {document!r}: the document is empty")
     loaded = load(model)
-    framed = frame(loaded.tokenizer, text, chat, system)
+    framed = frame(loaded.tokenizer, text, chat.chat, chat.system)
     ids = framed.document_ids(loaded.tokenizer)
     loaded.check_room(ids.shape[1])
     say(f"Reading {ids.shape[1]} tokens")
     begin = time.perf_counter()
     cache = CrushCache(loaded.model, config)
-    cache.prefill_end = ids.shape[1]
-    with torch.no_grad():
-        for part in ids.to(loaded.model.device).split(model.prefill_chunk_size or ids.shape[1], dim=1):
-            loaded.model(input_ids=part, **passed(cache), logits_to_keep=1)
-    cache.prefill_end = None
+    read_prompt(loaded.model, ids, cache, model.prefill_chunk_size)
     save_cache(output, cache, loaded.model, ids, {"document": document, "model": model.model, "after": framed.after})
     report = cache.report()
     say(f"Read in {seconds(time.perf_counter() - begin)}")
@@ -78,7 +67,7 @@ def ask(
     cache: Annotated[Path, typer.Argument(help="A file that `crushkv build` has written.", metavar="CACHE")],
     questions: Annotated[list[str], typer.Argument(help="Each question is answered alone.", metavar="QUESTION...")],
     *,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.", metavar="TOKENS", min=1)] = 128,
+    max_new_tokens: NewTokens = 128,
     as_json: Json = False,
     model: ModelOptions,
 ) -> None:
@@ -105,8 +94,8 @@ def ask(
         return
     table = Table("question", "answer", "first token")
     for answer in answers:
-        table.add_row(Text(answer["question"]), Text(answer["answer"].strip()), seconds(answer["ttft"]))
-    result_console().print(table)
+        table.add_row(Text(answer["question"]), Text(answer["answer"].strip()), seconds(answer["ttft_seconds"]))
+    console().print(table)
 
 
 def _answer(loaded: LoadedModel, saved: Any, question: str, max_new_tokens: int) -> dict[str, Any]:
@@ -114,27 +103,10 @@ def _answer(loaded: LoadedModel, saved: Any, question: str, max_new_tokens: int)
 
     from ..hf.interface import passed
     from ..prompts import Frame
-    from ..timing.measure import TokenClock
+    from ..timing.measure import measure
 
-    model = loaded.model
     asked = Frame.question_ids(loaded.tokenizer, question, saved.notes.get("after", ""))
-    ids = torch.cat([saved.input_ids, asked], dim=1).to(model.device)
+    ids = torch.cat([saved.input_ids, asked], dim=1)
     loaded.check_room(ids.shape[1], max_new_tokens)
-    clock = TokenClock(model.device)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        **passed(saved.cache()),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        streamer=clock,
-    )
-    new = output[0, ids.shape[1] :]
-    return {
-        "question": question,
-        "answer": loaded.tokenizer.decode(new, skip_special_tokens=True),
-        "prompt_tokens": ids.shape[1],
-        "new_tokens": len(new),
-        "ttft": clock.ttft,
-        "tpot": clock.tpot,
-    }
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, **passed(saved.cache())}
+    return {"question": question, **loaded.figures(measure(loaded.model, ids, **options))}

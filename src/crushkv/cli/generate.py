@@ -3,96 +3,90 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
 
 from ..config import CrushConfig
 from ..errors import ConfigError
 from .models import LoadedModel, load
-from .options import Json, ModelOptions, PromptOptions, with_options
-from .output import message_console, only_result_on_stdout, print_json, result_console, say, seconds, size
-from .progress import Progress
+from .options import Json, ModelOptions, PromptOptions, option, with_options
+from .output import (
+    Progress,
+    add_figures,
+    console,
+    names_and_values,
+    only_result_on_stdout,
+    print_json,
+    say,
+)
 
 if TYPE_CHECKING:
     from ..timing.measure import Measurement
 
-ANSWER = "Answer"
+_answer = functools.partial(option, panel="Answer")
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How an answer is made."""
+
+    max_new_tokens: Annotated[int, _answer("Length of the answer at most.", "TOKENS", min=1)] = 256
+    temperature: Annotated[float, _answer("0 takes the likeliest token.", "NUMBER", min=0)] = 0.0
+    top_p: Annotated[float | None, _answer("Sample from the likeliest tokens of this mass.", "SHARE")] = None
+    compare: Annotated[bool, _answer("Answer with the full cache, too.", None, "--compare")] = False
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """As arguments of `generate`."""
+        top_p, sampled = self.top_p, self.temperature > 0
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ConfigError(f"--top-p {top_p}: accepted is a number above 0 and up to 1")
+        if top_p is not None and not sampled:
+            raise ConfigError(f"--top-p {top_p}: only with a --temperature above 0, which turns sampling on")
+        options = {"temperature": self.temperature} if sampled else {}
+        options |= {} if top_p is None else {"top_p": top_p}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": sampled, **options}
 
 
 @with_options()
 def generate(
-    *,
-    prompt: PromptOptions,
-    config: CrushConfig,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Length of the answer at most.", metavar="TOKENS", min=1, rich_help_panel=ANSWER)
-    ] = 256,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token.", metavar="NUMBER", min=0, rich_help_panel=ANSWER)
-    ] = 0.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample from the likeliest tokens whose probabilities sum to this.",
-            metavar="SHARE",
-            rich_help_panel=ANSWER,
-        ),
-    ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Answer with the full cache, too.", rich_help_panel=ANSWER)
-    ] = False,
-    as_json: Json = False,
-    model: ModelOptions,
+    *, prompt: PromptOptions, config: CrushConfig, answer: AnswerOptions, as_json: Json = False, model: ModelOptions
 ) -> None:
     """Answer a prompt with a compressed KV cache.
 
     The prompt is --prompt, --file, both (the file first), or standard input.
     """
     from ..prompts import encode
+    from ..timing.figures import rows
     from ..timing.measure import warm_up
 
-    options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p), **model.generation}
+    options = {"seed": config.seed, **answer.generation, **model.generation}
     text = prompt.read()
     with only_result_on_stdout(as_json):
         loaded = load(model)
         ids = encode(loaded.tokenizer, text, prompt.chat, prompt.system)
-        loaded.check_room(ids.shape[-1], max_new_tokens)
+        loaded.check_room(ids.shape[-1], answer.max_new_tokens)
         warm_up(loaded.model, ids, config, tokens=16)
         full = None
-        if compare:
+        if answer.compare:
             say("Answering with the full cache")
-            full = _run(loaded, ids, None, config.seed, options)
+            full = _run(loaded, ids, None, options)
             say("Answering with KVCrush")
-        result = _run(loaded, ids, config, config.seed, options, stream=not compare and not as_json)
+        run = _run(loaded, ids, config, options, stream=not answer.compare and not as_json)
+    figures = loaded.figures(run)
     if as_json:
-        compared = {} if full is None else {"full": full[0], **_equality(result, full)}
-        print_json({"command": "generate", **result[0], **compared, "config": config.to_dict(), **loaded.conditions()})
-    elif full is not None:
-        _print_comparison(result, full)
+        compared = {} if full is None else {"full": loaded.figures(full), **_equality(run, full)}
+        print_json({"command": "generate", **figures, **compared, "config": config.to_dict(), **loaded.conditions()})
+    elif full is None:
+        console(messages=True).print("", names_and_values(rows(figures).items(), "dim"), sep="\n")
     else:
-        _print_figures(result[0])
+        _print_comparison([loaded.figures(full), figures], **_equality(run, full))
 
 
-def _sampling(temperature: float, top_p: float | None) -> dict[str, Any]:
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"--top-p {top_p}: accepted is a number above 0 and up to 1")
-    if temperature == 0:
-        if top_p is not None:
-            raise ConfigError(f"--top-p {top_p}: only with a --temperature above 0, which turns sampling on")
-        return {"do_sample": False}
-    sampling = {"do_sample": True, "temperature": temperature}
-    return sampling if top_p is None else {**sampling, "top_p": top_p}
-
-
-_Run = tuple[dict[str, Any], tuple[int, ...]]
-
-
-def _run(
-    loaded: LoadedModel, ids: Any, config: CrushConfig | None, seed: int, options: dict[str, Any], stream: bool = False
-) -> _Run:
-    """Figures and token ids of one run. `stream`: the answer is written to standard output while it is made."""
+def _run(loaded: LoadedModel, ids: Any, config: CrushConfig | None, options: Any, stream: bool = False) -> Measurement:
+    """Generates once. `stream`: the answer is written to standard output while it is made."""
     from transformers import TextStreamer
 
     from ..timing.measure import measure
@@ -105,10 +99,10 @@ def _run(
             if shown is not None:
                 shown.put(token)
 
-        run = measure(loaded.model, ids, config, seed=seed, on_token=on_token, **options)
+        run = measure(loaded.model, ids, config, on_token=on_token, **options)
     if shown is not None:
         shown.end()
-    return figures(run, loaded.tokenizer.decode(run.token_ids, skip_special_tokens=True)), run.token_ids
+    return run
 
 
 @contextlib.contextmanager
@@ -132,95 +126,21 @@ def reading(model: Any, tokens: int, chunk: int | None) -> Iterator[Callable[[],
             stop()
 
 
-def figures(run: Measurement, answer: str) -> dict[str, Any]:
-    """The JSON form of one run. `tiers` are tokens per layer and KV head; None for the full cache."""
-    report = run.report
-    peak, before = run.peak_memory, run.memory_before
-    return {
-        "answer": answer,
-        "prompt_tokens": run.prompt_tokens,
-        "new_tokens": len(run.token_ids),
-        "tokens_seen": run.tokens_seen,
-        "tokens_held": run.tokens_seen if report is None else round(report.tokens_held, 3),
-        "tiers": None if report is None else {name: round(count, 3) for name, count in report.tiers.items()},
-        "untouched_rows": 0 if report is None else report.untouched_rows,
-        "rope_layers": 0 if report is None else report.rope_layers,
-        "widened_layers": {} if report is None else dict(report.widened_layers),
-        "profile": None if report is None else report.profile,
-        "kv_bytes": run.kv_bytes,
-        "full_kv_bytes": run.full_kv_bytes,
-        "bytes_fraction": run.bytes_fraction,
-        "room_bytes": 0 if report is None else report.room_bytes,
-        "state_bytes": 0 if report is None else report.state_bytes,
-        "memory_bytes": run.memory_bytes,
-        "ttft_seconds": run.ttft,
-        "tpot_seconds": run.tpot,
-        "peak_memory_bytes": peak,
-        "memory_before_bytes": before,
-        "peak_above_start_bytes": None if peak is None or before is None else peak - before,
-    }
-
-
-def rows(run: dict[str, Any]) -> dict[str, str]:
-    """What a table shows of one run, or of a summary of several, by the name of the row."""
-    tiers = run["tiers"] or {}
-    return {
-        "KV cache at 16 bits": f"{size(run['kv_bytes'])} ({run['bytes_fraction']:.1%})",
-        "tokens per KV head": f"{run['tokens_held']:.0f} of {run['tokens_seen']:.0f}",
-        **{
-            f"  {name}": f"{tiers[name]:.0f}" if tiers else "-"
-            for name in ("sink", "important", "representative", "recent")
-        },
-        "  room to grow": size(run["room_bytes"]),
-        "  scores, positions": size(run["state_bytes"]),
-        "  allocated in all": size(run["memory_bytes"]),
-        "first token (TTFT)": _time(run, "ttft"),
-        "token after it (TPOT)": _time(run, "tpot"),
-        "peak memory": size(run["peak_memory_bytes"]),
-        "  since the prompt": size(run["peak_above_start_bytes"]),
-    }
-
-
-def _time(run: dict[str, Any], name: str) -> str:
-    """`17.2 s`, and the range where there is one: `17.2 s (16.9 s to 18.0 s)`."""
-    text = seconds(run[f"{name}_seconds"])
-    spread = run.get(f"{name}_range_seconds")
-    return text if spread is None else f"{text} ({seconds(spread[0])} to {seconds(spread[1])})"
-
-
-def _equality(result: _Run, full: _Run) -> dict[str, Any]:
+def _equality(run: Measurement, full: Measurement) -> dict[str, Any]:
     """Whether the answers are equal, and how many tokens they have in common before they part."""
-    pairs = zip(result[1], full[1], strict=False)
-    equal = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(result[1]), len(full[1])))
-    return {"answers_equal": result[1] == full[1], "equal_tokens": equal}
+    ours, theirs = run.token_ids, full.token_ids
+    pairs = zip(ours, theirs, strict=False)
+    equal = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    return {"answers_equal": ours == theirs, "equal_tokens": equal}
 
 
-def _print_figures(run: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in rows(run).items():
-        table.add_row(Text(name, style="dim"), value)
-    console = message_console()
-    console.print()
-    console.print(table)
-
-
-def _print_comparison(result: _Run, full: _Run) -> None:
+def _print_comparison(runs: list[dict[str, Any]], answers_equal: bool, equal_tokens: int) -> None:
+    """`runs`: the full cache's and KVCrush's."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table("", "full cache", "KVCrush")
-    table.columns[0].no_wrap = True
-    table.add_row("answer", *(Text(run[0]["answer"].strip()) for run in (full, result)), end_section=True)
-    left, right = rows(full[0]), rows(result[0])
-    for name in left:
-        table.add_row(name, left[name], right[name])
-    console = result_console()
-    console.print(table)
-    equal = _equality(result, full)
-    if equal["answers_equal"]:
-        console.print(f"The answers are equal ({len(full[1])} tokens).")
-    else:
-        console.print(f"The answers part after {equal['equal_tokens']} equal tokens.")
+    table.add_row("answer", *(Text(run["answer"].strip()) for run in runs), end_section=True)
+    add_figures(table, runs)
+    said = f"are equal ({equal_tokens} tokens)" if answers_equal else f"part after {equal_tokens} equal tokens"
+    console().print(table, f"The answers {said}.", sep="\n")

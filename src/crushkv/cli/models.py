@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, CrushError, nearest, one_line
+from ..machine import memory, versions
 from .options import ModelOptions
-from .output import say, versions
+from .output import say
+
+if TYPE_CHECKING:
+    from ..timing.measure import Measurement
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = "SmolLM2-135M-Instruct (embedded)"
@@ -40,6 +44,12 @@ class LoadedModel:
     def conditions(self, *packages: str) -> dict[str, Any]:
         """The model and the versions of the packages: a result has to be read with both."""
         return {"model": self.describe(), "versions": versions(*packages)}
+
+    def figures(self, run: Measurement) -> dict[str, Any]:
+        """The figures of one run, and its answer as text."""
+        from ..timing.figures import figures
+
+        return {"answer": self.tokenizer.decode(run.token_ids, skip_special_tokens=True), **figures(run)}
 
     def check_room(self, prompt_tokens: int, new_tokens: int = 0) -> None:
         """Refuses a prompt or an answer that the model has no positions for.
@@ -75,11 +85,18 @@ def load(options: ModelOptions) -> LoadedModel:
     _check_attention(options.attn_implementation)
     source, name = _find(options.model)
     say(f"Loading {name}")
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    try:
-        tokenizer, model, info = _read(source, dtype, options)
-    except Exception as error:  # a broken folder fails in as many ways as it has files
-        raise ModelError(f"--model {name!r}: {_reason(error)}") from error
+    trust = {"trust_remote_code": options.trust_remote_code}
+    tokenizer = _pretrained("AutoTokenizer", name, source, **trust)
+    model, info = _pretrained(
+        "AutoModelForCausalLM",
+        name,
+        source,
+        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        attn_implementation=options.attn_implementation,
+        use_safetensors=True,
+        output_loading_info=True,
+        **trust,
+    )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -93,20 +110,9 @@ def load(options: ModelOptions) -> LoadedModel:
 
 
 def load_config(model: str | None) -> tuple[str, Any]:
-    """The name of a model (None: the embedded one) and its configuration, without its weights.
-
-    Raises:
-        ModelError: it cannot be found or read.
-        EmbeddedModelError: the embedded model cannot be prepared.
-    """
+    """The name of a model (None: the embedded one) and its configuration, without its weights. Errors as of `load`."""
     source, name = _find(model)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    try:
-        return name, transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:
-        raise ModelError(f"--model {name!r}: {_reason(error)}") from error
+    return name, _pretrained("AutoConfig", name, source)
 
 
 def load_local(model: str | None) -> Any:
@@ -116,26 +122,16 @@ def load_local(model: str | None) -> Any:
         ModelError: its weights are not here, do not fit into the free memory, or cannot be read.
         EmbeddedModelError: the embedded model cannot be prepared.
     """
-    import transformers
-
-    from .system import memory
-
     source, name = _find(model)
     size = sum(file.stat().st_size for file in _local_folder(source).glob("*.safetensors"))
     if not size:
         raise ModelError(f"{name!r} has no weights in safetensors format on this machine")
-    free = memory()["available_bytes"]
+    _, free = memory()
     if free is not None and size > free:
         raise ModelError(f"the {size / 2**30:.1f} GiB of weights of {name!r} do not fit into the free memory")
-    _quiet_transformers()
     say(f"Loading {name}")
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", use_safetensors=True, local_files_only=True
-        )
-    except Exception as error:
-        raise ModelError(f"{name!r} cannot be loaded: {_reason(error)}") from error
-    return loaded.eval()
+    local = {"use_safetensors": True, "local_files_only": True}
+    return _pretrained("AutoModelForCausalLM", name, source, dtype="auto", **local).eval()
 
 
 def _local_folder(source: str) -> Path:
@@ -166,27 +162,12 @@ def _find(model: str | None) -> tuple[str, str]:
     return model, model
 
 
-def _read(source: str, dtype: Any, options: ModelOptions) -> tuple[Any, Any, dict[str, Any]]:
-    import transformers
+def _pretrained(kind: str, name: str, source: str, **options: Any) -> Any:
+    """What one of Transformers' Auto classes reads. Transformers itself reports nothing, and converts nothing.
 
-    _quiet_transformers()
-    trust = options.trust_remote_code
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-    # With output_loading_info a pair comes back, which the annotation does not tell.
-    pair: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtype,
-        attn_implementation=options.attn_implementation,
-        use_safetensors=True,
-        trust_remote_code=trust,
-        output_loading_info=True,
-    )
-    model, info = pair
-    return tokenizer, model, info
-
-
-def _quiet_transformers() -> None:
-    """Transformers reports nothing by itself, and asks nobody to convert checkpoints."""
+    Raises:
+        ModelError: it cannot be read. A broken folder fails in as many ways as it has files.
+    """
     import transformers
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import enable_progress_bars
@@ -198,6 +179,10 @@ def _quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
     enable_progress_bars()
     hub_logging.set_verbosity_error()
+    try:
+        return getattr(transformers, kind).from_pretrained(source, **options)
+    except Exception as error:
+        raise ModelError(f"--model {name!r}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -232,11 +217,24 @@ def _device(name: str) -> Any:
 
 
 def _check_attention(name: str) -> None:
-    from ..hf.attention import SUPPORTED
-    from .system import attention_implementations
-
-    if name not in SUPPORTED:
-        raise ConfigError(f"--attn-implementation {name!r}: unknown.{nearest(name, SUPPORTED)}")
+    present = attention_implementations()
+    if name not in present:
+        raise ConfigError(f"--attn-implementation {name!r}: unknown.{nearest(name, present)}")
     # Transformers would download a kernel from the Hub instead.
-    if not attention_implementations()[name]:
+    if not present[name]:
         raise ConfigError(f"--attn-implementation {name!r}: its package (flash-attn) or a GPU for it is missing here")
+
+
+def attention_implementations() -> dict[str, bool]:
+    """The implementations that crushkv works with, and whether each can be used here."""
+    from transformers import utils
+
+    from ..hf.attention import SUPPORTED
+
+    def present(name: str) -> bool:
+        if not name.startswith("flash_attention_"):
+            return True
+        check = getattr(utils, f"is_flash_attn_{name[-1]}_available", None)  # absent where Transformers is older
+        return check is not None and bool(check())
+
+    return {name: present(name) for name in SUPPORTED}

@@ -21,26 +21,34 @@ from ..presets import PRESETS
 
 STDIN = "-"
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Use the chat template.")]
+
+def option(help: str, metavar: str | None = None, *flags: str, panel: str | None = None, **more: Any) -> Any:
+    """An option. `flags` replace the one that is made from the parameter's name; `panel` is a section of the help."""
+    return typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=panel, **more)
+
+
+def output_option(help: str) -> Any:
+    return option(help, "FILE", "--output", "-o")
+
+
+_model = functools.partial(option, panel="Model")
+_prompt = functools.partial(option, panel="Prompt")
+_config = functools.partial(option, panel="KV cache")
+
+Json = Annotated[bool, option("Print JSON.", None, "--json")]
+NewTokens = Annotated[int, option("Length of an answer at most.", "TOKENS", min=1)]
 Configs = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
+        "full, a preset, POLICY:FIELD=VALUE,... or FIELD=VALUE,... Repeatable; {a,b} stands for both.",
+        "TEXT",
         "--config",
         "--preset",
         "--method",
-        metavar="TEXT",
-        help="full, a preset, POLICY:FIELD=VALUE,... or FIELD=VALUE,... Repeatable; {a,b} stands for both.",
-        show_default=False,
     ),
 ]
-_model = functools.partial(typer.Option, rich_help_panel="Model", show_default=False)
-_prompt = functools.partial(typer.Option, rich_help_panel="Prompt", show_default=False)
-_task = functools.partial(typer.Option, rich_help_panel="Tasks", show_default=False)
-
 ModelName = Annotated[
-    str | None,
-    _model(metavar="MODEL", help="Hugging Face id or folder. [dim]default: SmolLM2-135M-Instruct, embedded[/]"),
+    str | None, _model("Hugging Face id or folder.  [default: SmolLM2-135M-Instruct, embedded]", "MODEL")
 ]
 
 
@@ -49,15 +57,11 @@ class ModelOptions:
     """Which model runs, and how. `model` None is the embedded one."""
 
     model: ModelName = None
-    dtype: Annotated[str, _model(metavar="NAME", help="auto (as saved), float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, _model(metavar="NAME", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto"
-    attn_implementation: Annotated[
-        str, _model(metavar="NAME", help="sdpa, eager or flash_attention_2. [dim]default: sdpa[/]")
-    ] = "sdpa"
-    prefill_chunk_size: Annotated[
-        int | None, _model(metavar="TOKENS", help="Read prompts in pieces of this length.", min=1)
-    ] = None
-    trust_remote_code: Annotated[bool, _model("--trust-remote-code", help="Run code that comes with the model.")] = (
+    dtype: Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", "NAME")] = "auto"
+    device: Annotated[str, _model("auto (a GPU if there is one), cpu, cuda, cuda:1, ...", "NAME")] = "auto"
+    attn_implementation: Annotated[str, _model("sdpa, eager or flash_attention_2.", "NAME")] = "sdpa"
+    prefill_chunk_size: Annotated[int | None, _model("Read prompts in pieces of this length.", "TOKENS", min=1)] = None
+    trust_remote_code: Annotated[bool, _model("Run code that comes with the model.", None, "--trust-remote-code")] = (
         False
     )
 
@@ -68,18 +72,21 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptOptions:
-    """Where the prompt comes from, and whether it goes through the chat template (None: if there is one)."""
+class ChatOptions:
+    """How text becomes a prompt: through the chat template or not (None: if there is one)."""
 
-    prompt: Annotated[str | None, _prompt(metavar="TEXT", help="The prompt; - is standard input.")] = None
-    file: Annotated[
-        str | None, _prompt(metavar="FILE", help="A file that is read before --prompt; - is standard input.")
-    ] = None
     chat: Annotated[
-        bool | None,
-        _prompt("--chat/--no-chat", help="Use the chat template. [dim]default: if the model has one[/]"),
+        bool | None, _prompt("Use the chat template.  [default: if the model has one]", None, "--chat/--no-chat")
     ] = None
-    system: Annotated[str | None, _prompt(metavar="TEXT", help="System message.")] = None
+    system: Annotated[str | None, _prompt("System message.", "TEXT")] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptOptions(ChatOptions):
+    """Where the prompt comes from."""
+
+    prompt: Annotated[str | None, _prompt("The prompt; - is standard input.", "TEXT")] = None
+    file: Annotated[str | None, _prompt("A file that is read before --prompt; - is standard input.", "FILE")] = None
 
     def read(self) -> str:
         """The text of `--prompt`, of `--file`, of both (the file first), or of standard input.
@@ -120,24 +127,11 @@ def read_text(option: str, name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskOptions:
-    """Where the tasks of an evaluation come from."""
+class ResultOptions:
+    """Where the result goes."""
 
-    data_dir: Annotated[
-        Path | None,
-        _task(
-            metavar="DIR",
-            help="Folder of JSON lines in LongBench's format, a file a task. [dim]default: the harness's own data[/]",
-        ),
-    ] = None
-    haystack: Annotated[
-        Path | None,
-        _task(
-            metavar="PATH",
-            help="Text in which retrieval tasks hide facts: a file or a folder. [dim]default: bundled[/]",
-        ),
-    ] = None
-    prompt_seed: Annotated[int, _task(metavar="INT", min=0, help="Seed of the retrieval prompts.")] = 0
+    output: Annotated[Path | None, output_option("Keep every single result in this file (JSON).")] = None
+    as_json: Json = False
 
 
 def with_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -146,21 +140,25 @@ def with_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..
     It adds `--debug`.
 
     Args:
-        defaults: fields of `CrushConfig` that have another default in this command.
+        defaults: fields of these dataclasses that have another default in this command.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         parameters: list[inspect.Parameter] = []
-        build: Any
         groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
-            kind = parameter.annotation
+            kind: Any = parameter.annotation
             if not dataclasses.is_dataclass(kind):
                 parameters.append(parameter)
                 continue
-            options, build = _dataclass_options(kind), kind
+            fields = dataclasses.fields(kind)
+            build: Any = kind
+            changed = {field.name: defaults[field.name] for field in fields if field.name in defaults}
             if kind is CrushConfig:
-                options, build = _config_options(defaults), functools.partial(_build_config, defaults)
+                options, build = _config_options(changed), functools.partial(_build_config, changed)
+            else:
+                hints = typing.get_type_hints(kind, include_extras=True)
+                options = [_parameter(f.name, hints[f.name], changed.get(f.name, f.default)) for f in fields]
             groups[parameter.name] = build, [option.name for option in options]
             parameters += options
 
@@ -177,13 +175,8 @@ def with_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..
     return decorate
 
 
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _dataclass_options(kind: Any) -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return [_option(field.name, hints[field.name], field.default) for field in dataclasses.fields(kind)]
 
 
 def _set_debug(context: typer.Context, value: bool) -> None:
@@ -191,31 +184,19 @@ def _set_debug(context: typer.Context, value: bool) -> None:
         context.find_root().obj.debug = True
 
 
-_DEBUG = _option(
-    "debug",
-    Annotated[
-        bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show tracebacks and all warnings.")
-    ],
-    False,
-)
-
-
-# The fields of `CrushConfig`. An option that is not given is None: then --config or the default holds.
-
-_config = functools.partial(typer.Option, rich_help_panel="KV cache", show_default=False)
+_debug = option("Show tracebacks and all warnings.", None, "--debug", callback=_set_debug, is_eager=True)
+_DEBUG = _parameter("debug", Annotated[bool, _debug], False)
 
 
 def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
-    """`--config`, and an option for each field of `CrushConfig`. Its help is the first sentence about the field."""
-    whole = _config(
-        "--config",
-        "--preset",
-        metavar="TEXT",
-        help=f"{', '.join(PRESETS)}, PRESET:FIELD=VALUE,..., POLICY:FIELD=VALUE,..., FIELD=VALUE,... or a JSON file. "
-        "Options given beside it win.",
-    )
+    """`--config`, and an option for each field of `CrushConfig`, with the first sentence about the field as its help.
+
+    An option that is not given is None: then `--config` or the default holds.
+    """
+    forms = f"{', '.join(PRESETS)}, PRESET:FIELD=VALUE,..., POLICY:FIELD=VALUE,..., FIELD=VALUE,... or a JSON file."
+    whole = _config(f"{forms} Options given beside it win.", "TEXT", "--config", "--preset")
     hints, documented = typing.get_type_hints(CrushConfig), _documentation(CrushConfig)
-    options = [_option("config_text", Annotated[str | None, whole], None)]
+    options = [_parameter("config_text", Annotated[str | None, whole], None)]
     for field in dataclasses.fields(CrushConfig):
         kind, metavar, choices = _kind(hints[field.name])
         text = documented.get(field.name, "")
@@ -223,11 +204,10 @@ def _config_options(changed: Mapping[str, Any]) -> list[inspect.Parameter]:
             text = f"{text.removesuffix('.')} ({', '.join(choices)})."
         default = changed.get(field.name, field.default)
         if default is not None and default is not dataclasses.MISSING:
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-            text += f" [dim]default: {shown}[/]"
+            text += f"  [default: {str(default).lower()}]"
         flag = "--" + field.name.replace("_", "-")
-        info = _config(flag.removesuffix("s") if kind == list[str] else flag, metavar=metavar, help=text)
-        options.append(_option(field.name, Annotated[kind | None, info], None))
+        info = _config(text, metavar, flag.removesuffix("s") if kind == list[str] else flag)
+        options.append(_parameter(field.name, Annotated[kind | None, info], None))
     return options
 
 
@@ -236,10 +216,8 @@ def _kind(hint: Any) -> tuple[Any, str, Iterable[str]]:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return str, "NAME", typing.get_args(hint)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         return list[str], "NAME=VALUE", ()
-    if hint == tuple[str, ...]:
-        return list[str], "NAME", ()
     return (int, "INT", ()) if hint is int else (str, "true|false" if hint is bool else "VALUE", ())
 
 
@@ -249,7 +227,7 @@ def _documentation(kind: Any) -> dict[str, str]:
     sentences = {}
     for name, text in found:
         sentence = re.split(r"(?<=[.;]) (?=[A-Z`0-9])", " ".join(text.split()), maxsplit=1)[0].rstrip(".;")
-        sentences[name] = f"{sentence[:1].upper()}{sentence[1:]}.".replace("[", r"\[")
+        sentences[name] = f"{sentence[:1].upper()}{sentence[1:]}."
     return sentences
 
 
@@ -298,8 +276,3 @@ def _read(name: str, value: Any) -> Any:
             raise ConfigError(f"--policy-option {pair!r}: accepted is NAME=VALUE, for example kernel=5")
         options[key] = read_value(text)
     return options
-
-
-def split_names(text: str) -> list[str]:
-    """The names in `a,b`."""
-    return [name.strip() for name in text.split(",") if name.strip()]

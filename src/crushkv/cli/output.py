@@ -1,19 +1,16 @@
-"""What commands write: the result on standard output, all else on standard error."""
+"""What commands write: the result on standard output, messages and progress on standard error."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import platform
-import re
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from .._version import __version__
 from ..errors import ConfigError
-from ..text import size as size  # part of what commands write with
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,16 +28,11 @@ def check_output(output: Path | None) -> None:
         raise ConfigError(f"--output {str(output)!r}: it exists and is not a file")
 
 
-def result_console() -> Console:
+def console(messages: bool = False) -> Console:
+    """The console of the result, or of messages."""
     from rich.console import Console
 
-    return Console(highlight=False)
-
-
-def message_console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=messages, highlight=False)
 
 
 def plain_table(first: str, columns: Iterable[str]) -> Table:
@@ -52,6 +44,18 @@ def plain_table(first: str, columns: Iterable[str]) -> Table:
     table.add_column(first, overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def names_and_values(rows: Iterable[tuple[str, Any]], style: str) -> Table:
+    """Two columns without lines. `style` is that of the names."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style=style, no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
     return table
 
 
@@ -72,35 +76,75 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     print(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
 
 
-def installed(distribution: str) -> str | None:
-    """The version of an installed package, or None."""
-    from importlib.metadata import PackageNotFoundError, version
+def add_figures(table: Table, runs: Iterable[Mapping[str, Any]]) -> None:
+    """Adds the rows of figures, with a column for each run, to a table whose first column has names."""
+    from ..timing.figures import rows
 
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def missing(extra: str) -> list[str]:
-    """The packages of one of crushkv's extras (`embedded`, `eval`, `vllm`) that are not installed."""
-    from importlib.metadata import PackageNotFoundError, requires
-
-    try:
-        needed = requires("crushkv") or []
-    except PackageNotFoundError:  # crushkv itself runs from a folder of source
-        return []
-    names = [re.match(r"[\w.-]+", line) for line in needed if re.search(rf"""extra == ['"]{extra}['"]""", line)]
-    return [name[0] for name in names if name is not None and installed(name[0]) is None]
+    table.columns[0].no_wrap = True
+    shown = [rows(run) for run in runs]
+    for name in shown[0]:
+        table.add_row(name, *(run[name] for run in shown))
 
 
-def versions(*others: str) -> dict[str, str | None]:
-    """The versions of everything that a result depends on."""
-    packages = {name: installed(name) for name in ("torch", "transformers", "tokenizers", *others)}
-    return {"crushkv": __version__, "python": platform.python_version(), **packages}
+class Progress(contextlib.AbstractContextManager["Progress"]):
+    """Shows how much of some work is done and estimates the time that is left: a bar on a terminal, else lines.
+
+    Args:
+        weights: one for each item of the work, in proportion to the time that it will take.
+        lines: print a line for each finished item where there is no terminal.
+    """
+
+    def __init__(self, weights: Sequence[float], lines: bool = True) -> None:
+        from rich import progress
+
+        self._console = console(messages=True)
+        self._lines = lines and not self._console.is_terminal
+        self._weights = weights
+        self._finished = 0
+        self._bar = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("{task.fields[left]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=len(weights), left="")
+
+    def __enter__(self) -> Self:
+        self._begin = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar off the screen. More calls do nothing."""
+        self._bar.stop()
+
+    def begin(self, text: str) -> None:
+        """Says what is being done now."""
+        self._bar.update(self._task, description=text)
+
+    def done(self, text: str = "") -> None:
+        """Ends an item."""
+        self._finished += 1
+        passed = time.monotonic() - self._begin
+        done, rest = sum(self._weights[: self._finished]), sum(self._weights[self._finished :])
+        left = f"about {_about(passed / done * rest if done else 0.0)} left"
+        self._bar.update(self._task, completed=self._finished, left=left)
+        if self._lines:
+            line = f"[{self._finished}/{len(self._weights)}] {text}, {left}"
+            self._console.print(line, markup=False, soft_wrap=True)
 
 
-def seconds(time: float | None) -> str:
-    if time is None:
-        return "-"
-    return f"{time:.2f} s" if time >= 1 else f"{time * 1000:.0f} ms"
+def _about(seconds: float) -> str:
+    """For reading: `40 s`, `12 min`, `2 h 5 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,8 +1,9 @@
-"""`crushkv policies`, `inspect` and `profile`: what can be chosen, what a prompt keeps, what a model needs."""
+"""`crushkv plan`, `policies`, `inspect` and `profile`: what will be kept, and of what."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +12,87 @@ import typer
 from ..config import CrushConfig
 from ..errors import ConfigError
 from ..files import write_text
-from .models import load
-from .options import Json, ModelOptions, PromptOptions, with_options
-from .output import check_output, print_json, result_console, say, seconds, size, versions
+from ..text import seconds, size
+from .doctor import UNKNOWN, alike, key_lines, measured_keys
+from .models import load, load_config
+from .options import Json, ModelName, ModelOptions, PromptOptions, option, output_option, with_options
+from .output import check_output, console, print_json, say
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..importance import Policy
 
+NOT_LOADED = "`--load` or `crushkv doctor --model` measures it"
 REQUIRED = "(required)"
+
+
+@with_options()
+def plan(
+    tokens: Annotated[int, typer.Argument(help="Length of the prompt, in tokens.", metavar="TOKENS", min=1)],
+    *,
+    model: ModelName = None,
+    measure: Annotated[bool, option("Load the model, and say how RoPE turns its keys.", None, "--load")] = False,
+    as_json: Json = False,
+    config: CrushConfig,
+) -> None:
+    """Show how a budget is split between the tiers, for a model and a prompt's length.
+
+    Reads the model's configuration only, which does not say how its keys turn with the position; `--load` measures
+    that. Bytes count 16 bits for a number that is not quantized.
+    """
+    from ..hf import plan_cache
+
+    name, model_config = load_config(model)
+    found = plan_cache(model_config, config, tokens)
+    keys, unknown = measured_keys(model, tokens) if measure else ([], NOT_LOADED)
+    layers = [
+        {"layer": index, **dataclasses.asdict(split), **turned}
+        for index, (split, turned) in enumerate(zip(found.layers, keys or [UNKNOWN] * len(found.layers), strict=True))
+    ]
+    if as_json:
+        result = {
+            "model": name,
+            "tokens": tokens,
+            "config": config.to_dict(),
+            "untouched": found.untouched,
+            "kv_bytes": found.nbytes,
+            "full_kv_bytes": found.full_bytes,
+            "bytes_fraction": found.fraction,
+            "other_layers": found.other_layers,
+            "rope_layers": sum(layer["rope"] is True for layer in layers) if keys else None,
+            "keys_unknown": unknown,
+            "layers": layers,
+        }
+        print_json({"command": "plan", **result})
+        return
+    lines = [
+        f"{name}, {tokens} tokens: {size(found.nbytes)} of {size(found.full_bytes)} ({found.fraction:.1%}, "
+        f"{1 / found.fraction:.1f} times smaller)"
+    ]
+    if found.untouched:
+        lines.append(f"A fraction leaves prompts of fewer than {config.min_tokens} tokens (min_tokens) as they are.")
+    if not config.formats.raw:
+        lines += key_lines(layers, unknown)
+    if found.other_layers:
+        lines.append(f"{found.other_layers} layers (sliding or recurrent ones) are left alone and not counted.")
+    console().print(_plan_table(layers, config), *lines, sep="\n", markup=False)
+
+
+def _plan_table(layers: list[dict[str, Any]], config: CrushConfig) -> Table:
+    """One line for layers that do the same."""
+    from rich.table import Table
+
+    from ..timing.figures import TIERS
+
+    table = Table("layers", *TIERS, "bytes a layer")
+    for span, layer in alike(layers, lambda layer: [layer[name] for name in (*TIERS, "nbytes")]):
+        table.add_row(span, *(str(layer[tier]) for tier in TIERS), size(layer["nbytes"]))
+    bits = config.to_dict()
+    table.add_section()
+    important, recent = str(bits["bits"]), str(bits["recent_bits"])
+    table.add_row("bits a number", recent, important, str(bits["representative_bits"] or important), recent, "")
+    return table
 
 
 @with_options()
@@ -38,10 +112,8 @@ def policies(*, as_json: Json = False) -> None:
     for policy in found:
         options = "\n".join(f"{name}={value}" for name, value in policy["options"].items())
         table.add_row(policy["name"], options, policy["queries"], policy["paper"])
-    console = result_console()
-    console.print(table)
-    for name, reason in failed_policies().items():
-        console.print(Text(f"{name}: the entry point {reason}", style="red"))
+    failed = [Text(f"{name}: the entry point {reason}", style="red") for name, reason in failed_policies().items()]
+    console().print(table, *failed, sep="\n")
 
 
 def _describe(policy: type[Policy]) -> dict[str, Any]:
@@ -50,17 +122,16 @@ def _describe(policy: type[Policy]) -> dict[str, Any]:
 
     options = {}
     for field in dataclasses.fields(policy):
-        made = field.default_factory
-        options[field.name] = field.default if made is dataclasses.MISSING else made()
-        if options[field.name] is dataclasses.MISSING:
-            options[field.name] = REQUIRED
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = REQUIRED if field.default_factory is dataclasses.MISSING else field.default_factory()
+        options[field.name] = default
     return {
         "name": policy.name,
         "paper": policy.paper,
         "summary": (inspect.getdoc(policy) or "").split("\n\n")[0],
         "options": options,
         "queries": None if REQUIRED in options.values() else _queries(policy()),
-        "gives_mass": policy.gives_mass,
         "layer_budget": policy.layer_budget,
     }
 
@@ -77,9 +148,7 @@ def inspect(
     *,
     prompt: PromptOptions,
     config: CrushConfig,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The page; a file of that name is replaced.", metavar="FILE")
-    ] = Path("inspect.html"),
+    output: Annotated[Path, output_option("The page; a file of that name is replaced.")] = Path("inspect.html"),
     model: ModelOptions,
 ) -> None:
     """Show which tokens of a prompt each layer and KV head keeps, as one HTML page.
@@ -87,25 +156,15 @@ def inspect(
     The prompt is --prompt, --file, both (the file first), or standard input.
     """
     from ..evaluation.inspection import inspect_prompt, render
-    from ..prompts import encode
+    from ..evaluation.token_text import tokenize
 
     check_output(output)
     text = prompt.read()
     loaded = load(model)
-    tokens = encode(loaded.tokenizer, text, prompt.chat, prompt.system).shape[-1]
-    loaded.check_room(tokens)
-    say(f"Reading {tokens} tokens")
-    inspection = inspect_prompt(
-        loaded.model,
-        loaded.tokenizer,
-        text,
-        config,
-        chat=prompt.chat,
-        system=prompt.system,
-        prefill_chunk_size=model.prefill_chunk_size,
-        description=loaded.describe(),
-        versions=versions(),
-    )
+    tokens = tokenize(loaded.tokenizer, text, prompt.chat, prompt.system)
+    loaded.check_room(tokens.ids.shape[-1])
+    say(f"Reading {tokens.ids.shape[-1]} tokens")
+    inspection = inspect_prompt(loaded.model, tokens, config, model.prefill_chunk_size, loaded.conditions())
     target = output.expanduser().resolve()
     write_text(target, render(inspection))
     report = inspection.report
@@ -117,19 +176,10 @@ def inspect(
 
 @with_options()
 def profile(
-    name: Annotated[
-        str | None, typer.Argument(help="Hugging Face id or folder, as --model.", metavar="MODEL", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="Hugging Face id or folder, as --model.", metavar="MODEL")] = None,
     *,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="The profile.",
-            metavar="FILE",
-            show_default="in the user's cache folder, where it is found",
-        ),
+        Path | None, output_option("The profile.  [default: in the user's cache folder, where it is found]")
     ] = None,
     model: ModelOptions,
 ) -> None:
@@ -137,8 +187,6 @@ def profile(
 
     crushkv looks for profiles in the user's cache folder, and beside the model's files as crushkv-profile.safetensors.
     """
-    import time
-
     from ..hf import profile_model
     from ..hf.profiling import keep_profile
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,30 +22,34 @@ def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([stop] if isinstance(stop, int) else stop or [])
 
 
-@torch.no_grad()
-def greedy_answers(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    recording: Recording,
-    cache: Cache,
-    rows: int,
-    max_tokens: int,
-    until: Sequence[str] = (),
-) -> list[str]:
-    """The greedy answer of each row of a cache that holds the recorded prompt `rows` times. The cache is used up.
+@dataclass(frozen=True)
+class Ending:
+    """An answer ends before the first of the strings in `until`, at an end token, or after `max_tokens`."""
 
-    An answer ends before the first of the strings in `until`, at an end token, or after `max_tokens`.
-    """
+    max_tokens: int
+    until: tuple[str, ...] = ()
+
+    def reached(self, tokenizer: Any, answer: Sequence[int]) -> bool:
+        if len(answer) >= self.max_tokens:
+            return True
+        return bool(self.until) and any(end in _text(tokenizer, answer) for end in self.until)
+
+    def cut(self, text: str) -> str:
+        for end in self.until:
+            text = text.split(end)[0]
+        return text
+
+
+@torch.no_grad()
+def greedy_answers(recording: Recording, tokenizer: Any, cache: Cache, rows: int, ending: Ending) -> list[str]:
+    """The greedy answer of each row of a cache that holds the recorded prompt `rows` times; it is used up."""
+    model = recording.model
     stop = stop_tokens(model)
     first = int(recording.logits.argmax())
     answers: list[list[int]] = [[first] for _ in range(rows)]
     alive = list(range(rows))
     while True:
-        going = [
-            i
-            for i in alive
-            if answers[i][-1] not in stop and len(answers[i]) < max_tokens and not _ended(tokenizer, answers[i], until)
-        ]
+        going = [i for i in alive if answers[i][-1] not in stop and not ending.reached(tokenizer, answers[i])]
         if not going:
             break
         if len(going) < len(alive):  # rows that have ended cost nothing any more
@@ -54,18 +59,8 @@ def greedy_answers(
         logits = model(input_ids=last, **passed(cache)).logits[:, -1]
         for i, token in zip(alive, logits.argmax(-1).tolist(), strict=True):
             answers[i].append(token)
-    return [_cut(_text(tokenizer, answer), until) for answer in answers]
+    return [ending.cut(_text(tokenizer, answer)) for answer in answers]
 
 
-def _text(tokenizer: Any, answer: list[int]) -> str:
-    return tokenizer.decode(answer, skip_special_tokens=True)
-
-
-def _ended(tokenizer: Any, answer: list[int], until: Sequence[str]) -> bool:
-    return bool(until) and any(end in _text(tokenizer, answer) for end in until)
-
-
-def _cut(text: str, until: Sequence[str]) -> str:
-    for end in until:
-        text = text.split(end)[0]
-    return text
+def _text(tokenizer: Any, answer: Sequence[int]) -> str:
+    return str(tokenizer.decode(answer, skip_special_tokens=True))

@@ -16,11 +16,11 @@ from ..core import Tier
 from ..core.buckets import stands_for
 from ..hf import CacheReport, CrushCache, CrushLayer
 from ..hf.head_group import HeadGroup
-from ..hf.interface import passed
 from ..hf.support import check_prompt
 from ..importance import LayerView, scores
+from ..prompts import read_prompt
 from .pages import environment
-from .token_text import tokenize
+from .token_text import TokenText
 
 
 @dataclass(frozen=True)
@@ -112,38 +112,28 @@ class _InspectedCache(CrushCache):
     layer_class = _InspectedLayer
 
 
-@torch.no_grad()
 def inspect_prompt(
     model: PreTrainedModel,
-    tokenizer: Any,
-    text: str,
+    prompt: TokenText,
     config: CrushConfig,
-    *,
-    chat: bool | None = None,
-    system: str | None = None,
     prefill_chunk_size: int | None = None,
-    description: Mapping[str, Any] | None = None,
-    versions: Mapping[str, Any] | None = None,
+    conditions: Mapping[str, Any] | None = None,
 ) -> Inspection:
     """Reads one prompt with a compressed cache and tells what it kept.
 
     Args:
-        chat, system: how the text becomes tokens; see `tokenize`.
-        prefill_chunk_size: read the prompt in pieces of so many tokens; None: in one.
-        description, versions: shown on the page.
+        prompt: what `tokenize` makes of a text.
+        prefill_chunk_size: read the prompt in pieces of this many tokens. None reads it in one pass.
+        conditions: `model` and `versions`, to be shown to the reader.
 
     Raises:
         ConfigError: the prompt is empty or longer than the model's positions, or the budget does not fit the model.
         UnsupportedModelError: the model's cache cannot be compressed.
     """
-    prompt = tokenize(tokenizer, text, chat, system)
-    tokens = prompt.ids.shape[1]
-    check_prompt(tokens, model.config)
+    check_prompt(prompt.ids.shape[1], model.config)
     cache = _InspectedCache(model, config)
-    cache.prefill_end = tokens
-    for part in prompt.ids.to(model.device).split(prefill_chunk_size or tokens, dim=1):
-        model(input_ids=part, **passed(cache), logits_to_keep=1)
-
+    read_prompt(model, prompt.ids, cache, prefill_chunk_size)
+    told = conditions or {}
     crushed = {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, _InspectedLayer)}
     return Inspection(
         pieces=prompt.pieces,
@@ -153,10 +143,8 @@ def inspect_prompt(
         stands_for=torch.stack([layer.stands_for[0] for layer in crushed.values()]),
         report=cache.report(),
         config=config,
-        description={"name": model.config._name_or_path or type(model).__name__}
-        if description is None
-        else description,
-        versions=versions or {},
+        description=told.get("model", {"name": model.config._name_or_path or type(model).__name__}),
+        versions=told.get("versions", {}),
     )
 
 

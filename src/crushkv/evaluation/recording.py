@@ -14,8 +14,8 @@ from transformers.cache_utils import DynamicCache
 from ..config import CrushConfig
 from ..hf.cache import CrushCache
 from ..hf.head_group import AttentionCall
-from ..hf.interface import passed
 from ..hf.layer import CrushLayer
+from ..prompts import read_prompt
 
 
 class Recording:
@@ -33,19 +33,17 @@ class Recording:
         chunk: read the prompt in pieces of so many tokens; None: in one.
 
     Attributes:
+        model: as given.
         logits: float32 `[V]`, of the token that follows the prompt: the same for every branch.
         tokens: S.
     """
 
-    @torch.no_grad()
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, chunk: int | None = None) -> None:
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
             raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: expected [1, tokens]")
-        self._model = model
+        self.model = model
         self._source = _RecordingCache(model)
-        for part in input_ids.to(model.device).split(chunk or input_ids.shape[1], dim=1):
-            output = model(input_ids=part, **passed(self._source), logits_to_keep=1)
-        self.logits: Tensor = output.logits[0, -1].float()
+        self.logits: Tensor = read_prompt(model, input_ids, self._source, chunk)[0, -1].float()
         self.tokens: int = input_ids.shape[1]
         self._masses: dict[str, list[Tensor]] = {}
 
@@ -59,7 +57,7 @@ class Recording:
         """The cache after the prompt: of a configuration, or the full cache (None). Each call makes a new one."""
         if config is None:
             return self._full()
-        cache = CrushCache(self._model, config)
+        cache = CrushCache(self.model, config)
         policy = cache.plan.policy
         # Mass is gathered from all queries, which takes a while, and is the same for all that share a policy.
         key = json.dumps([config.policy, config.policy_options, config.window], sort_keys=True, default=str)
@@ -85,7 +83,7 @@ class Recording:
         return cache
 
     def _full(self) -> DynamicCache:
-        full = DynamicCache(config=self._model.config)
+        full = DynamicCache(config=self.model.config)
         for index, source in enumerate(self._source.layers):
             if isinstance(source, _RecordingLayer):
                 assert source.keys is not None and source.values is not None

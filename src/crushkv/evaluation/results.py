@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -86,13 +87,15 @@ def sample_key(
 class ResultsFile:
     """Appends samples to a file, and knows which it has. A context manager.
 
+    Without a path, it keeps the samples in memory only.
+
     Raises:
         DataError: the file cannot be read or written, or its samples come from another model or other versions.
     """
 
-    def __init__(self, path: Path, model: dict[str, Any], versions: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, model: dict[str, Any], versions: dict[str, Any]) -> None:
         self.path = path
-        self.samples = read_samples([path]) if path.exists() else []
+        self.samples = read_samples([path]) if path is not None and path.exists() else []
         for sample in self.samples:
             if (sample.model, sample.versions) != (model, versions):
                 raise DataError(
@@ -100,6 +103,9 @@ class ResultsFile:
                     f"{_describe(model, versions)}: give another file"
                 )
         self._keys = {sample.key for sample in self.samples}
+        self._file: Any = io.BytesIO()
+        if path is None:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b", buffering=0)  # what cannot be written must not be tried again at the end

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from ..config import CrushConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..hf import CrushCache
-from .decoding import greedy_answers
+from .decoding import Ending, greedy_answers
 from .fidelity import Reference
 from .recording import Recording
 from .results import ResultsFile, Sample, prompt_hash, sample_key
@@ -111,74 +111,70 @@ def run_item(item: Item, sweep: Sweep, subject: Subject, add: Callable[[Sample],
             if prompt.gold is not None:
                 gold = subject.tokenizer(prompt.gold, add_special_tokens=False, return_tensors="pt").input_ids[0]
             reference = Reference(model, recording, gold, sweep.answer_tokens)
+        read = _Read(item, sweep, subject, recording, reference)
         names = list(item.configs)
         for start in range(0, len(names), sweep.batch):
-            batch = {name: item.configs[name] for name in names[start : start + sweep.batch]}
-            answers = _answers(batch, prompt, sweep, subject, recording) if "score" in sweep.measures else {}
-            for name, config in batch.items():
-                add(_sample(name, config, item, sweep, subject, recording, reference, answers.get(name)))
+            batch = names[start : start + sweep.batch]
+            answers = read.answers(batch) if "score" in sweep.measures else {}
+            for name in batch:
+                add(read.sample(name, answers.get(name)))
 
 
-def _sample(
-    name: str,
-    config: CrushConfig | None,
-    item: Item,
-    sweep: Sweep,
-    subject: Subject,
-    recording: Recording,
-    reference: Reference | None,
-    answer: str | None,
-) -> Sample:
-    prompt = item.prompt
-    held, fidelity = recording.nbytes_at_16_bits, reference.fidelity if reference else None
-    if config is not None:
-        cache = recording.branch(config)
-        assert isinstance(cache, CrushCache)
-        held = cache.nbytes_at_16_bits
-        fidelity = reference.compare(cache) if reference else None
-    return Sample(
-        task=prompt.task,
-        id=prompt.id,
-        prompt_hash=prompt_hash(prompt.text),
-        prompt_tokens=recording.tokens,
-        name=name,
-        config=None if config is None else config.to_dict(),
-        settings=_settings(sweep, prompt),
-        bytes_held=held,
-        bytes_full=recording.nbytes_at_16_bits,
-        model=subject.description,
-        versions=subject.versions,
-        kl=fidelity.kl if fidelity else None,
-        agreement=fidelity.agreement if fidelity else None,
-        gold_nll=fidelity.gold_nll if fidelity else None,
-        answer_tokens=fidelity.answer_tokens if fidelity else None,
-        score=None if answer is None else prompt.score(answer),
-        metric=None if answer is None else prompt.metric,
-        answer=answer,
-    )
+@dataclass(frozen=True)
+class _Read:
+    """A prompt that was read, and what its caches are compared with (None: with nothing)."""
 
+    item: Item
+    sweep: Sweep
+    subject: Subject
+    recording: Recording
+    reference: Reference | None
 
-def _answers(
-    batch: Mapping[str, CrushConfig | None], prompt: Prompt, sweep: Sweep, subject: Subject, recording: Recording
-) -> dict[str, str]:
-    """Generated answers by configuration: the compressed ones decoded together, the full cache's by itself."""
-    model = subject.model
-    compressed = [name for name, config in batch.items() if config is not None]
-    branches = [recording.branch(batch[name]) for name in compressed]
-    caches = [cache for cache in branches if isinstance(cache, CrushCache)]
-    groups: list[tuple[list[str], Cache]]
-    groups = [([name], recording.branch(None)) for name, config in batch.items() if config is None]
-    try:
-        groups += [(compressed, stack(model, caches))] if caches else []
-    except UnsupportedModelError:  # layers with sliding windows stay apart
-        groups += [([name], cache) for name, cache in zip(compressed, caches, strict=True)]
-    answers: dict[str, str] = {}
-    for names, cache in groups:
-        texts = greedy_answers(
-            model, subject.tokenizer, recording, cache, len(names), _answer_limit(sweep, prompt), prompt.until
+    def sample(self, name: str, answer: str | None) -> Sample:
+        """Measures one configuration. `answer`: what was generated with it, if it was."""
+        prompt, config, recording, reference = self.item.prompt, self.item.configs[name], self.recording, self.reference
+        held, fidelity = recording.nbytes_at_16_bits, reference.fidelity if reference else None
+        if config is not None:
+            cache = recording.branch(config)
+            assert isinstance(cache, CrushCache)
+            held = cache.nbytes_at_16_bits
+            fidelity = reference.compare(cache) if reference else None
+        return Sample(
+            task=prompt.task,
+            id=prompt.id,
+            prompt_hash=prompt_hash(prompt.text),
+            prompt_tokens=recording.tokens,
+            name=name,
+            config=None if config is None else config.to_dict(),
+            settings=_settings(self.sweep, prompt),
+            bytes_held=held,
+            bytes_full=recording.nbytes_at_16_bits,
+            model=self.subject.description,
+            versions=self.subject.versions,
+            **(asdict(fidelity) if fidelity else {}),
+            score=None if answer is None else prompt.score(answer),
+            metric=None if answer is None else prompt.metric,
+            answer=answer,
         )
-        answers.update(zip(names, texts, strict=True))
-    return answers
+
+    def answers(self, names: Sequence[str]) -> dict[str, str]:
+        """Generated answers by configuration: the compressed ones decoded together, the full cache's by itself."""
+        configs, recording = self.item.configs, self.recording
+        compressed = [name for name in names if configs[name] is not None]
+        branches = [recording.branch(configs[name]) for name in compressed]
+        caches = [cache for cache in branches if isinstance(cache, CrushCache)]
+        groups: list[tuple[list[str], Cache]]
+        groups = [([name], recording.branch(None)) for name in names if configs[name] is None]
+        try:
+            groups += [(compressed, stack(recording.model, caches))] if caches else []
+        except UnsupportedModelError:  # layers with sliding windows stay apart
+            groups += [([name], cache) for name, cache in zip(compressed, caches, strict=True)]
+        ending = Ending(_answer_limit(self.sweep, self.item.prompt), self.item.prompt.until)
+        answers: dict[str, str] = {}
+        for group, cache in groups:
+            texts = greedy_answers(recording, self.subject.tokenizer, cache, len(group), ending)
+            answers.update(zip(group, texts, strict=True))
+        return answers
 
 
 def _settings(sweep: Sweep, prompt: Prompt) -> dict[str, Any]:

@@ -106,6 +106,30 @@ def worst_prompt(samples: Iterable[Sample]) -> Sample | None:
     return max(measured, key=lambda sample: sample.kl or 0, default=None)
 
 
+def summary(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Means over the tasks with 95 % intervals, each task counting alike; KL's median, 95th percentile and worst.
+
+    `gold_nll` is None without gold answers.
+    """
+    worst = worst_prompt(samples)
+    assert worst is not None
+    kl = macro_mean(by_task(samples, lambda sample: sample.kl))
+    nll = by_task(samples, lambda sample: sample.gold_nll)
+    return {
+        "name": name,
+        "kl": kl.mean,
+        "kl_interval": [kl.low, kl.high],
+        "kl_median": kl.median,
+        "kl_percentile_95": kl.percentile_95,
+        "kl_worst": kl.highest,
+        "worst_prompt": {"task": worst.task, "id": worst.id},
+        "agreement": macro_mean(by_task(samples, lambda sample: sample.agreement)).mean,
+        "gold_nll": macro_mean(nll).mean if nll else None,
+        "bytes_fraction": sum(sample.bytes_fraction for sample in samples) / len(samples),
+        "prompts": len(samples),
+    }
+
+
 def paired(samples: Iterable[Sample], baseline: Iterable[Sample], read: Read) -> Comparison | None:
     """`samples` minus `baseline`, prompt by prompt. None: they have no prompt in common."""
     other = {_prompt(sample): read(sample) for sample in baseline}

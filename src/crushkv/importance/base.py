@@ -109,14 +109,12 @@ class Policy(ABC):
     Attributes:
         name: as users write it.
         paper: where it was published, or `"none"`.
-        gives_mass: whether the scores are attention mass, that is not negative, and comparable by sums.
         streams: whether `accumulate` is shown every query, in order.
         layer_budget: how a budget is split over the layers.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    gives_mass: ClassVar[bool] = True
     streams: ClassVar[bool] = False
     layer_budget: ClassVar[Literal["uniform", "pyramid"]] = "uniform"
 

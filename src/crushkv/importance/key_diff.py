@@ -16,7 +16,6 @@ class KeyDiff(Policy):
 
     name = "key_diff"
     paper = "KeyDiff, arXiv 2504.15364"
-    gives_mass = False
 
     def score(self, view: LayerView) -> Tensor:
         directions = F.normalize(view.keys.float(), dim=-1)

@@ -15,7 +15,6 @@ class KeyNorm(Policy):
 
     name = "key_norm"
     paper = "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv 2406.11430"
-    gives_mass = False
 
     def score(self, view: LayerView) -> Tensor:
         return -view.keys.float().norm(dim=-1)

@@ -16,7 +16,6 @@ class Random(Policy):
 
     name = "random"
     paper = "control"
-    gives_mass = False
 
     def score(self, view: LayerView) -> Tensor:
         kv_heads, tokens = view.keys.shape[1:3]

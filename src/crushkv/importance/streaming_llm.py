@@ -19,7 +19,6 @@ class StreamingLLM(Policy):
 
     name = "streaming_llm"
     paper = "StreamingLLM: Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
-    gives_mass = False
 
     def score(self, view: LayerView) -> Tensor:
         position = torch.arange(view.keys.shape[2], dtype=torch.float32, device=view.keys.device)

@@ -2,7 +2,7 @@
 
 from .prompt import repeated_prompt
 from .record import ENGINE, FULL, Record, label, read_records, record_of, write_record
-from .request import measure_request, rotated, share
+from .request import Request, measure_request, rotated, share
 from .summary import OWN_STAGES, Figure, Spread, summarize
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "OWN_STAGES",
     "Figure",
     "Record",
+    "Request",
     "Spread",
     "label",
     "measure_request",

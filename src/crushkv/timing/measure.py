@@ -62,6 +62,13 @@ class Measurement:
         """`kv_bytes` as a part of `full_kv_bytes`."""
         return self.kv_bytes / self.full_kv_bytes
 
+    @property
+    def peak_above_start(self) -> int | None:
+        """`peak_memory` less `memory_before`."""
+        if self.peak_memory is None or self.memory_before is None:
+            return None
+        return self.peak_memory - self.memory_before
+
 
 def measure(
     model: Any,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -26,14 +27,15 @@ def plot(figures: Sequence[Figure]) -> Plot:
     """A line of panels for each batch size."""
     batches = sorted({figure.batch for figure in figures})
     names = list(dict.fromkeys(figure.name for figure in figures))
-    colours = mpl.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colormap = mpl.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colours = {name: colormap(number % colormap.N) for number, name in enumerate(names)}
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         size = (3.6 * len(_PANELS), 3.1 * len(batches) + 0.22 * len(names) + 0.2)
         drawn = Plot(figsize=size, layout="constrained")
         axes = drawn.subplots(len(batches), len(_PANELS), squeeze=False)
         for line, batch in zip(axes, batches, strict=True):
             for axis, (label, unit, read) in zip(line, _PANELS, strict=True):
-                _panel(axis, [figure for figure in figures if figure.batch == batch], unit, read, names, colours)
+                _panel(axis, [figure for figure in figures if figure.batch == batch], unit, read, colours)
                 axis.set_title(label if len(batches) == 1 else f"{label}, batch of {batch}", fontsize=9)
                 axis.set_xlabel("prompt [tokens]")
         handles = {h.get_label(): h for axis in axes.flat for h in axis.get_lines()}
@@ -64,8 +66,7 @@ def _panel(
     figures: Sequence[Figure],
     unit: float,
     read: Callable[[Figure], Spread | None],
-    names: Sequence[str],
-    colours: mpl.colors.Colormap,
+    colours: Mapping[str, Any],
 ) -> None:
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for figure in figures:
@@ -73,9 +74,7 @@ def _panel(
             curves[figure.name].append((figure.tokens, spread.median / unit))
     for name, points in curves.items():
         x, y = zip(*sorted(points), strict=True)
-        axis.plot(
-            x, y, label=name, color=colours(names.index(name) % colours.N), marker="o", markersize=3, linewidth=1.2
-        )
+        axis.plot(x, y, label=name, color=colours[name], marker="o", markersize=3, linewidth=1.2)
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted({figure.tokens for figure in figures}))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -10,21 +11,40 @@ from torch import Tensor
 from ..config import CrushConfig
 from ..core import record_stages
 from .measure import measure
-from .record import ENGINE, FULL, Record
+from .record import ENGINE, FULL, Record, label
 
 Method = TypeVar("Method")
 
 
-def measure_request(
-    model: Any,
-    prompt: Tensor,
-    new_tokens: int,
-    config: CrushConfig | None,
-    method: str = FULL,
-    repeat: int = 0,
-    **options: Any,
-) -> Record:
-    """Generates exactly `new_tokens` greedily from `prompt [B, S]`, with the full cache (None) or a compressed one.
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured.
+
+    Attributes:
+        tokens, batch, new_tokens: of the prompt, rows, and to be generated in each row.
+        method: its name in results.
+        config: what KVCrush keeps; None is the full cache.
+        repeat: which round of the run this is.
+    """
+
+    tokens: int
+    batch: int
+    new_tokens: int
+    method: str = FULL
+    config: CrushConfig | None = None
+    repeat: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, batch of {self.batch}, {label(self.method, share(self.config))}"
+
+    def record(self, **found: Any) -> Record:
+        """The record of this request, with the figures or the error that were found."""
+        asked = {name: getattr(self, name) for name in ("tokens", "batch", "new_tokens", "method", "repeat")}
+        return Record(engine=ENGINE, budget=share(self.config), **asked, **found)
+
+
+def measure_request(model: Any, prompt: Tensor, request: Request, **options: Any) -> Record:
+    """Generates exactly as many tokens as the request asks for, greedily, from `prompt [B, S]`.
 
     Args:
         options: further arguments of `generate`.
@@ -32,35 +52,24 @@ def measure_request(
     Raises:
         ConfigError: the prompt is longer than the model's positions.
     """
+    length: dict[str, Any] = {
+        "max_new_tokens": request.new_tokens,
+        "min_new_tokens": request.new_tokens,
+        "do_sample": False,
+    }
     with record_stages() as stages:
-        run = measure(
-            model,
-            prompt,
-            config,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            **options,
-        )
-    total = run.ttft + (run.tpot or 0.0) * (new_tokens - 1)
-    peak, before = run.peak_memory, run.memory_before
-    return Record(
-        engine=ENGINE,
-        method=method,
-        budget=share(config),
-        tokens=prompt.shape[1],
-        batch=prompt.shape[0],
-        new_tokens=new_tokens,
-        repeat=repeat,
+        run = measure(model, prompt, request.config, **length, **options)
+    total = run.ttft + (run.tpot or 0.0) * (request.new_tokens - 1)
+    return request.record(
         ttft_seconds=run.ttft,
         tpot_seconds=run.tpot,
         total_seconds=total,
-        tokens_per_second=prompt.shape[0] * new_tokens / total,
-        peak_memory_bytes=peak,
-        peak_above_start_bytes=None if peak is None or before is None else peak - before,
+        tokens_per_second=request.batch * request.new_tokens / total,
+        peak_memory_bytes=run.peak_memory,
+        peak_above_start_bytes=run.peak_above_start,
         kv_bytes=run.kv_bytes,
         full_kv_bytes=run.full_kv_bytes,
-        stages=None if config is None else dict(stages),
+        stages=None if request.config is None else dict(stages),
     )
 
 

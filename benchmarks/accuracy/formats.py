@@ -1,18 +1,11 @@
-"""Prints the tables of docs/accuracy.md on bits, tiers and low rank, and draws its plot, from results/formats.
-
-python benchmarks/accuracy/format_tables.py [--plot FILE]
-"""
+"""Tables and a plot on bits, tiers and low rank, from results/formats."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from cells import SPREAD, Block, Blocks, Results, longbench, mark_shares, retrieval
+from matplotlib.figure import Figure
 
-import matplotlib
-from tables import RESULTS, SHORT, Table, mark_shares, retrieval, short_cells, show
-
-from crushkv.evaluation import read_report_samples
-
+DISTANCES, SCORES = "formats/fidelity.jsonl.gz", "formats/scores.jsonl.gz"
 BUDGETS = ("0.25", "0.125", "0.0625")
 SIZES = ("4 times smaller", "8 times", "16 times")
 HALF_REPRESENTATIVES = "representative_bits=2,representative_share=0.5,grouping"
@@ -51,13 +44,14 @@ def name(budget: str, rest: str) -> str:
     return f"snapkv:budget={budget},{rest}"
 
 
-def fidelity(table: Table) -> None:
-    show(
+def fidelity(results: Results) -> Blocks:
+    table = results.table(DISTANCES)
+    yield Block(
         "KL at equal bytes",
         ["SnapKV", *SIZES],
         [[label, *(table.mean(name(b, rest)) for b in BUDGETS)] for label, rest in CURVES.items()],
     )
-    show(
+    yield Block(
         "KL minus KL of 4 bits throughout, at equal bytes",
         ["SnapKV", *SIZES],
         [
@@ -67,7 +61,7 @@ def fidelity(table: Table) -> None:
         ],
     )
     kvcrush = f"bits=4,{HALF_REPRESENTATIVES}=signature"
-    show(
+    yield Block(
         "Half of the tokens in 2 bits: KL of those that KVCrush chooses minus KL of others, at equal bytes",
         ["minus", *SIZES],
         [
@@ -79,7 +73,7 @@ def fidelity(table: Table) -> None:
             )
         ],
     )
-    show(
+    yield Block(
         "What else was tried: KL",
         ["configuration", "bytes", "KL", "KL minus 4 bits at the same budget"],
         [
@@ -100,14 +94,19 @@ def fidelity(table: Table) -> None:
     )
 
 
-def in_short(distances: Table, scores: Table) -> None:
-    show(
+def in_short(results: Results) -> Blocks:
+    distances, scores = results.table(DISTANCES), results.table(SCORES)
+    yield Block(
         "Formats, in short",
-        ["", *SHORT, "needles found"],
+        ["", "bytes", *SPREAD, "same token", "LongBench score", "minus the full cache", "needles found"],
         [
             [
                 label,
-                *short_cells(distances, followed, scores, answered),
+                scores.bytes(answered),
+                *distances.spread_cells(followed),
+                distances.mean(followed, lambda s: s.agreement, interval=False),
+                scores.mean(answered, longbench, interval=False),
+                "" if answered == "full" else scores.difference(answered, "full", longbench),
                 scores.mean(answered, retrieval, 2, interval=False),
             ]
             for label, (answered, followed) in ROWS.items()
@@ -115,12 +114,11 @@ def in_short(distances: Table, scores: Table) -> None:
     )
 
 
-def plot(table: Table, path: Path) -> None:
+def plot(results: Results) -> Figure:
     """Mean KL against the share of the full cache's bytes."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    table = results.table(DISTANCES)
+    figure = Figure(figsize=(8, 5), layout="constrained", dpi=150)
+    axes = figure.subplots()
     for label, rest in CURVES.items():
         names = [name(budget, rest) for budget in BUDGETS]
         found = [e for n in names if (e := table.estimate(n)) is not None]
@@ -141,19 +139,4 @@ def plot(table: Table, path: Path) -> None:
     )
     mark_shares(axes)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--plot", type=Path, help="PNG or SVG")
-    arguments = parser.parse_args()
-    distances = Table(read_report_samples([RESULTS / "formats" / "fidelity.jsonl.gz"]))
-    in_short(distances, Table(read_report_samples([RESULTS / "formats" / "scores.jsonl.gz"])))
-    fidelity(distances)
-    if arguments.plot is not None:
-        plot(distances, arguments.plot)
-
-
-if __name__ == "__main__":
-    main()
+    return figure

@@ -1,24 +1,16 @@
-"""Prints the tables of docs/accuracy.md on the presets, and draws its first plot, from results/presets.
-
-python benchmarks/accuracy/preset_tables.py [--plot FILE]
+"""Tables and a plot on the presets, from results/presets.
 
 Each model has files of its own (`fidelity.jsonl.gz` and `scores.jsonl.gz`, `fidelity-qwen.jsonl.gz` ...).
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import matplotlib
-from tables import RESULTS, SPREAD, Table, longbench, mark_shares, retrieval, show
+from cells import SPREAD, Block, Blocks, Results, Table, longbench, mark_shares, retrieval
+from matplotlib.figure import Figure
 
-from crushkv.evaluation import Sample, by_model, read_report_samples
-
-Tables = Mapping[str, Table]  # by the model's name
-
+DISTANCES, SCORES = "presets/fidelity*.jsonl*", "presets/scores*.jsonl*"
 PRESETS = {"0.25": "balanced", "0.125": "small", "0.0625": "tiny"}
 SIZES = {"0.25": "a quarter", "0.125": "an eighth", "0.0625": "a sixteenth"}
 GOALS = {"0.25": (0.01, 0.06), "0.125": (0.03, 0.3), "0.0625": (0.1, 1.0)}
@@ -49,13 +41,20 @@ CURVES = {
 }
 
 
-def as_one_task(samples: Sequence[Sample]) -> list[Sample]:
-    """Few prompts a task: drawn within their task, as elsewhere, they would give intervals that are far too narrow."""
-    return [replace(sample, task="all", id=f"{sample.task} {sample.id}") for sample in samples]
+def distances(results: Results) -> dict[str, Table]:
+    """A table of each model. All prompts count as one task.
+
+    There are few prompts a task. Drawn within their task, as elsewhere, they would give far too narrow intervals.
+    """
+    return {
+        model: Table([replace(sample, task="all", id=f"{sample.task} {sample.id}") for sample in samples])
+        for model, samples in results.models(DISTANCES).items()
+    }
 
 
-def in_short(tables: Tables) -> None:
+def in_short(results: Results) -> Blocks:
     """The README's."""
+    tables = distances(results)
     prompts = " and ".join(str(len(table.groups["full"])) for table in tables.values())
     head = ["preset", "bytes held", *(f"KL, {model.removesuffix('-Instruct')}: mean (worst)" for model in tables)]
     first = next(iter(tables.values()))
@@ -63,10 +62,11 @@ def in_short(tables: Tables) -> None:
     for name in SHORT:
         spreads = [table.spread_cells(name) for table in tables.values()]
         lines.append([LABELS[name], first.bytes(name), *(f"{mean} ({worst})" for mean, _, _, worst in spreads)])
-    show(f"Presets, in short: {prompts} prompts", head, lines)
+    yield Block(f"Presets, in short: {prompts} prompts", head, lines)
 
 
-def goals(tables: Tables) -> None:
+def goals(results: Results) -> Blocks:
+    tables = distances(results)
     lines = []
     for budget, aims in GOALS.items():
         line = [f"`{PRESETS[budget]}`, {SIZES[budget]}"]
@@ -79,36 +79,32 @@ def goals(tables: Tables) -> None:
                 line.append(f"{value:.3f}, {'met' if value <= aim else '**missed**'}")
         lines.append(line)
     head = ["", "goal: mean, at most", *tables, "goal: worst prompt, at most", *tables]
-    show("Presets: what was aimed at", head, lines)
+    yield Block("Presets: what was aimed at", head, lines)
 
 
-def of_model(model: str, table: Table) -> None:
-    show(
-        f"Presets: {model}",
-        ["", "bytes", *SPREAD, "prompts"],
-        [
-            [
-                label,
-                table.bytes(name),
-                table.mean(name),
-                *table.spread_cells(name)[1:],
-                str(len(table.groups[name])),
-            ]
+def by_model(results: Results) -> Blocks:
+    for model, table in distances(results).items():
+        lines = [
+            [label, table.bytes(name), *table.spread_cells(name, interval=True), str(len(table.groups[name]))]
             for name, label in LABELS.items()
-        ],
-    )
+        ]
+        yield Block(f"Presets: {model}", ["", "bytes", *SPREAD, "prompts"], lines)
 
 
-def widths(tables: Tables) -> None:
-    show(
+def widths(results: Results) -> Blocks:
+    tables = distances(results)
+    yield Block(
         "Presets minus equal widths in 4 and 2 bits: KL, prompt by prompt",
         ["", *tables],
         [[size, *(t.difference(PRESETS[b], equal(b)) for t in tables.values())] for b, size in SIZES.items()],
     )
 
 
-def answers(tables: Tables) -> None:
+def scores(results: Results) -> Blocks:
     """The tasks' own metrics of generated answers: LongBench's, each task counting alike, and hidden numbers."""
+    tables = {model: Table(samples) for model, samples in results.models(SCORES).items()}
+    if not tables:
+        return
     head = [""]
     for model, table in tables.items():
         prompts = sum(longbench(sample) is not None for sample in table.groups["full"])
@@ -125,15 +121,14 @@ def answers(tables: Tables) -> None:
             ]
         if any(line[1:]):
             lines.append(line)
-    show("Presets: answers", head, lines)
+    yield Block("Presets: answers", head, lines)
 
 
-def plot(tables: Tables, path: Path) -> None:
+def plot(results: Results) -> Figure:
     """KL against the share of the full cache's bytes."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(tables), figsize=(11, 4.4), sharey=True, layout="constrained", squeeze=False)
+    tables = distances(results)
+    figure = Figure(figsize=(11, 4.4), layout="constrained", dpi=120)
+    axes = figure.subplots(1, len(tables), sharey=True, squeeze=False)
     for axis, (model, table) in zip(axes[0], tables.items(), strict=True):
         for label, names in CURVES.items():
             points = [(table.share(n), e.mean) for n in names if (e := table.estimate(n)) is not None]
@@ -143,34 +138,4 @@ def plot(tables: Tables, path: Path) -> None:
     axes[0, 0].set_ylabel("KL to the full cache, nats")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def _read(folder: Path, kind: str) -> dict[str, list[Sample]]:
-    """Samples by model, SmolLM2 first."""
-    files = sorted(folder.glob(f"{kind}*.jsonl*"), reverse=True)
-    if not files:
-        return {}
-    return {model.removesuffix(" (embedded)"): s for model, s in by_model(read_report_samples(files)).items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--plot", type=Path, help="PNG or SVG")
-    parser.add_argument("--results", type=Path, default=RESULTS / "presets", help="folder of the results")
-    arguments = parser.parse_args()
-    distances, scores = (_read(arguments.results, kind) for kind in ("fidelity", "scores"))
-    tables = {model: Table(as_one_task(samples)) for model, samples in distances.items()}
-    in_short(tables)
-    goals(tables)
-    for model, table in tables.items():
-        of_model(model, table)
-    widths(tables)
-    if scores:
-        answers({model: Table(samples) for model, samples in scores.items()})
-    if arguments.plot is not None:
-        plot(tables, arguments.plot)
-
-
-if __name__ == "__main__":
-    main()
+    return figure
