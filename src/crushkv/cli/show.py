@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from ..errors import ConfigError
 from ..files import write_text
 from ..text import seconds, size
 from .doctor import UNKNOWN, alike, key_lines, measured_keys
-from .models import load, load_config
+from .models import load, load_config, load_local
 from .options import Json, ModelName, ModelOptions, PromptOptions, option, output_option, with_options
 from .output import check_output, console, print_json, say
 
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..importance import Policy
+    from ..profile import Profile
 
 NOT_LOADED = "`--load` or `crushkv doctor --model` measures it"
 REQUIRED = "(required)"
+BARS = "▁▂▃▄▅▆▇█"
 
 
 @with_options()
@@ -32,19 +35,20 @@ def plan(
     tokens: Annotated[int, typer.Argument(help="Length of the prompt, in tokens.", metavar="TOKENS", min=1)],
     *,
     model: ModelName = None,
-    measure: Annotated[bool, option("Load the model, and say how RoPE turns its keys.", None, "--load")] = False,
+    measure: Annotated[bool, option("Load the model: how its keys turn, what its heads need.", None, "--load")] = False,
     as_json: Json = False,
     config: CrushConfig,
 ) -> None:
     """Show how a budget is split between the tiers, for a model and a prompt's length.
 
-    Reads the model's configuration only, which does not say how its keys turn with the position; `--load` measures
-    that. Bytes count 16 bits for a number that is not quantized.
+    Reads the model's configuration only, which does not say how its keys turn with the position, or what its heads
+    need; `--load` finds that out. Bytes count 16 bits for a number that is not quantized.
     """
     from ..hf import plan_cache
 
     name, model_config = load_config(model)
-    found = plan_cache(model_config, config, tokens)
+    profile = None if config.heads == "equal" else _profile(model, config, measure)
+    found = plan_cache(model_config, config, tokens, profile=profile)
     keys, unknown = measured_keys(model, tokens) if measure else ([], NOT_LOADED)
     layers = [
         {"layer": index, **dataclasses.asdict(split), **turned}
@@ -62,6 +66,7 @@ def plan(
             "other_layers": found.other_layers,
             "rope_layers": sum(layer["rope"] is True for layer in layers) if keys else None,
             "keys_unknown": unknown,
+            "heads": found.heads,
             "layers": layers,
         }
         print_json({"command": "plan", **result})
@@ -74,20 +79,49 @@ def plan(
         lines.append(f"A fraction leaves prompts of fewer than {config.min_tokens} tokens (min_tokens) as they are.")
     if not config.formats.raw:
         lines += key_lines(layers, unknown)
+    if found.heads is not None:
+        lines += _head_lines(found.heads, tokens)
+    elif config.heads != "equal":
+        lines.append("heads: shown as equal; which need more is known once the model is loaded (`--load`)")
     if found.other_layers:
         lines.append(f"{found.other_layers} layers (sliding or recurrent ones) are left alone and not counted.")
-    console().print(_plan_table(layers, config), *lines, sep="\n", markup=False)
+    console().print(_plan_table(layers, config, found.heads is not None), *lines, sep="\n", markup=False)
 
 
-def _plan_table(layers: list[dict[str, Any]], config: CrushConfig) -> Table:
-    """One line for layers that do the same."""
+def _profile(model: str | None, config: CrushConfig, loads: bool) -> Profile | None:
+    """The model's profile, as far as it is known without making one; `loads`: the weights may be read for it."""
+    from ..hf.profiling import embedded_profile, find_profile
+    from ..profile import Profile
+
+    if config.profile is not None:
+        return Profile.load(Path(config.profile))
+    if loads:
+        return find_profile(load_local(model))
+    return embedded_profile() if model is None else None
+
+
+def _head_lines(heads: tuple[tuple[int, ...], ...], tokens: int) -> Iterator[str]:
+    """A picture of what each head keeps."""
+    kept = [count for layer in heads for count in layer]
+    yield f"heads: {min(kept)} to {max(kept)} tokens. A line is a KV head, a column a layer, a full block all tokens:"
+    for head in zip(*heads, strict=True):
+        yield "  " + "".join(BARS[min(len(BARS) - 1, count * len(BARS) // tokens)] for count in head)
+
+
+def _plan_table(layers: list[dict[str, Any]], config: CrushConfig, by_head: bool) -> Table:
+    """One line for layers that do the same; where heads have budgets of their own, one for all layers."""
     from rich.table import Table
 
     from ..timing.figures import TIERS
 
     table = Table("layers", *TIERS, "bytes a layer")
-    for span, layer in alike(layers, lambda layer: [layer[name] for name in (*TIERS, "nbytes")]):
-        table.add_row(span, *(str(layer[tier]) for tier in TIERS), size(layer["nbytes"]))
+    if by_head:
+        columns = [[layer[name] for layer in layers] for name in (*TIERS, "nbytes")]
+        shown = [[str(min(x)), str(max(x))] for x in columns[:-1]] + [[size(min(columns[-1])), size(max(columns[-1]))]]
+        table.add_row(f"0-{len(layers) - 1}", *(" to ".join(dict.fromkeys(ends)) for ends in shown))
+    else:
+        for span, layer in alike(layers, lambda layer: [layer[name] for name in (*TIERS, "nbytes")]):
+            table.add_row(span, *(str(layer[tier]) for tier in TIERS), size(layer["nbytes"]))
     bits = config.to_dict()
     table.add_section()
     important, recent = str(bits["bits"]), str(bits["recent_bits"])

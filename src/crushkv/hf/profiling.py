@@ -98,6 +98,12 @@ def find_profile(model: Any, given: str | Path | None = None) -> Profile | None:
     return _checked(packaged, model) if packaged.is_file() else None
 
 
+def embedded_profile() -> Profile:
+    """The embedded model's, which is in the package."""
+    (only,) = Path(str(files("crushkv").joinpath("profiles"))).glob("*.safetensors")
+    return Profile.load(only)
+
+
 def obtain_profile(
     model: Any, given: str | Path | None = None, tokenizer: Any = None, progress: Progress | None = None
 ) -> tuple[Profile | None, str]:
