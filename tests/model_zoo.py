@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from crushkv.text import release
 
 VOCAB = 128
 # What a configuration class has a field for is set; each class has some of these.
@@ -63,8 +66,8 @@ RECURRENT: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention
 CONVOLUTION: dict[str, Any] = {"layer_types": ["conv", "full_attention"] * 2}
 LATENT: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 8}
 DECODER: dict[str, Any] = {"is_decoder": True}
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}  # with sdpa, Transformers 5.16 leaves soft-capping out
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
-INDEXES = ["linear_attention", "indexed_attention"] * 2
 QSA: dict[str, Any] = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256, "hc_lowrank": 8} | {
     "indexer_budget": 32,
     "indexer_compress_ratio": 4,
@@ -118,6 +121,11 @@ def broken(error: str, *parts: dict[str, Any], **fields: Any) -> Model:
     return Model(_merged(parts, fields), broken=error)
 
 
+def since(version: tuple[int, int], now: Model, before: Model) -> Model:
+    """What is expected of the installed release of Transformers: releases before `version` are otherwise."""
+    return now if release(transformers.__version__) >= version else before
+
+
 def _merged(parts: tuple[dict[str, Any], ...], fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for part in (*parts, fields) for name, value in part.items()}
 
@@ -127,11 +135,23 @@ INDEXED = "chooses the tokens that it attends to by an index of its own"
 BOTH = "holds a recurrent state and keys and values in one"
 UNKNOWN = "is of a kind that crushkv does not know"
 NO_ATTENTION = "the model has no attention layers"
-NO_CACHE = "it keeps no keys and values in a cache of Transformers"
+NO_CACHE = "takes no cache of Transformers"
+OTHERS = "every layer attends to the keys and values of another model"
+# A configuration with no layer that caches was an error in Transformers, for some releases.
+ASSISTS = since(
+    (5, 24),
+    refused(OTHERS, text_config=ASSISTANT),
+    since(
+        (5, 17),
+        broken("layer types producing a cache is different", text_config=ASSISTANT),
+        refused(OTHERS, text_config=ASSISTANT),
+    ),
+)
 
 TEXT: dict[str, Model] = {
     "afmoe": works(),
     "apertus": works(),
+    "apertus1p5_text": works(rope_parameters=ROPE),
     "arcee": works(),
     "aria_text": works(),
     "axk1": latent(),
@@ -151,7 +171,7 @@ TEXT: dict[str, Model] = {
     "blenderbot-small": works(),
     "bloom": refused(ITSELF),
     "camembert": works(DECODER),
-    "codegen": refused(ITSELF, rotary_dim=8),
+    "codegen": since((5, 24), works(rotary_dim=8), refused(ITSELF, rotary_dim=8)),
     "cohere": works(),
     "cohere2": works(SLIDING),
     "cohere2_moe": works(SLIDING),
@@ -164,11 +184,13 @@ TEXT: dict[str, Model] = {
     "deepseek_v4": refused(UNKNOWN),
     "diffllama": refused("each layer attends twice"),
     "doge": refused(ITSELF, FULL),
+    "dory": works(SLIDING, n_input_layers=1, n_output_layers=1),
     "dots1": works(n_shared_experts=1),
     "electra": works(DECODER),
     "ernie": works(DECODER),
     "ernie4_5": works(),
     "ernie4_5_moe": works(),
+    "exaone": works(),
     "exaone4": works(SLIDING),
     "exaone_moe": works(SLIDING),
     "falcon": refused(ITSELF),
@@ -177,7 +199,7 @@ TEXT: dict[str, Model] = {
     "flex_olmo": works(),
     "flint": works(),
     "gemma": works(),
-    "gemma2": works(),
+    "gemma2": works(EAGER),
     "gemma3_text": works(SLIDING),
     "gemma3n_text": works(SHARED, laurel_rank=8, activation_sparsity_pattern=[0.0] * 6, intermediate_size=[64] * 6),
     "gemma4_text": works(SHARED, global_head_dim=32),
@@ -194,7 +216,7 @@ TEXT: dict[str, Model] = {
     "gpt_neox": works(),
     "gpt_neox_japanese": refused(ITSELF),
     "gpt_oss": works(SLIDING),
-    "gptj": refused(ITSELF, rotary_dim=8),
+    "gptj": since((5, 24), works(rotary_dim=8), refused(ITSELF, rotary_dim=8)),
     "granite": works(),
     "granite_swa": works(SLIDING),
     "granitemoe": works(),
@@ -216,6 +238,7 @@ TEXT: dict[str, Model] = {
     "kimi_linear": latent(RECURRENT, linear_head_dim=16, linear_num_heads=4),
     "kolibri1": works(SLIDING),
     "laguna": works(),
+    "lara_mini": works(),
     "lfm2": works(CONVOLUTION, block_multiple_of=16),
     "lfm2_moe": works(CONVOLUTION),
     "lfm3": works(layer_types=["conv", "sliding_attention", "full_attention", "full_attention"]),
@@ -268,13 +291,15 @@ TEXT: dict[str, Model] = {
     "roberta-prelayernorm": works(DECODER),
     "roformer": refused(ITSELF, DECODER),
     "rwkv": refused(NO_CACHE),
+    "sarvam_mla": latent(),
+    "sarvam_moe": works(),
     "seed_oss": works(),
     "smollm3": works(),
     "solar_open": works(),
     "stablelm": works(),
     "starcoder2": works(FULL),
     "trocr": refused(ITSELF),
-    "vaultgemma": works(SLIDING),
+    "vaultgemma": works(SLIDING, EAGER),
     "whisper": works(max_source_positions=64),
     "xglm": refused(ITSELF),
     "xlm": refused(NO_CACHE),
@@ -292,15 +317,16 @@ TEXT: dict[str, Model] = {
     "dots3_note": refused(INDEXED),
     "dots3_note_text": refused(INDEXED, LATENT, layer_types=["indexed_attention"] * 4),
     "gemma3n": broken("requires the timm library"),
-    "gemma4_assistant": broken("layer types producing a cache is different", text_config=ASSISTANT),
-    "gemma4_unified_assistant": broken("layer types producing a cache is different", text_config=ASSISTANT),
+    "gemma4_assistant": ASSISTS,
+    "gemma4_unified_assistant": ASSISTS,
     "inkling_text": refused(BOTH),
     "inkling2_text": refused(BOTH),
+    "inkling2_loop_text": refused(BOTH),
     "minimax_m3_vl_text": refused(UNKNOWN, layer_types=["full_attention", "minimax_m3_sparse"] * 2),
-    "musicgen": broken("no attribute 'dropout'"),
-    "musicgen_melody": broken("no attribute 'dropout'"),
-    "qwen4_exp": refused(INDEXED, text_config={"num_hidden_layers": 4, "layer_types": INDEXES, **QSA}),
-    "qwen4_exp_text": refused(INDEXED, QSA, layer_types=INDEXES),
+    "musicgen": broken("no attribute 'dropout'|field 'text_encoder'"),
+    "musicgen_melody": broken("no attribute 'dropout'|field 'text_encoder'"),
+    "qwen4_exp": refused(INDEXED, text_config={"num_hidden_layers": 4, **RECURRENT, **QSA}),
+    "qwen4_exp_text": refused(INDEXED, QSA, RECURRENT),
     "dbrx": works(
         attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
         ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},

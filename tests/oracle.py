@@ -35,6 +35,7 @@ class Recording:
     weights: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, Hq, q, S], of the first pass, by `replay`
     sequences: Tensor | None = None
     cache: Any = None
+    full: Any = None  # the full cache, by `replay`
 
     @property
     def visible(self) -> list[dict[int, Tensor]]:
@@ -112,7 +113,7 @@ def replay(model: Any, recording: Recording) -> list[Tensor]:
     logits."""
     config = model.config.get_text_config(decoder=True)
     implementation = config._attn_implementation
-    cache = WatchedCache(config=model.config)
+    cache = recording.full = WatchedCache(config=model.config)
     tiers: dict[int, Tensor] = {}
     rounding: dict[int, Rounding] = {}
     formats = recording.cache.config.formats

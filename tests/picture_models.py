@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from architectures import prompts
-from model_zoo import ITSELF, TEXT, VOCAB, Model, refused, small_config, works
+from model_zoo import ITSELF, TEXT, VOCAB, Model, broken, refused, since, small_config, works
 
 IMAGE = VOCAB - 1  # the token in whose place a part of the picture stands
 START = 25  # of the picture in the prompt, behind the padding of the shorter row
@@ -95,13 +95,19 @@ def picture_prompts(kind: str) -> dict[str, Tensor]:
     model = PICTURES[kind]
     inputs["input_ids"][:, START : START + model.tokens] = IMAGE
     inputs |= model.picture(len(LENGTHS)) if model.picture else {}
-    if "image_grid_thw" in inputs:
+    if "image_grid_thw" in inputs and "omni" not in kind:  # Omni tells pictures from sounds by the tokens alone
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     return inputs
 
 
 QWEN_VISION = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
 QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": IMAGE - 1, "vision_start_token_id": IMAGE - 2}
+OMNI_TOKENS = {
+    **{"image_token_index": IMAGE, "video_token_index": IMAGE - 1, "audio_token_index": IMAGE - 2},
+    **{"image_token_id": IMAGE, "video_token_id": IMAGE - 1, "audio_token_id": IMAGE - 2},
+    **{"vision_start_token_id": IMAGE - 3, "audio_start_token_id": IMAGE - 4, "audio_end_token_id": IMAGE - 5},
+}
+HEARING = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 MROPE_OF_8 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 
@@ -259,6 +265,33 @@ PICTURES: dict[str, PictureModel] = {
         4,
         grid(3 * 2 * 4 * 4),
     ),
+    "qwen2_5_omni_thinker": PictureModel(
+        lambda: {
+            "text_config": text("qwen2", **MROPE) | {"model_type": "qwen2_5_omni_text"},
+            "vision_config": QWEN_VISION
+            | {"out_hidden_size": 64, "intermediate_size": 32, "window_size": 8, "fullatt_block_indexes": [1]},
+            "audio_config": HEARING | {"output_dim": 64},
+            **OMNI_TOKENS,
+        },
+        4,
+        grid(3 * 2 * 4 * 4),
+    ),
+    "qwen3_omni_moe_thinker": PictureModel(
+        lambda: {
+            "text_config": text("qwen3_moe", **MROPE) | {"model_type": "qwen3_omni_moe_text"},
+            "vision_config": QWEN_VISION
+            | {
+                "out_hidden_size": 64,
+                "intermediate_size": 32,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+            "audio_config": HEARING | {"output_dim": 64, "downsample_hidden_size": 16},
+            **OMNI_TOKENS,
+        },
+        4,
+        grid(3 * 2 * 4 * 4),
+    ),
     "qwen3_vl": PictureModel(
         lambda: {
             "text_config": text("qwen3", **MROPE) | {"model_type": "qwen3_vl_text"},
@@ -337,6 +370,7 @@ PICTURES: dict[str, PictureModel] = {
         },
         4,
         pixels(),
+        since((5, 24), broken("no attribute 'image_outputs'"), works()),
     ),
     "gemma4": PictureModel(
         lambda: {

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -56,6 +56,10 @@ def test_model(kind: str) -> None:
 def test_model_with_a_picture(kind: str) -> None:
     skip_where_missing(kind)
     model, inputs = build_picture_model(kind), picture_prompts(kind)
+    if PICTURES[kind].expected.broken:
+        with pytest.raises(Exception, match=PICTURES[kind].expected.broken):
+            model(**inputs)
+        return
     if PICTURES[kind].picture is not None:
         with torch.no_grad():
             seen = model(**inputs).logits[:, -1]
@@ -77,20 +81,22 @@ def flipped(tensor: Tensor) -> Tensor:
     return -tensor if tensor.is_floating_point() else tensor
 
 
-def skip_with_another_release() -> None:
-    if f"Transformers {transformers.__version__}" not in PAGE.read_text(encoding="utf-8"):
-        pytest.skip("docs/models.md was made with another release of Transformers, whose models are others")
-
-
 def test_every_model_of_transformers_is_here() -> None:
     """A new release brings new models: each needs a line in the zoo, with what is expected of it."""
-    skip_with_another_release()
     assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= set(TEXT) | set(PICTURES)
 
 
 def test_the_page_says_what_is_tested_here() -> None:
-    skip_with_another_release()
+    if f"Transformers {transformers.__version__}" not in PAGE.read_text(encoding="utf-8"):
+        pytest.skip("docs/models.md was made with another release of Transformers, whose models are others")
     assert PAGE.read_text(encoding="utf-8") == page(), "python tests/model_page.py writes it anew"
+
+
+def test_dory_that_shares_layers_between_its_passes_is_refused() -> None:
+    skip_where_missing("dory")
+    config = small_config("dory", TEXT["dory"].fields | {"recurrent_kv_cache_mode": "last_loop"})
+    with pytest.raises(UnsupportedModelError, match="only 'per_loop' works"):
+        KVCrush().cache(AutoModelForCausalLM.from_config(config).eval())
 
 
 def check(expected: Model, model: Any, inputs: dict[str, Tensor]) -> None:
@@ -100,7 +106,7 @@ def check(expected: Model, model: Any, inputs: dict[str, Tensor]) -> None:
         return
     full = model.generate(**inputs, **GREEDY, max_new_tokens=NEW, output_logits=True, return_dict_in_generate=True)
     scale = max(float(logits.abs().max()) for logits in full.logits)
-    equals_full_cache_at_budget_one(model, inputs, full, 1e-5 * scale)
+    equals_full_cache_at_budget_one(model, inputs, full, 3e-5 * scale)
     equals_masked_full_cache(model, inputs, 1e-4 * scale)
     shows_policies_the_weights_of_the_model(model, inputs)
     holds_few_bits(model, inputs, full, expected.few_bits, 0.2 * scale)
@@ -111,9 +117,8 @@ def check(expected: Model, model: Any, inputs: dict[str, Tensor]) -> None:
 def check_within(model: Any, inputs: dict[str, Tensor]) -> None:
     """A model whose `generate` calls that of a text model within it."""
     full = model.generate(**inputs, **GREEDY, max_new_tokens=NEW, output_logits=True, return_dict_in_generate=True)
-    equals_full_cache_at_budget_one(
-        model, inputs, full, 1e-5 * max(float(logits.abs().max()) for logits in full.logits)
-    )
+    scale = max(float(logits.abs().max()) for logits in full.logits)
+    equals_full_cache_at_budget_one(model, inputs, full, 3e-5 * scale)
     with KVCrush(CHURN)(model) as session:
         model.generate(**inputs, **GREEDY, max_new_tokens=NEW)
     assert session.cache is not None
@@ -121,15 +126,14 @@ def check_within(model: Any, inputs: dict[str, Tensor]) -> None:
     assert len(session.cache.crushed_layers) == len(session.cache.layers)
 
 
-def compressible(model: Any) -> list[int]:
-    """Layers that Transformers lets grow, and those with a window that no token is ever outside of."""
+def compressible(model: Any, full: Any) -> list[int]:
+    """Layers of a full cache that Transformers lets grow, and those with a window that no token is ever outside of."""
     config = model.config.get_text_config(decoder=True)
     wide = (getattr(config, "sliding_window", None) or 0) >= (getattr(config, "max_position_embeddings", None) or 512)
-    layers = enumerate(DynamicCache(config=model.config).layers)
     growing = (DynamicLayer, DynamicSlidingWindowLayer) if wide else (DynamicLayer,)
     return [
         i
-        for i, layer in layers
+        for i, layer in enumerate(full.layers)
         if type(layer) in growing and i not in (getattr(config, "cross_attention_layers", None) or ())
     ]
 
@@ -146,7 +150,7 @@ def equals_masked_full_cache(model: Any, inputs: dict[str, Tensor], tolerance: f
     other = copy.deepcopy(model)  # dynamic RoPE remembers the longest text that it has seen
     recording = record(model, CHURN, inputs, turns=turns, max_new_tokens=6)
     assert difference(recording.logits, replay(other, recording)) < tolerance, "masked full cache"
-    assert dropped(recording) == compressible(model), "layers that dropped tokens"
+    assert dropped(recording) == compressible(model, recording.full), "layers that dropped tokens"
 
 
 def dropped(recording: Recording) -> list[int]:

@@ -61,8 +61,7 @@ def go_on(model: Any, cache: Any, lengths: list[int], steps: int = 20) -> torch.
 
 @tiers
 @pytest.mark.parametrize("budget", [1.0, 0.5, "25%", 0.125, 60, "12KiB", "40KiB"])
-@pytest.mark.parametrize("policy", ["snapkv", "pyramidkv"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("policy", "dtype"), [("snapkv", torch.float32), ("pyramidkv", torch.bfloat16)], ids=str)
 def test_bytes_are_planned_and_within_the_budget(
     fields: dict[str, Any], budget: Any, policy: str, dtype: torch.dtype
 ) -> None:
@@ -131,10 +130,13 @@ def test_rows_are_selected_and_repeated(fields: dict[str, Any]) -> None:
     assert torch.allclose(go_on(model, cache, [77, 77, 120, 120])[:, [2, 3, 0, 1]], repeated, atol=1e-3)
 
 
-@tiers
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_generation_goes_on_in_every_way(fields: dict[str, Any], architecture: str) -> None:
-    model = small_model(architecture)
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("llama", name) for name in TIERS]
+    + [(other, name) for other in sorted(ARCHITECTURES) if other != "llama" for name in ("4 and 2.25/2", "rank")],
+)
+def test_generation_goes_on_in_every_way(architecture: str, name: str) -> None:
+    model, fields = small_model(architecture), TIERS[name]
     options: dict[str, Any] = {"max_new_tokens": 20, "pad_token_id": 0}
     with KVCrush(budget=0.2, **fields, **CHURN)(model) as session:
         greedy = model.generate(**prompts([120, 77]), **options, do_sample=False)

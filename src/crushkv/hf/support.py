@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -53,6 +55,7 @@ def cache_layers(model_config: PreTrainedConfig) -> list[Any]:
         layers = list(DynamicCache(config=config).layers)
     except Exception as error:
         raise UnsupportedModelError(f"{kind}: Transformers has no dynamic cache for this model ({error})") from error
+    layers += _later_passes(config, layers)
     window = unbounding_window(config)
     crossing = set(getattr(config, "cross_attention_layers", None) or ())
     for index, layer in enumerate(layers):
@@ -76,6 +79,21 @@ def cache_layers(model_config: PreTrainedConfig) -> list[Any]:
     return layers
 
 
+def _later_passes(config: Any, layers: list[Any]) -> list[Any]:
+    """Dory runs its middle layers several times in one pass over the text. Each time but the first has cache layers of
+    its own, which come behind all others. The model adds them itself to a cache that has only the first ones."""
+    if config.model_type != "dory" or config.n_recurrent_loops == 1:
+        return []
+    if config.recurrent_kv_cache_mode != "per_loop":
+        raise UnsupportedModelError(
+            f"dory: with recurrent_kv_cache_mode={config.recurrent_kv_cache_mode!r} the model takes keys and values "
+            "out of the layers of the cache by itself, and expects them of every token: only 'per_loop' works"
+        )
+    start = config.n_input_layers
+    looped = layers[start : start + config.n_recurrent_layers]
+    return [copy.deepcopy(layer) for layer in looped * (config.n_recurrent_loops - 1)]
+
+
 def check_model(model: Any) -> None:
     """Refuses models that keep no keys and values in a cache of Transformers, or attend past `AttentionInterface`.
 
@@ -85,9 +103,10 @@ def check_model(model: Any) -> None:
     config = model.config.get_text_config(decoder=True)
     kind = getattr(config, "model_type", type(config).__name__)
     decoder = model.get_decoder()
-    if not any(CACHE in inspect.signature(type(part).forward).parameters for part in (model, decoder)):
+    if not any(_takes_cache(type(part)) for part in (model, decoder)):
         raise UnsupportedModelError(
-            f"{kind}: {type(model).__name__} takes no {CACHE}: it keeps no keys and values in a cache of Transformers"
+            f"{kind}: {type(model).__name__} takes no cache of Transformers, so that there are no keys and values to "
+            "compress"
         )
     for module in decoder.modules():
         if _attends_by_itself(type(module)):
@@ -95,6 +114,17 @@ def check_model(model: Any) -> None:
                 f"{kind}: {type(module).__name__} computes its attention by itself and not through Transformers' "
                 "AttentionInterface, so that KVCrush never sees its queries"
             )
+
+
+def _takes_cache(cls: Any) -> bool:
+    """Whether a model's forward pass takes a cache of Transformers, and none of its own (xLSTM)."""
+    parameter = inspect.signature(cls.forward).parameters.get(CACHE)
+    if parameter is None:
+        return False
+    kinds = [get_origin(kind) or kind for kind in get_args(parameter.annotation)]
+    named = [kind for kind in kinds if isinstance(kind, type) and kind is not NoneType]
+    # Some models still name the tuples and lists of older releases, and take a cache all the same.
+    return not named or any(issubclass(kind, (Cache, tuple, list)) for kind in named)
 
 
 def _attends_by_itself(module: type) -> bool:
@@ -130,7 +160,9 @@ def keeps_heads_together(model: Any) -> str | None:
 def cached_shape(model_config: PreTrainedConfig, layer: int) -> tuple[int, int, int]:
     """What a layer that can be compressed caches of a token: KV heads, and the numbers of a key and of a value."""
     text: Any = model_config.get_text_config(decoder=True)
-    config = text.per_layer_config[layer] if hasattr(text, "per_layer_config") else text
+    # The layers of later passes (Dory) are behind those that the configuration lists, and are shaped alike.
+    listed = hasattr(text, "per_layer_config") and layer < text.num_hidden_layers
+    config = text.per_layer_config[layer] if listed else text
     if is_latent(model_config):
         return 1, config.kv_lora_rank, config.qk_rope_head_dim
     heads = config.num_attention_heads
