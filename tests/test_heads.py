@@ -134,9 +134,11 @@ def test_a_budget_for_everything_parts_no_heads() -> None:
     assert shares.groups(0, 100, sizes) == [(0, 1, 2, 3)]  # untouched
 
 
-def test_representatives_by_signature_need_equal_heads() -> None:
+def test_what_needs_equal_heads_is_refused_beside_a_profile() -> None:
     with pytest.raises(ConfigError, match="grouping='score'"):
         CrushConfig(heads="profile", representative_share=0.1)
+    with pytest.raises(ConfigError, match="among the layers"):
+        CrushConfig(heads="profile", policy="pyramidkv")
     with pytest.raises(ConfigError, match="heads='profil'"):
         CrushConfig(heads="profil")
 

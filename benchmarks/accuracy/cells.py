@@ -107,6 +107,13 @@ class Table:
             return ""
         return _signed(found.estimate, digits)
 
+    def lower(self, name: str, base: str, read: Read = kl) -> str:
+        """On how many prompts a configuration has a lower figure than another."""
+        before = {(s.task, s.id): read(s) for s in self.groups.get(base, [])}
+        pairs = [(read(s), before.get((s.task, s.id))) for s in self.groups.get(name, [])]
+        both = [(new, old) for new, old in pairs if new is not None and old is not None]
+        return f"{sum(new < old for new, old in both)} of {len(both)}"
+
     def share(self, name: str) -> float:
         """Bytes held, as a share of the full cache's."""
         group = self.groups[name]

@@ -23,12 +23,21 @@ def equal(budget: str) -> str:
     return f"readahead:budget={budget},{formats}"
 
 
+def equal_heads(budget: str) -> str:
+    """The preset with the same number of tokens for all heads of a layer."""
+    name = PRESETS[budget]
+    return name if name == "balanced" else f"{name}:heads=equal"
+
+
 DEFAULT = "readahead:budget=0.25"
+BY_NEED = f"{DEFAULT},heads=profile"
 PUBLISHED = "snapkv:budget=0.25,page_size=1"
 LABELS = {
     "full": "full cache",
     **{name: f"`{name}`" for name in ("safe", *PRESETS.values())},
+    **{equal_heads(b): f"`{PRESETS[b]}` with equal heads" for b in ("0.125", "0.0625")},
     DEFAULT: "readahead in pages, 16 bits, a quarter",
+    BY_NEED: "the same, heads by need",
     PUBLISHED: "SnapKV as published, 16 bits, a quarter",
     **{equal(b): f"equal widths, 4 and 2 bits, {size}" for b, size in SIZES.items()},
 }
@@ -96,8 +105,20 @@ def widths(results: Results) -> Blocks:
     yield Block(
         "Presets minus equal widths in 4 and 2 bits: KL, prompt by prompt",
         ["", *tables],
-        [[size, *(t.difference(PRESETS[b], equal(b)) for t in tables.values())] for b, size in SIZES.items()],
+        [[size, *(t.difference(equal_heads(b), equal(b)) for t in tables.values())] for b, size in SIZES.items()],
     )
+
+
+def heads(results: Results) -> Blocks:
+    """Budgets by what heads need against equal ones, at the same bytes."""
+    for model, table in distances(results).items():
+        lines = []
+        for name, before in ((BY_NEED, DEFAULT), ("small", equal_heads("0.125")), ("tiny", equal_heads("0.0625"))):
+            spreads = [table.spread_cells(which) for which in (before, name)]
+            changed = [f"{old}, {new}" for old, new in zip(*spreads, strict=True)]
+            lines.append([LABELS[name], *changed, table.difference(name, before), table.lower(name, before)])
+        head = ["equal heads, heads by need", *SPREAD, "difference of KL", "prompts with a lower KL"]
+        yield Block(f"Heads: {model}", head, lines)
 
 
 def scores(results: Results) -> Blocks:

@@ -20,6 +20,7 @@ TABLES = {
     "preset-goals": presets.goals,
     "preset-models": presets.by_model,
     "preset-widths": presets.widths,
+    "preset-heads": presets.heads,
     "preset-scores": presets.scores,
     "formats": formats.in_short,
     "format-fidelity": formats.fidelity,

@@ -213,7 +213,11 @@ class CrushConfig:
     def _check_policy(self) -> None:
         if not isinstance(self.policy, str):
             raise ConfigError(f"policy={quoted(self.policy)}: accepted is the name of a policy")
-        self.make_policy()
+        if self.make_policy().layer_budget != "uniform" and self.heads == "profile":
+            raise ConfigError(
+                f"heads='profile' with policy={self.policy!r}: both say how the budget is divided among the layers. Use "
+                "heads='equal', or another policy"
+            )
 
     def make_policy(self) -> Policy:
         """The importance policy that `policy` and `policy_options` name."""
