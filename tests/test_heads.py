@@ -137,7 +137,7 @@ def test_a_budget_for_everything_parts_no_heads() -> None:
 def test_what_needs_equal_heads_is_refused_beside_a_profile() -> None:
     with pytest.raises(ConfigError, match="grouping='score'"):
         CrushConfig(heads="profile", representative_share=0.1)
-    with pytest.raises(ConfigError, match="among the layers"):
+    with pytest.raises(ConfigError, match="divide the budget among"):
         CrushConfig(heads="profile", policy="pyramidkv")
     with pytest.raises(ConfigError, match="heads='profil'"):
         CrushConfig(heads="profil")
