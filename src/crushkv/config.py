@@ -215,8 +215,8 @@ class CrushConfig:
             raise ConfigError(f"policy={quoted(self.policy)}: accepted is the name of a policy")
         if self.make_policy().layer_budget != "uniform" and self.heads == "profile":
             raise ConfigError(
-                f"heads='profile' with policy={self.policy!r}: both divide the budget among the layers. Use heads='equal', "
-                "or another policy"
+                f"heads='profile' with policy={self.policy!r}: both divide the budget among the layers. Use "
+                "heads='equal', or another policy"
             )
 
     def make_policy(self) -> Policy:
