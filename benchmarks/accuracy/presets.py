@@ -116,7 +116,8 @@ def heads(results: Results) -> Blocks:
         for name, before in ((BY_NEED, DEFAULT), ("small", equal_heads("0.125")), ("tiny", equal_heads("0.0625"))):
             spreads = [table.spread_cells(which) for which in (before, name)]
             changed = [f"{old}, {new}" for old, new in zip(*spreads, strict=True)]
-            lines.append([LABELS[DEFAULT if name == BY_NEED else name], *changed, table.difference(name, before), table.lower(name, before)])
+            label = LABELS[DEFAULT if name == BY_NEED else name]
+            lines.append([label, *changed, table.difference(name, before), table.lower(name, before)])
         head = ["equal heads, heads by need", *SPREAD, "difference of KL", "prompts with a lower KL"]
         yield Block(f"Heads: {model}", head, lines)
 
