@@ -423,7 +423,6 @@ def test_every_field_of_the_configuration_is_an_option(crushkv: Any, tiny: Path,
         "key_widths": (["--key-widths", "equal"], "equal"),
         "logit_limit": (["--logit-limit", "2.5"], 2.5),
         "profile": (["--profile", "a.safetensors"], "a.safetensors"),
-        "heads": (["--heads", "profile"], "profile"),
         "group_size": (["--group-size", "32"], 32),
         "rotation": (["--rotation", "false"], False),
         "rank": (["--rank", "0.9"], 0.9),
@@ -432,9 +431,12 @@ def test_every_field_of_the_configuration_is_an_option(crushkv: Any, tiny: Path,
         "seed": (["--seed", "7"], 7),
     }
     defaults = CrushConfig().to_dict()
-    assert set(given) == {field.name for field in dataclasses.fields(CrushConfig)}
+    # A profile goes with no policy that divides the budget among layers, and with no groups by position.
+    by_need = generate(crushkv, tiny, "--prompt", TEXT, "--heads", "profile")["config"]
+    assert by_need == {**defaults, "heads": "profile"}
+    assert {*given, "heads"} == {field.name for field in dataclasses.fields(CrushConfig)}
     assert all(value != defaults[name] for name, (_, value) in given.items())
-    expected = {name: value for name, (_, value) in given.items()}
+    expected = {"heads": "equal", **{name: value for name, (_, value) in given.items()}}
     options = [arg for args, _ in given.values() for arg in args]
     assert generate(crushkv, tiny, "--prompt", TEXT, *options)["config"] == expected
 
@@ -464,6 +466,11 @@ def test_presets_stand_where_a_configuration_can(crushkv: Any, tiny: Path, prese
 def test_a_plan_is_what_is_held(crushkv: Any, tiny: Path) -> None:
     options = ["--config", "small", "--representative-bits", 2, "--representative-share", 0.5]
     options += ["--logit-limit", "none"]  # what a prompt's keys need besides is known once it was read
+    by_need = generate(crushkv, tiny, "--prompt", TEXT * 40, *options, "--max-new-tokens", 1)
+    plan = crushkv("plan", by_need["prompt_tokens"], "--model", tiny, *options, "--load", "--json").json
+    assert plan["bytes_fraction"] == pytest.approx(by_need["bytes_fraction"])
+    assert len(plan["heads"]) == LAYERS and {len(layer) for layer in plan["heads"]} == {KV_HEADS}
+    options += ["--heads", "equal"]
     run = generate(crushkv, tiny, "--prompt", TEXT * 40, *options, "--max-new-tokens", 1)
     asked = ("plan", run["prompt_tokens"], "--model", tiny, *options)
     plan = crushkv(*asked, "--json").json

@@ -22,6 +22,7 @@ from crushkv.core.heads import alike, curve, levels
 from crushkv.evaluation.inspection import inspect_prompt
 from crushkv.evaluation.recording import Recording
 from crushkv.evaluation.stacking import stack
+from crushkv.evaluation.token_text import tokenize
 from crushkv.hf import CrushCache
 from crushkv.hf.planning import plan_cache
 from crushkv.profile import Profile
@@ -288,7 +289,8 @@ def test_a_branch_of_a_recording_is_the_cache_itself(tmp_path: Path) -> None:
 def test_inspect_shows_what_each_head_keeps(tmp_path: Path) -> None:
     model = four_heads()
     config = configured(model, tmp_path)
-    inspection = inspect_prompt(model, letters(), "The quick brown fox jumps over the lazy dog. " * 4, config)
+    prompt = tokenize(letters(), "The quick brown fox jumps over the lazy dog. " * 4)
+    inspection = inspect_prompt(model, prompt, config)
     kept = (inspection.tiers != 0).sum(-1)
     assert int(kept.min()) < int(kept.max()) and bool((inspection.tiers[:, :, 0] != 0).all())
     assert inspection.report.heads == "by profile"
