@@ -89,12 +89,14 @@ class Shares:
         if self._in_tokens:
             mean = self.budget.tokens(seen, int(sizes.raw(1) * self._layers(sizes)))
             budget = self._shaped(mean, seen, layer, self.always)
-            budget = self._by_need(budget, seen, layer, heads, self.always)
+            if self.needs is not None:
+                budget = _by_need(self.needs, budget, seen, layer, heads, self.always)
         else:
             limit, full, sizes = self._bytes(seen, sizes)
             least = sizes.tiers(self.always, 0, 0)
             limit = self._shaped(limit, full, layer, least)
-            limit = self._by_need(limit, self._bytes_of_all(seen, sizes), layer, heads, least)
+            if self.needs is not None:
+                limit = _by_need(self.needs, limit, self._bytes_of_all(seen, sizes), layer, heads, least)
             budget = self._fitting(limit, held, sizes)
         return torch.where(self.untouched(seen), held, budget)
 
@@ -109,13 +111,11 @@ class Shares:
         if self.needs is None or bool(self.untouched(total)):
             return together
         if self._in_tokens:
-            mean, room = self.budget.tokens(total, sizes.raw(1) * self.layers) - self.always, total - self.always
+            part = _part(self.budget.tokens(total, sizes.raw(1) * self.layers), total, self.always)
         else:
             mean, _, sizes = self._bytes(total, sizes)
-            least = sizes.tiers(self.always, 0, 0)
-            mean, room = mean - least, self._bytes_of_all(total, sizes) - least
-        part = float(mean / room.clamp(min=1))
-        return self.needs.groups(layer, part) if 0 < part < 1 else together
+            part = _part(mean, self._bytes_of_all(total, sizes), sizes.tiers(self.always, 0, 0))
+        return self.needs.groups(layer, float(part)) if 0 < part < 1 else together
 
     def _layers(self, sizes: LayerSizes) -> Fraction:
         """How often all layers have as many heads as `sizes` has."""
@@ -164,25 +164,27 @@ class Shares:
 
     def split(self, layer: int, tokens: int, sizes: LayerSizes) -> Split:
         """What compressed layer number `layer` keeps at the end of a prompt of so many tokens."""
-        groups = self.groups(layer, tokens, sizes)
-        splits = [self._split(layer, tokens, replace(sizes, kv_heads=len(heads)), heads) for heads in groups]
+        splits = self._splits(layer, tokens, sizes)
         if len(splits) == 1:
-            return splits[0]
-        each = [split for heads, split in zip(groups, splits, strict=True) for _ in heads]
+            return splits[0][1]
+        each = [split for heads, split in splits for _ in heads]
         sink, important, representative, recent = (
             round(sum(getattr(split, tier) for split in each) / len(each))
             for tier in ("sink", "important", "representative", "recent")
         )
-        return Split(sink, important, representative, recent, sum(split.nbytes for split in splits))
+        return Split(sink, important, representative, recent, sum(split.nbytes for _, split in splits))
 
     def by_head(self, layer: int, tokens: int, sizes: LayerSizes) -> tuple[int, ...]:
         """Tokens that each KV head of a compressed layer keeps at the end of a prompt of so many tokens."""
-        kept = [0] * sizes.kv_heads
-        for heads in self.groups(layer, tokens, sizes):
-            split = self._split(layer, tokens, replace(sizes, kv_heads=len(heads)), heads)
-            for head in heads:
-                kept[head] = split.tokens
-        return tuple(kept)
+        kept = {head: split.tokens for heads, split in self._splits(layer, tokens, sizes) for head in heads}
+        return tuple(kept[head] for head in range(sizes.kv_heads))
+
+    def _splits(self, layer: int, tokens: int, sizes: LayerSizes) -> list[tuple[tuple[int, ...], Split]]:
+        """What each group of KV heads of a layer keeps."""
+        return [
+            (heads, self._split(layer, tokens, replace(sizes, kv_heads=len(heads)), heads))
+            for heads in self.groups(layer, tokens, sizes)
+        ]
 
     def _split(self, layer: int, tokens: int, sizes: LayerSizes, heads: Sequence[int]) -> Split:
         prompt = torch.tensor([tokens])
@@ -215,20 +217,25 @@ class Shares:
         steepness = self._policy.steepness  # type: ignore[attr-defined]
         return pyramid(mean, most, layer, self.layers, least, steepness)
 
-    def _by_need(self, mean: Tensor, most: Tensor, layer: int, heads: Sequence[int] | None, least: int) -> Tensor:
-        """A budget of all heads alike, in tokens or in bytes, as the part of it that some heads of a layer need."""
-        if self.needs is None:
-            return mean
-        room = (most - least).clamp(min=1)
-        part = ((mean - least) / room).clamp(0, 1)
-        parts = self.needs.parts(layer, part)
-        own = parts.mean(-1) if heads is None else parts[:, list(heads)].mean(-1)
-        return torch.where(part < 1, least + (own * room).long(), mean)
-
     def _fitting(self, limit: Tensor, held: Tensor, sizes: LayerSizes) -> Tensor:
         """Tokens that fit into `limit [B]` bytes, each tier in its own format."""
         pairs = zip(limit.tolist(), held.tolist(), strict=True)
         return limit.new_tensor([split_bytes(most, left, self.config, sizes).tokens for most, left in pairs])
+
+
+def _part(mean: Tensor, most: Tensor, least: int) -> Tensor:
+    """Where a budget lies between `least` (0) and `most` (1), in tokens or in bytes."""
+    return ((mean - least) / (most - least).clamp(min=1)).clamp(0, 1)
+
+
+def _by_need(
+    needs: HeadNeeds, mean: Tensor, most: Tensor, layer: int, heads: Sequence[int] | None, least: int
+) -> Tensor:
+    """A budget of all heads alike, in tokens or in bytes, as the part of it that some heads of a layer need."""
+    part = _part(mean, most, least)
+    parts = needs.parts(layer, part)
+    own = parts.mean(-1) if heads is None else parts[:, list(heads)].mean(-1)
+    return torch.where(part < 1, least + (own * (most - least).clamp(min=1)).long(), mean)
 
 
 def split_tokens(budget: int, held: int, config: CrushConfig, sizes: LayerSizes) -> Split:

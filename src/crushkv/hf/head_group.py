@@ -34,16 +34,17 @@ class AttentionCall:
 
 
 class Heads:
-    """Some KV heads of a layer, and the query heads that read them.
+    """Some KV heads out of a number of them, in an order, and the query heads that read them.
 
     Args:
-        numbers: of the KV heads, ascending.
-        of: KV heads of the layer.
+        numbers: of these KV heads.
+        of: KV heads that there are.
     """
 
     def __init__(self, numbers: tuple[int, ...], of: int) -> None:
         self.numbers = numbers
         self.of = of
+        self._follow = numbers == tuple(range(numbers[0], numbers[0] + len(numbers)))
         # Kept on the device: it would wait for each index that comes from main memory.
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -55,12 +56,13 @@ class Heads:
 
         A view where the heads follow each other.
         """
-        key = x.shape[dim] // self.of, x.device
-        if self.numbers[-1] - self.numbers[0] == len(self) - 1:
-            return x.narrow(dim, self.numbers[0] * key[0], len(self) * key[0])
+        each = x.shape[dim] // self.of
+        if self._follow:
+            return x.narrow(dim, self.numbers[0] * each, len(self) * each)
+        key = each, x.device
         if key not in self._indices:
-            first = torch.tensor(self.numbers) * key[0]
-            self._indices[key] = (first[:, None] + torch.arange(key[0])).flatten().to(x.device)
+            first = torch.tensor(self.numbers) * each
+            self._indices[key] = (first[:, None] + torch.arange(each)).flatten().to(x.device)
         return x.index_select(dim, self._indices[key])
 
 
@@ -104,6 +106,11 @@ class HeadGroup:
             return call
         sinks = None if call.sinks is None else heads.pick(call.sinks, 0)
         return replace(call, queries=heads.pick(call.queries), sinks=sinks)
+
+    @property
+    def _numbers(self) -> tuple[int, ...] | None:
+        """Of the KV heads; None: all of the layer."""
+        return None if self.heads is None else self.heads.numbers
 
     @property
     def compressed(self) -> int:
@@ -240,8 +247,7 @@ class HeadGroup:
         storage, plan = self.storage, self.plan
         count, seen = self.real_tokens()
         self._fit(call, query_energy)
-        heads = None if self.heads is None else self.heads.numbers
-        budget = plan.tokens_kept(self.layer, heads, seen, count, storage.sizes())
+        budget = plan.tokens_kept(self.layer, self._numbers, seen, count, storage.sizes())
         done = plan.shares.nothing_to_do(storage.length, int(budget.minimum(count).max()))
         return None if done else budget
 
@@ -250,7 +256,7 @@ class HeadGroup:
         plan, storage = self.plan, self.storage
         if storage.length <= plan.shares.always:
             return
-        rope, forms = plan.key_formats(self.layer, None if self.heads is None else self.heads.numbers, storage.device)
+        rope, forms = plan.key_formats(self.layer, self._numbers, storage.device)
         queries, energy = self.of_call(call).queries, query_energy
         if energy is not None and self.heads is not None:
             energy = self.heads.pick(energy, 0)

@@ -42,13 +42,21 @@ class CrushLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        growth = min(GROWTH, self.plan.config.interval or GROWTH)
-        storage = TieredStorage(self.plan.formats, growth, self.plan.workspace)
-        self.groups = [HeadGroup(self.plan, self.index, storage)]
-        self._back: dict[tuple[int, torch.device], Tensor] = {}
+        self._set_groups([self._new_group()])
         self.last_point = 0  # logical length at the last point of the clock
         self.query_energy: Tensor | None = None  # float32 [Hq, D], where no profile of the model says it
         self.queries = BatchTail(tail_length(self.plan.config, self.plan.policy))
+
+    def _new_group(self, heads: Heads | None = None) -> HeadGroup:
+        """One that holds nothing yet."""
+        growth = min(GROWTH, self.plan.config.interval or GROWTH)
+        return HeadGroup(self.plan, self.index, TieredStorage(self.plan.formats, growth, self.plan.workspace), heads)
+
+    def _set_groups(self, groups: list[HeadGroup]) -> None:
+        self.groups = groups
+        places = [head for group in groups if group.heads is not None for head in group.heads.numbers]
+        # Where each head of the model stands when what the groups hold is joined.
+        self._back = Heads(tuple(map(places.index, range(len(places)))), len(places)) if places else None
 
     # What Transformers reads
 
@@ -139,17 +147,7 @@ class CrushLayer(CacheLayerMixin):
 
     def joined(self, parts: list[Tensor], dim: int = 1) -> Tensor:
         """What was computed group by group, with the heads at `dim` in the model's order."""
-        if len(parts) == 1:
-            return parts[0]
-        x = torch.cat(parts, dim)
-        places = [head for group in self.groups if group.heads is not None for head in group.heads.numbers]
-        if places == sorted(places):
-            return x
-        key = x.shape[dim] // self.kv_heads, x.device
-        if key not in self._back:
-            first = torch.tensor(places).argsort() * key[0]
-            self._back[key] = (first[:, None] + torch.arange(key[0])).flatten().to(x.device)
-        return x.index_select(dim, self._back[key])
+        return parts[0] if self._back is None else self._back.pick(torch.cat(parts, dim), dim)
 
     def _slots(self, parts: list[Tensor]) -> Tensor:
         """`[B, H, P, ...]` of each group in one tensor; heads that hold fewer tokens are filled up in front."""
@@ -164,7 +162,7 @@ class CrushLayer(CacheLayerMixin):
         whole = self.groups[0]
         found = self.plan.shares.groups(self.index, int(whole.real_tokens()[1].max()), self._any.sizes())
         if len(found) > 1:
-            self.groups = [whole.parted(Heads(heads, self._any.kv_heads)) for heads in found]
+            self._set_groups([whole.parted(Heads(heads, self._any.kv_heads)) for heads in found])
 
     # Around attention
 
@@ -270,27 +268,15 @@ class CrushLayer(CacheLayerMixin):
     def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Replaces everything by what `state` gave, of this or another layer of the same formats."""
         self.reset()
-        for group, held in zip(self._load_groups(tensors), of_groups(tensors), strict=True):
+        groups = of_groups(tensors)
+        if parts := [tuple(held["heads"].tolist()) for held in groups if "heads" in held]:
+            self._set_groups([self._new_group(Heads(heads, sum(map(len, parts)))) for heads in parts])
+        for group, held in zip(self.groups, groups, strict=True):
             group.load_state(held, counts["seen"])
         if (queries := tensors.get("queries")) is not None and self.queries.length:
             self.queries.append(queries, tensors.get("queries_real"))
         self.query_energy = tensors.get("query_energy")
         self.last_point = counts["seen"] - counts["since_eviction"]
-
-    def _load_groups(self, tensors: Mapping[str, Tensor]) -> list[HeadGroup]:
-        parts = [tuple(held["heads"].tolist()) for held in of_groups(tensors) if "heads" in held]
-        if parts:
-            growth, workspace = self._any.dense.growth, self.plan.workspace
-            self.groups = [
-                HeadGroup(
-                    self.plan,
-                    self.index,
-                    TieredStorage(self.plan.formats, growth, workspace),
-                    Heads(heads, sum(map(len, parts))),
-                )
-                for heads in parts
-            ]
-        return self.groups
 
     def _move(self, device: torch.device) -> None:
         """To where the layer's model computes: a cache that was read from a file lies in main memory."""
