@@ -101,6 +101,12 @@ def picture_prompts(kind: str) -> dict[str, Tensor]:
 
 
 QWEN_VISION = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+QWEN3_VISION = QWEN_VISION | {
+    "out_hidden_size": 64,
+    "intermediate_size": 32,
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16,
+}
 QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": IMAGE - 1, "vision_start_token_id": IMAGE - 2}
 OMNI_TOKENS = {
     **{"image_token_index": IMAGE, "video_token_index": IMAGE - 1, "audio_token_index": IMAGE - 2},
@@ -279,13 +285,7 @@ PICTURES: dict[str, PictureModel] = {
     "qwen3_omni_moe_thinker": PictureModel(
         lambda: {
             "text_config": text("qwen3_moe", **MROPE) | {"model_type": "qwen3_omni_moe_text"},
-            "vision_config": QWEN_VISION
-            | {
-                "out_hidden_size": 64,
-                "intermediate_size": 32,
-                "deepstack_visual_indexes": [0],
-                "num_position_embeddings": 16,
-            },
+            "vision_config": QWEN3_VISION,
             "audio_config": HEARING | {"output_dim": 64, "downsample_hidden_size": 16},
             **OMNI_TOKENS,
         },
@@ -295,13 +295,7 @@ PICTURES: dict[str, PictureModel] = {
     "qwen3_vl": PictureModel(
         lambda: {
             "text_config": text("qwen3", **MROPE) | {"model_type": "qwen3_vl_text"},
-            "vision_config": QWEN_VISION
-            | {
-                "out_hidden_size": 64,
-                "intermediate_size": 32,
-                "deepstack_visual_indexes": [0],
-                "num_position_embeddings": 16,
-            },
+            "vision_config": QWEN3_VISION,
             **QWEN_TOKENS,
         },
         4,

@@ -29,7 +29,7 @@ from crushkv.profile import Profile
 from crushkv.storage import LayerSizes
 from model_zoo import build
 from oracle import record, replay
-from test_oracle import BORDERLINE, CHURN, TOLERANCE
+from test_oracle import BORDERLINE, CHURN, QUANTIZED, TOLERANCE
 from test_profile import letters
 
 
@@ -168,16 +168,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "16 bits": {},
     "h2o": {"policy": "h2o", "interval": 3},
     "4 bits": {"budget": 0.2, "bits": 4, "logit_limit": None},
-    "two tiers": {
-        "budget": 0.25,
-        "bits": 4,
-        "representative_bits": "1.5/2",
-        "representative_share": 0.5,
-        "grouping": "score",
-        "recent_bits": 8,
-        "interval": 3,
-        "logit_limit": None,
-    },
+    "two tiers": {**QUANTIZED["4 and 1.5/2, recent in 8"], "budget": 0.25, "logit_limit": None},
 }
 
 
