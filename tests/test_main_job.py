@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.model
 def result() -> dict[str, Any]:
     """The main job over three questions, as a user runs it."""
     command = [sys.executable, "-m", "crushkv", "run", "--questions", "3", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+    # glibc gives every freed block back at once: the peak is what was needed, whatever its reserve would have kept.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -55,11 +58,10 @@ def test_the_bytes_are_a_quarter(result: dict[str, Any]) -> None:
 def test_the_peak_is_lower(result: dict[str, Any], name: str) -> None:
     if result["summary"][FULL]["peak_memory_bytes"] is None:
         pytest.skip("this platform does not tell peak memory")
-    # The allocator's leftovers only ever add to a peak: the lowest of several is nearest to what was needed.
-    runs = {kind: [question["runs"][kind] for question in result["questions"]] for kind in (FULL, name)}
-    full, crushed = (min(run["peak_above_start_bytes"] for run in runs[kind]) for kind in (FULL, name))
-    # With three caches in turn, leftovers stay in all of them: a quarter of what is saved has to show.
-    assert full - crushed > (runs[FULL][0]["memory_bytes"] - runs[name][0]["memory_bytes"]) / 4
+    for question in result["questions"]:
+        full, crushed = (question["runs"][kind] for kind in (FULL, name))
+        saved = full["peak_above_start_bytes"] - crushed["peak_above_start_bytes"]
+        assert saved > 0.8 * (full["memory_bytes"] - crushed["memory_bytes"])
 
 
 def test_the_embedded_model_is_the_same_in_pieces_and_compressed_twice() -> None:

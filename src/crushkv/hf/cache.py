@@ -310,7 +310,7 @@ def kv_bytes_at_16_bits(cache: Cache) -> int:
 
 def _layer_bytes(layer: object) -> int:
     if isinstance(layer, CrushLayer):
-        return sum(group.storage.nbytes for group in layer.groups)
+        return layer.nbytes
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
     return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 

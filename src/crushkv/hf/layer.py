@@ -196,7 +196,9 @@ class CrushLayer(CacheLayerMixin):
         before, clock = self.seen - count, self.plan.clock
         self.remember(call, new_real, clock.is_prompt(before, count))
         if clock.is_point(before, count, self.last_point):
+            held = self.nbytes
             self.evict(call)
+            self.plan.freed(held - self.nbytes, call.queries.device)
 
     def remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
         """Gathers what the policy will read of this call's queries."""
@@ -304,6 +306,11 @@ class CrushLayer(CacheLayerMixin):
     def widened_by(self) -> int:
         """Bits more than was asked for of a key's number, in the heads that got most."""
         return max(group.storage.widened_by for group in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(group.storage.nbytes for group in self.groups)
 
     @property
     def state_nbytes(self) -> int:

@@ -11,10 +11,16 @@ from torch import Tensor
 from ..config import CrushConfig
 from ..core import Clock, HeadNeeds, Shares
 from ..importance import Policy
+from ..machine import return_freed_memory
 from ..profile import Profile
 from ..rope import Rope
 from ..storage import ChannelFormat, Formats, KeyEnergy, LayerSizes, Workspace, channel_formats
 from .masks import MaskReader
+
+# Freed blocks of a few megabytes stay in the allocator's reserve, too scattered for activations. Given back after each
+# 32 MiB, the peak of `balanced` on a prompt of 6,639 tokens was 433 MB instead of 557 MB (the full cache: 773 MB; means
+# of three). Seven calls took 0.3 % of the time to the first token. After each layer: 340 MB, but 1.5 % of that time.
+RETURNED_AT = 32 * 2**20
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Plan:
     workspace: Workspace = field(default_factory=Workspace)
     _forms: dict[tuple[object, ...], Sequence[ChannelFormat | None]] = field(default_factory=dict)
     masks: MaskReader = field(default_factory=MaskReader)
+    _freed: int = 0
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.config.interval)
@@ -51,6 +58,13 @@ class Plan:
         self.share_out(None)
         self.formats = self.config.formats
         self.reads_packed = not self.latent
+
+    def freed(self, nbytes: int, device: torch.device) -> None:
+        """A layer holds so many bytes less than before: now and then, they are given back to the operating system."""
+        self._freed += nbytes
+        if self._freed >= RETURNED_AT and device.type == "cpu":
+            self._freed = 0
+            return_freed_memory()
 
     def share_out(self, needs: HeadNeeds | None) -> None:
         """Shares the budget out among the heads as they need it; None: equally within each layer."""

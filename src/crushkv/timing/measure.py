@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import re
 import sys
@@ -23,6 +22,7 @@ from ..hf.cache import CacheReport, CrushCache, kv_bytes, kv_bytes_at_16_bits
 from ..hf.interface import CACHE
 from ..hf.kvcrush import KVCrush
 from ..hf.support import check_prompt
+from ..machine import return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,7 @@ def _reset_peak_resident_set() -> int | None:
     if sys.platform != "linux":
         return None
     # What the allocator only keeps in reserve would hide a smaller peak.
-    with contextlib.suppress(OSError, AttributeError):  # not every libc has it
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _resident_set("VmRSS")
