@@ -2,10 +2,10 @@
 
 from .anchors import anchor_bits
 from .clock import Clock
+from .evictor import Evictor
 from .grouping import choose_representatives, signature_order
 from .heads import HeadNeeds
-from .query_tails import BatchTail, QueryTails, tail_length
-from .seeds import layer_seed
+from .query_tails import BatchTail, QueryTails
 from .selection import Selection, Tier, select
 from .shares import Shares, Split, pyramid, split_bytes, split_tokens
 from .signatures import hamming, pack, popcount, token_bits, unit_signatures
@@ -14,6 +14,7 @@ from .stages import record_stages, stage
 __all__ = [
     "BatchTail",
     "Clock",
+    "Evictor",
     "HeadNeeds",
     "QueryTails",
     "Selection",
@@ -23,7 +24,6 @@ __all__ = [
     "anchor_bits",
     "choose_representatives",
     "hamming",
-    "layer_seed",
     "pack",
     "popcount",
     "pyramid",
@@ -33,7 +33,6 @@ __all__ = [
     "split_bytes",
     "split_tokens",
     "stage",
-    "tail_length",
     "token_bits",
     "unit_signatures",
 ]

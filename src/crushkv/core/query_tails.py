@@ -7,17 +7,7 @@ from collections.abc import Hashable, Iterable
 import torch
 from torch import Tensor
 
-from ..config import CrushConfig
-from ..importance import GATHERED, Policy
 from ..storage.buffers import writable
-
-
-def tail_length(config: CrushConfig, policy: Policy) -> int:
-    """How many of the last queries are carried from pass to pass.
-
-    A policy that streams is shown decoded queries at each eviction, and before it once so many have been gathered.
-    """
-    return min(GATHERED, config.interval or GATHERED) if policy.streams else policy.queries(config.window)
 
 
 class QueryTails:

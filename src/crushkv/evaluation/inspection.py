@@ -93,9 +93,9 @@ class _InspectedLayer(CrushLayer):
         self._stand_for: dict[int, Tensor] = {}  # int32 [B, Hkv, S], by group
 
     def evict_group(self, group: HeadGroup, view: LayerView, budget: Tensor) -> None:
-        score = scores(self.plan.policy, view)
+        score = scores(self.plan.evictor.policy, view)
         number = self.groups.index(group)
-        self._stand_for[number] = stands_for(score, group.storage.kv_heads, budget, self.plan.config, group.seed)
+        self._stand_for[number] = stands_for(score, group.storage.kv_heads, budget, self.plan.config, view.seed)
         super().evict_group(group, view, budget)
 
     @property

@@ -58,7 +58,7 @@ class Recording:
         if config is None:
             return self._full()
         cache = CrushCache(self.model, config)
-        policy = cache.plan.policy
+        policy = cache.plan.evictor.policy
         # Mass is gathered from all queries, which takes a while, and is the same for all that share a policy.
         key = json.dumps([config.policy, config.policy_options, config.window], sort_keys=True, default=str)
         masses = self._masses.setdefault(key, []) if policy.streams else []

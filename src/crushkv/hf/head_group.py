@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Tier, layer_seed, select, stage
+from ..core import Tier, stage
 from ..errors import UnsupportedModelError
-from ..importance import LayerView, kept_mass, scores
+from ..importance import LayerView, kept_mass
 from ..storage import LastQueries, TieredStorage
 from ..storage.buffers import take
 from .arrangement import arrange
@@ -217,18 +217,12 @@ class HeadGroup:
             mass=self.mass,
             softcap=call.softcap,
             sinks=call.sinks,
-            seed=self.seed,
+            seed=self.plan.evictor.seed(self.layer, self.storage.seen),
         )
-
-    @property
-    def seed(self) -> int:
-        """Differs between layers and evictions, and only there."""
-        return layer_seed(self.plan.config.seed, self.layer, self.storage.seen)
 
     def accumulate(self, view: LayerView) -> None:
         """Adds the queries of a view to what a policy that streams has gathered."""
-        with stage("importance"):
-            self.mass = self.plan.policy.accumulate(view)
+        self.mass = self.plan.evictor.gather(view)
 
     def real_tokens(self) -> tuple[Tensor, Tensor]:
         """How many tokens that are no padding each row holds, and has seen: `[B]` each."""
@@ -271,10 +265,7 @@ class HeadGroup:
         if order is not None:
             view = _ordered(view, order)
         _, seen = self.real_tokens()
-        with stage("importance"):
-            head_score = scores(plan.policy, view)
-        with stage("selection"):
-            selection = select(head_score, storage.kv_heads, budget, plan.config, view.real, self.seed)
+        selection = plan.evictor.select(view, storage.kv_heads, budget)
         with stage("gather"):
             kept = arrange(selection, plan.formats)
             slots = kept.indices if order is None else order.gather(2, kept.indices)

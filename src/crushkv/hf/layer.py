@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..core import BatchTail, tail_length
+from ..core import BatchTail
 from ..errors import UnsupportedModelError
 from ..importance import LayerView
 from ..storage import TieredStorage
@@ -45,7 +45,7 @@ class CrushLayer(CacheLayerMixin):
         self._set_groups([self._new_group()])
         self.last_point = 0  # logical length at the last point of the clock
         self.query_energy: Tensor | None = None  # float32 [Hq, D], where no profile of the model says it
-        self.queries = BatchTail(tail_length(self.plan.config, self.plan.policy))
+        self.queries = BatchTail(self.plan.evictor.tail)
 
     def _new_group(self, heads: Heads | None = None) -> HeadGroup:
         """One that holds nothing yet."""
@@ -179,7 +179,7 @@ class CrushLayer(CacheLayerMixin):
     @property
     def streams(self) -> bool:
         """Whether the policy is shown every query."""
-        return self.plan.policy.streams
+        return self.plan.evictor.streams
 
     @torch.no_grad()
     def after_attention(self, call: AttentionCall) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import CrushConfig
-from ..core import Clock, HeadNeeds, Shares
-from ..importance import Policy
+from ..core import Clock, Evictor, HeadNeeds, Shares
 from ..machine import return_freed_memory
 from ..profile import Profile
 from ..rope import Rope
@@ -44,7 +43,7 @@ class Plan:
     warned: bool = False
     reads_packed: bool = field(init=False)
     clock: Clock = field(init=False)
-    policy: Policy = field(init=False)
+    evictor: Evictor = field(init=False)
     shares: Shares = field(init=False)
     formats: Formats = field(init=False)
     workspace: Workspace = field(default_factory=Workspace)
@@ -54,7 +53,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.config.interval)
-        self.policy = self.config.make_policy()
+        self.evictor = Evictor(self.config)
         self.share_out(None)
         self.formats = self.config.formats
         self.reads_packed = not self.latent

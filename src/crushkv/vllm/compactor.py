@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config import CrushConfig
-from ..core import Clock, QueryTails, layer_seed, select, tail_length
-from ..importance import LayerView, kept_mass, scores
+from ..core import Clock, Evictor, QueryTails
+from ..importance import LayerView, kept_mass
 from .layout import CacheLayout
 from .schedule import Eviction
 
@@ -115,11 +115,10 @@ class Compactor:
 
     def __init__(self, config: CrushConfig, layers: Sequence[PagedLayer]) -> None:
         self.config = config
-        self.policy = config.make_policy()
+        self.evictor = Evictor(config)
         self.layers = layers
         self.totals = Totals()
-        self._scored = tail_length(config, self.policy)
-        self._tails = QueryTails(len(layers), self._scored)
+        self._tails = QueryTails(len(layers), self.evictor.tail)
         self._mass: dict[str, _Mass] = {}
         self._failed: dict[str, str] = {}  # why these requests cannot be compressed
         self._sources: Tensor | None = None  # of the step's queries, those to remember
@@ -136,7 +135,7 @@ class Compactor:
         for row in rows:
             if row.request_id in self._failed:
                 continue
-            start = self._stream(row) if self.policy.streams else self._needed(row)
+            start = self._stream(row) if self.evictor.streams else self._needed(row)
             if start is not None and start < row.seen:
                 sources += range(row.first + start - row.computed, row.first + row.tokens)
                 places += self._tails.places(row.request_id, start, row.seen)
@@ -147,7 +146,7 @@ class Compactor:
     def _needed(self, row: StepRow) -> int | None:
         """First position of the step whose query the next eviction needs. None: it needs none."""
         point = row.clock.next_point(row.computed)
-        return None if point is None or not self._scored else max(row.computed, point - self._scored)
+        return None if point is None or not self.evictor.tail else max(row.computed, point - self.evictor.tail)
 
     def _stream(self, row: StepRow) -> int | None:
         """For streaming policies: uses the queries of a prompt at once, and gathers those of decoded tokens."""
@@ -158,7 +157,7 @@ class Compactor:
             self._streamed.append(row)
             return None
         mass.pending += 1
-        if mass.pending == self._scored:
+        if mass.pending == self.evictor.tail:
             self._flushed.append(row)
         return row.computed
 
@@ -171,7 +170,7 @@ class Compactor:
             new = queries[row.first : row.first + row.tokens].transpose(0, 1)[None]
             self._accumulate(layer, row.request_id, row.blocks, row.held, new)
         for row in self._flushed:
-            gathered = self._tails.last(layer, [row.request_id], row.seen, self._scored)
+            gathered = self._tails.last(layer, [row.request_id], row.seen, self.evictor.tail)
             self._accumulate(layer, row.request_id, row.blocks, row.held, gathered)
 
     def _accumulate(self, index: int, request_id: str, blocks: Tensor, held: int, queries: Tensor) -> None:
@@ -182,7 +181,7 @@ class Compactor:
         try:
             tokens = layer.decode(*layer.read(blocks[: -(-held // size)], held))
             mass = self._mass[request_id].layers
-            mass[index] = self.policy.accumulate(self._view(layer, tokens, queries, mass.get(index)))
+            mass[index] = self.evictor.gather(self._view(layer, tokens, queries, mass.get(index)))
         except Exception as error:  # the policy's, which may be anybody's: the others' answers do not depend on it
             self._failed[request_id] = _reason(error)
 
@@ -203,7 +202,7 @@ class Compactor:
             scaling=layer.scaling,
             softcap=layer.softcap,
             mass=mass,
-            seed=layer_seed(self.config.seed, layer.index, seen),
+            seed=self.evictor.seed(layer.index, seen),
         )
 
     def end(self) -> None:
@@ -249,28 +248,26 @@ class Compactor:
             layer.layout.write(layer.cache, target, _gather(keys, chosen), _gather(values, chosen))
         self.totals.compactions += 1
         self.totals.tokens_dropped += eviction.held - eviction.kept
-        if self.policy.streams:
+        if self.evictor.streams:
             self._mass[request_id].pending = 0
-        elif self.config.interval == 0 or self.config.interval >= self._scored:
+        elif self.config.interval == 0 or self.config.interval >= self.evictor.tail:
             self._tails.release(request_id)  # the next eviction needs none of these queries
 
     def _select(self, index: int, request_id: str, eviction: Eviction, tokens: tuple[Tensor, Tensor]) -> Tensor:
         layer = self.layers[index]
         mass = None
         queries = None
-        if self.policy.streams:
+        if self.evictor.streams:
             state = self._mass[request_id]
             if state.pending:
                 gathered = self._tails.last(index, [request_id], eviction.seen, state.pending)
                 view = self._view(layer, tokens, gathered, state.layers.get(index))
-                state.layers[index] = self.policy.accumulate(view)
+                state.layers[index] = self.evictor.gather(view)
             mass = state.layers[index]
-        elif self._scored:
-            queries = self._tails.last(index, [request_id], eviction.seen, min(self._scored, eviction.seen))
-        head_score = scores(self.policy, self._view(layer, tokens, queries, mass, eviction.seen))
-        budget = torch.tensor([eviction.budget])
-        seed = layer_seed(self.config.seed, layer.index, eviction.seen)
-        selection = select(head_score, layer.kv_heads, budget, self.config, seed=seed)
+        elif self.evictor.tail:
+            queries = self._tails.last(index, [request_id], eviction.seen, min(self.evictor.tail, eviction.seen))
+        view = self._view(layer, tokens, queries, mass, eviction.seen)
+        selection = self.evictor.select(view, layer.kv_heads, torch.tensor([eviction.budget]))
         if mass is not None:
             self._mass[request_id].layers[index] = kept_mass(mass, selection.indices)
         return selection.indices[0]

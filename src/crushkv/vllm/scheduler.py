@@ -12,8 +12,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import RequestStatus
 
 from .._version import __version__
-from ..core import Shares
-from ..importance import Policy
+from ..core import Evictor, Shares
 from .blocks import CompactingManager
 from .log import logger
 from .metrics import Counters, Sender
@@ -48,7 +47,7 @@ def check_signatures() -> None:
 class CrushScheduler(Scheduler):
     """vLLM's scheduler, with eviction at the points of each request's schedule."""
 
-    policy: Policy
+    evictor: Evictor
     blocks: CompactingManager
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +57,7 @@ class CrushScheduler(Scheduler):
         config = engine_config(self.vllm_config.additional_config)
         assert config is not None, "the plugin has put it there"
         self.config = config
-        self.policy = config.make_policy()
+        self.evictor = Evictor(config)
         self.counters = Counters()
         self.sender = Sender(self.counters)
         self.bytes_per_token = bytes_per_token(self.vllm_config)
@@ -138,7 +137,7 @@ class CrushScheduler(Scheduler):
         schedule = self.blocks.schedules.get(request.request_id)
         if schedule is None:
             return hit, tokens, boundary, diverged
-        scored = schedule.prompt if self.policy.streams else self.policy.queries(self.config.window)
+        scored = schedule.prompt if self.evictor.streams else self.evictor.tail
         size = self.blocks.block_size
         usable = max(0, schedule.prompt - scored) // size * size
         if tokens > usable:

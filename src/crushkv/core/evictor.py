@@ -1,0 +1,53 @@
+"""What is decided about the tokens of one layer, for both engines alike."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..config import CrushConfig
+from ..importance import GATHERED, LayerView, scores
+from .seeds import layer_seed
+from .selection import Selection, select
+from .stages import stage
+
+
+class Evictor:
+    """Ranks the tokens that a layer holds, and selects those that it keeps.
+
+    An engine holds keys, values, the last queries and attention mass in its own way. It shows them as a `LayerView`,
+    and keeps what is selected. So both engines select the same tokens. Nothing is remembered here: one object serves
+    all layers and requests.
+
+    Attributes:
+        policy: what makes the scores.
+        streams: whether the policy is shown every query, to gather attention mass (`gather`).
+        tail: how many of the last queries an engine carries from pass to pass. A policy that streams is shown decoded
+            queries at each eviction, and before it once so many have come.
+    """
+
+    def __init__(self, config: CrushConfig) -> None:
+        self.config = config
+        self.policy = config.make_policy()
+        self.streams = self.policy.streams
+        gathered = min(GATHERED, config.interval or GATHERED)
+        self.tail = gathered if self.streams else self.policy.queries(config.window)
+
+    def seed(self, layer: int, seen: int) -> int:
+        """For `LayerView.seed`: differs between layers and evictions, and only there."""
+        return layer_seed(self.config.seed, layer, seen)
+
+    def gather(self, view: LayerView) -> Tensor:
+        """Attention mass `[B, Hq, S]`: what a policy that streams had gathered, and what the view's queries add."""
+        with stage("importance"):
+            return self.policy.accumulate(view)
+
+    def select(self, view: LayerView, kv_heads: int, budget: Tensor) -> Selection:
+        """Which tokens of a view each of `kv_heads` heads keeps, where `budget [B]` is the most of each row.
+
+        Raises:
+            ScoreError: the policy's scores are of another shape, or not finite.
+        """
+        with stage("importance"):
+            head_score = scores(self.policy, view)
+        with stage("selection"):
+            return select(head_score, kv_heads, budget, self.config, view.real, view.seed)
