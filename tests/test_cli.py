@@ -831,14 +831,25 @@ def test_help_and_version(crushkv: Any) -> None:
 )
 def test_help_and_typos_are_answered_without_torch(args: list[str]) -> None:
     """Importing torch and Transformers takes seconds, Rich and pydantic 0.1 s each: an answer needs none of them."""
-    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'lm_eval', 'rich', 'pydantic'}"
+    assert loaded_by(args, "torch", "transformers", "numpy", "matplotlib", "lm_eval", "rich", "pydantic") == set()
+
+
+@pytest.mark.parametrize("command", ["fidelity", "bench", "run"])
+def test_a_misspelt_configuration_is_refused_before_anything_is_loaded(command: str) -> None:
+    """The evaluation harness alone takes five seconds to import."""
+    assert loaded_by([command, "--config", "ballanced"], "transformers", "lm_eval") == set()
+
+
+def loaded_by(args: list[str], *packages: str) -> set[str]:
+    """Which of some packages a command has imported at its end."""
     program = (
         "import sys\nfrom crushkv.cli import main\n"
-        f"try:\n    main({args!r})\nfinally:\n    print('heavy:', *({heavy} & set(sys.modules)), file=sys.stderr)"
+        f"try:\n    main({args!r})\n"
+        f"finally:\n    print('loaded:', *({set(packages)} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1] == "heavy:"
     assert done.returncode == (0 if args[-1].startswith("--") else 2), done.stderr
+    return set(done.stderr.splitlines()[-1].removeprefix("loaded:").split())
 
 
 def test_debug_shows_the_traceback(crushkv: Any, tmp_path: Path) -> None:

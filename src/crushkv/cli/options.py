@@ -35,6 +35,16 @@ _model = functools.partial(option, panel="Model")
 _prompt = functools.partial(option, panel="Prompt")
 _config = functools.partial(option, panel="KV cache")
 
+
+def _readable(texts: list[str] | None) -> list[str] | None:
+    """Refuses a configuration that cannot be read before anything slow is imported or loaded."""
+    if texts:
+        from ..config_text import parse_configs
+
+        parse_configs(texts)
+    return texts
+
+
 Json = Annotated[bool, option("Print JSON.", None, "--json")]
 NewTokens = Annotated[int, option("Length of an answer at most.", "TOKENS", min=1)]
 Configs = Annotated[
@@ -45,6 +55,7 @@ Configs = Annotated[
         "--config",
         "--preset",
         "--method",
+        callback=_readable,
     ),
 ]
 ModelName = Annotated[
