@@ -20,6 +20,7 @@ from crushkv.importance import (
     Policy,
     attention_mass,
     attention_with_mass,
+    greatest_attention,
     make_policy,
     policies,
     register,
@@ -53,6 +54,19 @@ def test_attention_mass_is_exact(block_bytes: int, queries: int, padding: int) -
     last = None if real is None else real[:, -queries:]
     ours = attention_mass(query, key, 0.35, real, last, block_bytes=block_bytes)
     assert torch.allclose(ours.double(), reference.attention_mass(query, key, 0.35, real), atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 7, 50])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_greatest_attention_is_that_of_one_query(queries: int, sinks: bool) -> None:
+    query, key, _ = tensors(queries=queries)
+    beside = torch.linspace(-1, 1, query.shape[1]) if sinks else None
+    ours = greatest_attention(query, key, 0.35, softcap=2.0, sinks=beside)
+    logits = 2.0 * torch.tanh(query @ key.repeat_interleave(3, dim=1).transpose(-1, -2) * 0.35 / 2.0)
+    logits = logits.masked_fill(torch.ones(queries, 50, dtype=torch.bool).triu(50 - queries + 1), -math.inf)
+    if beside is not None:
+        logits = torch.cat([logits, beside[None, :, None, None].expand(*logits.shape[:3], 1)], dim=-1)
+    torch.testing.assert_close(ours, logits.softmax(-1)[..., :50].amax(2))
 
 
 @pytest.mark.parametrize("block_bytes", [1, 10_000, None])

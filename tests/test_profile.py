@@ -140,7 +140,8 @@ def test_an_open_block_and_the_model_are_left_as_they_were(llama: tuple[Any, Pro
         held = session.cache
         profile = profile_model(model, letters())
         assert session.cache is held and held is not None and held.get_seq_length() == 58
-    assert all(torch.equal(getattr(profile, name), getattr(expected, name)) for name in ("keys", "queries", "needs"))
+    for name in ("keys", "queries", "needs"):  # the fixture ran on more threads, which add in another order
+        torch.testing.assert_close(getattr(profile, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
 
 
 def test_too_few_positions_are_refused() -> None:

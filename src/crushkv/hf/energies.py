@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..config import CrushConfig
 from ..errors import UnsupportedModelError
+from ..importance import greatest_attention
 from ..rope import Rope
 from .cache import CrushCache
 from .head_group import AttentionCall
 from .layer import CrushLayer
 from .support import input_device
 
-BLOCK = 128  # queries whose attention is looked at together
 SINK = 4  # the first tokens, whose keys are unlike all others
 UNSETTLED = 64  # queries that see few tokens
 
@@ -62,14 +62,16 @@ class _MeasuringLayer(CrushLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def after_attention(self, call: AttentionCall) -> None:
-        keys, queries = self._received[0].float(), call.queries[0].float()
+        keys, queries = self._received.float(), call.queries.float()
         del self._received
-        # The heads of a group follow each other.
-        queries = queries.unflatten(0, (keys.shape[0], -1))
+        kv_heads, again = keys.shape[1], self.again
         if self.plan.latent:  # one latent for all heads: there is nothing to divide
-            scores = keys.new_zeros((keys.shape[0], self.again))
+            scores = keys.new_zeros((kv_heads, again))
         else:
-            scores = _greatest_attention(queries, keys, self.again, call)
+            received = greatest_attention(queries[:, :, -again:], keys, call.scaling, call.softcap, call.sinks)
+            scores = received[0, :, :again].unflatten(0, (kv_heads, -1)).amax(1)
+        # The heads of a group follow each other.
+        keys, queries = keys[0], queries[0].unflatten(0, (kv_heads, -1))
         keys, queries = keys[:, : self.tokens], queries[:, :, : self.tokens]
         positions = torch.arange(keys.shape[1], device=keys.device)
         if self.rope is not None:
@@ -80,28 +82,6 @@ class _MeasuringLayer(CrushLayer):
         if self.rope is not None:
             of_keys, of_queries = self.rope.averaged(of_keys), self.rope.averaged(of_queries)
         self.measured = of_keys.cpu(), of_queries.cpu(), scores.cpu()
-
-
-def _greatest_attention(queries: Tensor, keys: Tensor, tokens: int, call: AttentionCall) -> Tensor:
-    """The most attention that each of the first `tokens` gets from any query of the last `tokens`: `[Hkv, tokens]`.
-
-    `queries [Hkv, G, S, D]`, `keys [Hkv, S, D]`.
-    """
-    best = keys.new_zeros((keys.shape[0], tokens))
-    end = keys.shape[1]
-    sinks = None if call.sinks is None else call.sinks.float().view(keys.shape[0], -1, 1, 1)
-    for start in range(end - tokens, end, BLOCK):
-        stop = min(start + BLOCK, end)
-        logits = queries[:, :, start:stop] @ keys[:, None, :stop].transpose(-1, -2) * call.scaling
-        if call.softcap is not None:
-            logits = (logits / call.softcap).tanh() * call.softcap
-        later = torch.ones((stop - start, stop - start), dtype=torch.bool, device=keys.device).triu(1)
-        logits[..., start:].masked_fill_(later, -torch.inf)
-        if sinks is not None:
-            logits = torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], dim=-1)
-        weights = torch.softmax(logits, -1)[..., :tokens]
-        best = best.maximum(weights.amax((1, 2)))
-    return best
 
 
 class _MeasuringCache(CrushCache):

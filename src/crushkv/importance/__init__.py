@@ -1,6 +1,6 @@
 """Importance policies: which cached tokens matter, judged from queries, keys and values."""
 
-from .attention import attention_mass, attention_with_mass
+from .attention import attention_mass, attention_with_mass, greatest_attention
 from .base import GATHERED, LayerView, Policy, kept_mass, scores
 from .expected_attention import ExpectedAttention
 from .h2o import H2O
@@ -32,6 +32,7 @@ __all__ = [
     "attention_with_mass",
     "check_loads",
     "failed_policies",
+    "greatest_attention",
     "kept_mass",
     "make_policy",
     "policies",

@@ -59,6 +59,16 @@ def attention_with_mass(
     return output, mass
 
 
+def greatest_attention(
+    queries: Tensor, keys: Tensor, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """The most attention that each token receives from any one of the given queries, float32 `[B, Hq, S]`.
+
+    Everything else is as in `attention_mass`, which adds up.
+    """
+    return _blockwise(queries, keys, None, scaling, None, None, softcap, None, sinks, greatest=True)[1]
+
+
 def _blockwise(
     queries: Tensor,
     keys: Tensor,
@@ -69,6 +79,7 @@ def _blockwise(
     softcap: float | None,
     block_bytes: int | None,
     sinks: Tensor | None,
+    greatest: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     rows, heads, count, size = queries.shape
     kv_heads, tokens = keys.shape[1:3]
@@ -136,7 +147,10 @@ def _blockwise(
                 output[some, :, start:end] = attended.view(at_once, group, end - start, -1)
             if counted is not None:
                 weights *= counted[:, :, start:end]
-            mass[some, :, :seen] += weights.sum(-2)
+            if greatest:
+                mass[some, :, :seen] = mass[some, :, :seen].maximum(weights.amax(-2))
+            else:
+                mass[some, :, :seen] += weights.sum(-2)
     return None if output is None else output.view(rows, heads, count, -1), mass.view(rows, heads, tokens)
 
 
