@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from architectures import prompts, small_model
 from crushkv import ConfigError, CrushCache, CrushError, KVCrush, UnsupportedModelError
 from crushkv.core import Tier
+from crushkv.hf import plan
 from crushkv.hf.interface import cache_in, passed
 
 SMALL: dict[str, Any] = {
@@ -202,6 +203,18 @@ def test_the_peak_of_the_prefill_in_bytes(model: Any, policy: str) -> None:
             model(input_ids=ids, past_key_values=cache)
     full_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     assert full_bytes / 3 < peak <= full_bytes / 4 + full_bytes / len(full.layers)
+
+
+@torch.no_grad()
+def test_freed_memory_is_given_back_now_and_then(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    for at, times in ((1, 3), (2**40, 0)):  # after each of the three layers; not yet
+        cache = KVCrush(**SMALL).cache(model)
+        held.clear()
+        monkeypatch.setattr(plan, "RETURNED_AT", at)
+        monkeypatch.setattr(plan, "return_freed_memory", lambda cache=cache: held.append(cache.nbytes))
+        model(**prompts([120]), past_key_values=cache)
+        assert held == [cache.nbytes * layers // 3 for layers in range(1, times + 1)]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 119, 120, 500])

@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,5 +76,6 @@ def return_freed_memory() -> None:
 
     Takes 5 to 15 ms while a model of a few hundred megabytes works.
     """
-    with contextlib.suppress(OSError, AttributeError):  # not every C library has it
-        ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
