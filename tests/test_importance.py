@@ -49,19 +49,19 @@ def padded(rows: int, tokens: int, padding: int) -> torch.Tensor:
 @pytest.mark.parametrize("queries", [1, 7, 50])
 @pytest.mark.parametrize("padding", [0, 20])
 def test_attention_mass_is_exact(block_bytes: int, queries: int, padding: int) -> None:
-    query, key, _ = tensors(queries=queries)
+    query, key, value = tensors(queries=queries)
     real = padded(2, 50, padding) if padding else None
     last = None if real is None else real[:, -queries:]
-    ours = attention_mass(query, key, 0.35, real, last, block_bytes=block_bytes)
+    ours = attention_mass(LayerView(key, value, query, 0.35, real), last, block_bytes)
     assert torch.allclose(ours.double(), reference.attention_mass(query, key, 0.35, real), atol=1e-5)
 
 
 @pytest.mark.parametrize("queries", [1, 7, 50])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_the_greatest_attention_is_that_of_one_query(queries: int, sinks: bool) -> None:
-    query, key, _ = tensors(queries=queries)
+    query, key, value = tensors(queries=queries)
     beside = torch.linspace(-1, 1, query.shape[1]) if sinks else None
-    ours = greatest_attention(query, key, 0.35, softcap=2.0, sinks=beside)
+    ours = greatest_attention(LayerView(key, value, query, 0.35, softcap=2.0, sinks=beside))
     logits = 2.0 * torch.tanh(query @ key.repeat_interleave(3, dim=1).transpose(-1, -2) * 0.35 / 2.0)
     logits = logits.masked_fill(torch.ones(queries, 50, dtype=torch.bool).triu(50 - queries + 1), -math.inf)
     if beside is not None:
@@ -74,12 +74,13 @@ def test_the_greatest_attention_is_that_of_one_query(queries: int, sinks: bool) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_and_mass_in_one_pass(block_bytes: int | None, queries: int, dtype: torch.dtype) -> None:
     query, key, value = (x.to(dtype) for x in tensors(queries=queries))
-    output, mass = attention_with_mass(query, key, value, 0.35, block_bytes)
+    view = LayerView(key, value, query, 0.35)
+    output, mass = attention_with_mass(view, block_bytes)
     future = torch.ones(queries, 50, dtype=torch.bool).triu(50 - queries + 1)
     repeated = (x.float().repeat_interleave(3, dim=1) for x in (key, value))
     expected = F.scaled_dot_product_attention(query.float(), *repeated, attn_mask=~future, scale=0.35)
     torch.testing.assert_close(output, expected.to(dtype))
-    assert torch.equal(mass, attention_mass(query, key, 0.35, block_bytes=block_bytes))
+    assert torch.equal(mass, attention_mass(view, block_bytes=block_bytes))
 
 
 def test_h2o_in_chunks_equals_h2o_at_once() -> None:
@@ -109,7 +110,7 @@ def test_h2o_stays_far_below_eager_attention_in_memory() -> None:
 
     query, key = torch.randn(1, heads, tokens, 8), torch.randn(1, 3, tokens, 8)
     with Watch():
-        attention_mass(query, key, 0.35)
+        attention_mass(LayerView(key, key, query, 0.35))
     eager = heads * tokens * tokens * 4
     assert largest * 2 < 0.05 * eager, f"{largest / 2**20:.0f} MiB, eager needs {eager / 2**20:.0f} MiB"
 

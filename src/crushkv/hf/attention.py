@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import kernels
 from ..errors import UnsupportedModelError, nearest
-from ..importance import attention_with_mass
+from ..importance import LayerView, attention_with_mass
 from ..storage import turn
 from .autograd import full_precision, refuse_gradient
 from .head_group import AttentionCall, HeadGroup
@@ -187,7 +187,7 @@ class CrushAttention:
             found.attended = _Attended(module, None, None, None, parted=True)
         elif plain and count > 1 and attention_mask is None and self._can_give_mass(layer, query, key):
             # The policy would compute QK^T once more.
-            attended, mass = attention_with_mass(query, key, value, scaling)
+            attended, mass = attention_with_mass(LayerView(key, value, query, scaling))
             output = (attended.transpose(1, 2).contiguous(), None)
             found.attended = _Attended(module, None, None, None)
         else:

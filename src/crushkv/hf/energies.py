@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import CrushConfig
 from ..errors import UnsupportedModelError
-from ..importance import greatest_attention
+from ..importance import LayerView, greatest_attention
 from ..rope import Rope
 from .cache import CrushCache
 from .head_group import AttentionCall
@@ -68,7 +68,9 @@ class _MeasuringLayer(CrushLayer):
         if self.plan.latent:  # one latent for all heads: there is nothing to divide
             scores = keys.new_zeros((kv_heads, again))
         else:
-            received = greatest_attention(queries[:, :, -again:], keys, call.scaling, call.softcap, call.sinks)
+            last = queries[:, :, -again:]
+            view = LayerView(keys, keys, last, call.scaling, softcap=call.softcap, sinks=call.sinks)
+            received = greatest_attention(view)
             scores = received[0, :, :again].unflatten(0, (kv_heads, -1)).amax(1)
         # The heads of a group follow each other.
         keys, queries = keys[0], queries[0].unflatten(0, (kv_heads, -1))

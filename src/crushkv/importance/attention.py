@@ -16,71 +16,38 @@ CPU_THREAD_ROWS = 256  # of a block: with fewer, a product waits for keys, with 
 BLOCK_BYTES = 64 * 2**20
 
 
-def attention_mass(
-    queries: Tensor,
-    keys: Tensor,
-    scaling: float,
-    real: Tensor | None = None,
-    queries_weight: Tensor | None = None,
-    softcap: float | None = None,
-    block_bytes: int | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """The attention that each token receives from the given queries, exactly, under the causal mask.
+def attention_mass(view: LayerView, weight: Tensor | None = None, block_bytes: int | None = None) -> Tensor:
+    """The attention that each token receives from the view's queries, exactly, under the causal mask.
+
+    Tokens that are not shown receive nothing.
 
     Args:
-        queries: `[B, Hq, T, D]`, of the last T tokens.
-        keys: `[B, Hkv, S, D]`, S >= T; Hq is a multiple of Hkv.
-        scaling: factor of the logits.
-        real: bool `[B, S]`, or `[B, Hkv, S]` if it differs from head to head. Padding receives nothing.
-        queries_weight: bool or float `[B, T]`, how much a query counts. It is 0 for padding. None: all count 1.
-        softcap: bound of the logits by tanh (Gemma 2), None for none.
+        weight: bool or float `[B, T]`, how much a query counts. It is 0 for padding. None: all count 1.
         block_bytes: most bytes of weights held at a time, but at least those of one query. None: what suits the device.
-        sinks: `[Hq]`, a logit for each head that takes part in every softmax and belongs to no token (gpt-oss).
 
     Returns:
         float32 `[B, Hq, S]`; a row sums to its queries' weights for each head (to less with sinks, which get the rest).
     """
-    return _blockwise(queries, keys, None, scaling, real, queries_weight, softcap, block_bytes, sinks)[1]
+    return _blockwise(view, weight, block_bytes)[1]
 
 
-def attention_with_mass(
-    queries: Tensor, keys: Tensor, values: Tensor, scaling: float, block_bytes: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last T tokens, and what `attention_mass` gives for them, from one pass over QK^T.
-
-    Shapes as there; values `[B, Hkv, S, Dv]`. There is no padding.
-
-    Returns:
-        The output `[B, Hq, T, Dv]`, and the mass.
-    """
-    output, mass = _blockwise(queries, keys, values, scaling, None, None, None, block_bytes, None)
+def attention_with_mass(view: LayerView, block_bytes: int | None = None) -> tuple[Tensor, Tensor]:
+    """Causal attention of the view's queries, `[B, Hq, T, Dv]`, and `attention_mass`, from one pass over QK^T."""
+    output, mass = _blockwise(view, None, block_bytes, attend=True)
     assert output is not None
     return output, mass
 
 
-def greatest_attention(
-    queries: Tensor, keys: Tensor, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
-) -> Tensor:
-    """The most attention that each token receives from any one of the given queries, float32 `[B, Hq, S]`.
-
-    Everything else is as in `attention_mass`, which adds up.
-    """
-    return _blockwise(queries, keys, None, scaling, None, None, softcap, None, sinks, greatest=True)[1]
+def greatest_attention(view: LayerView) -> Tensor:
+    """The most attention that each token receives from any one of the view's queries, float32 `[B, Hq, S]`."""
+    return _blockwise(view, None, None, greatest=True)[1]
 
 
 def _blockwise(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    scaling: float,
-    real: Tensor | None,
-    queries_weight: Tensor | None,
-    softcap: float | None,
-    block_bytes: int | None,
-    sinks: Tensor | None,
-    greatest: bool = False,
+    view: LayerView, weight: Tensor | None, block_bytes: int | None, attend: bool = False, greatest: bool = False
 ) -> tuple[Tensor | None, Tensor]:
+    assert view.queries is not None
+    queries, keys, values, real = view.queries, view.keys, view.values, view.shown
     rows, heads, count, size = queries.shape
     kv_heads, tokens = keys.shape[1:3]
     group = heads // kv_heads
@@ -105,7 +72,7 @@ def _blockwise(
     head = torch.arange(rows * kv_heads, device=keys.device) % kv_heads
     mass = torch.zeros((rows * kv_heads, group, tokens), dtype=torch.float32, device=keys.device)
     output = None
-    if values is not None:
+    if attend:
         values = values.reshape(-1, tokens, values.shape[-1])
         output = values.new_empty((rows * kv_heads, group, count, values.shape[-1]))
     # One place for every block: memory asked for anew would be cleared by the system each time.
@@ -113,30 +80,30 @@ def _blockwise(
     for first in range(0, rows * kv_heads, at_once):
         some = slice(first, first + at_once)
         some_keys = keys[some].to(dtype)
-        some_values = None if values is None else values[some].to(dtype)
+        some_values = values[some].to(dtype) if attend else None
         padding = None if real is None else ~real[some, None, None]  # [n, 1, 1, S]
-        counted = None if queries_weight is None else queries_weight[row[some], None, :, None]  # [n, 1, T, 1]
+        counted = None if weight is None else weight[row[some], None, :, None]  # [n, 1, T, 1]
         for start in range(0, count, block):
             end = min(start + block, count)
             seen = tokens - count + end  # keys up to the last query of the block
-            part = queries[some, :, start:end].flatten(1, 2).to(dtype) * scaling
+            part = queries[some, :, start:end].flatten(1, 2).to(dtype) * view.scaling
             split = threads if part.shape[1] % threads == 0 else 1  # only ever above 1 where there is one product
             part = part.view(at_once * split, -1, size)
             shape = (*part.shape[:2], seen)
             of_split = some_keys[..., :seen].expand(at_once * split, -1, -1)
             logits = torch.bmm(part, of_split, out=room[: math.prod(shape)].view(shape)).float()
             logits = logits.view(at_once, group, end - start, seen)
-            if softcap is not None:
-                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            if view.softcap is not None:
+                logits = logits.div_(view.softcap).tanh_().mul_(view.softcap)
             # Only the block's own keys can lie in the future of one of its queries.
             future = torch.ones((end - start, end - start), dtype=torch.bool, device=keys.device).triu(1)
             logits[..., seen - (end - start) :].masked_fill_(future, -torch.inf)
             if padding is not None:
                 logits.masked_fill_(padding[..., :seen], torch.finfo(torch.float32).min)
             left = None
-            if sinks is not None:
+            if view.sinks is not None:
                 # What a softmax over tokens and sink gives the tokens, of one over the tokens alone.
-                beside = sinks.view(kv_heads, group).float()[head[some]][:, :, None]
+                beside = view.sinks.view(kv_heads, group).float()[head[some]][:, :, None]
                 left = torch.sigmoid(logits.logsumexp(-1) - beside)[..., None]
             weights = torch.softmax(logits, -1, out=logits)
             if left is not None:
@@ -167,15 +134,10 @@ def window_mass(view: LayerView, half_life: float = 0) -> Tensor:
         age = torch.arange(count - 1, -1, -1, device=view.queries.device)
         later = (0.5 ** (age / half_life)).expand(rows, -1)
         weight = later if weight is None else later * weight
-    mass = attention_mass(view.queries, view.keys, view.scaling, view.shown, weight, view.softcap, sinks=view.sinks)
+    mass = attention_mass(view, weight)
     return mass / (count if weight is None else weight.sum(-1).clamp(min=1)[:, None, None])
 
 
 def view_mass(view: LayerView) -> Tensor:
-    """`attention_mass` of the view's queries."""
-    if view.received is not None:
-        return view.received
-    assert view.queries is not None
-    return attention_mass(
-        view.queries, view.keys, view.scaling, view.shown, view.queries_real, view.softcap, sinks=view.sinks
-    )
+    """`attention_mass` of the view's real queries."""
+    return attention_mass(view, view.queries_real) if view.received is None else view.received
