@@ -68,7 +68,7 @@ check: lint  ## lint, type check and the tests that run no model (under two minu
 # Test files are shared out over the cores, and run once more without what is compiled, as far as it matters.
 test: lint  ## lint, type check and tests
 	@$(BIN)/python -c 'from crushkv.embedded import embedded_model_path as p; p()'  # before two want it at once
-	$(BIN)/pytest -m "" -n auto --dist loadfile
+	$(BIN)/pytest -m "" -n auto --dist loadfile --no-loadscope-reorder
 	CRUSHKV_KERNELS=plain $(BIN)/pytest -n auto --dist loadfile tests/test_hf.py tests/test_plain_call.py tests/test_storage.py
 
 docs: $(READY_DOCS)  ## build the documentation as a site in site/; broken links end it
