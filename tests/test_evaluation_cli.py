@@ -84,7 +84,7 @@ def test_longbench_records_from_a_folder(crushkv: Callable[..., Outcome]) -> Non
 def test_a_sweep_survives_ctrl_c_and_becomes_a_page(tmp_path: Path, crushkv: Callable[..., Outcome]) -> None:
     file, output, page = tmp_path / "sweep.yaml", tmp_path / "results.jsonl", tmp_path / "report.html"
     file.write_text(
-        "tasks: [retrieval_single_1k]\nlimit: 3\nmeasures: [fidelity, score]\nanswer_tokens: 8\n"
+        "tasks: [retrieval_single_1k]\nlimit: 2\nmeasures: [fidelity, score]\nanswer_tokens: 8\n"
         "configurations: [full, 'snapkv:budget=0.25,page_size={1,16},representative_share={0,0.25}']\n",
         encoding="utf-8",
     )
@@ -103,11 +103,11 @@ def test_a_sweep_survives_ctrl_c_and_becomes_a_page(tmp_path: Path, crushkv: Cal
     _, messages = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in messages and "goes on from there" in messages
     kept = output.read_bytes().count(b"\n")
-    assert 1 <= kept < 15
+    assert 1 <= kept < 10
     done = crushkv("sweep", file, "-o", output)
     assert f"{kept} samples are there from an earlier run" in done.stderr
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 15 and len({(line["id"], line["name"]) for line in lines}) == 15
+    assert len(lines) == 10 and len({(line["id"], line["name"]) for line in lines}) == 10
     assert {line["score"] for line in lines if line["name"] == "full"} == {1.0}
     crushkv("report", output, "-o", page, "--plots", tmp_path / "plots")
     assert page.stat().st_size > 50_000
