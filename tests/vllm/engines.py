@@ -146,9 +146,10 @@ def evicting_blocks(size: int = BLOCK) -> Iterator[None]:
     evict = CrushLayer.evict
 
     def evict_where_a_block_comes_free(layer: CrushLayer, call: Any) -> None:
-        count, seen = layer.real_tokens()
+        (group,) = layer.groups
+        count, seen = group.real_tokens()
         config = layer.plan.config
-        budget = layer.plan.tokens_kept(layer.index, seen, count, layer.storage.sizes()).minimum(count)
+        budget = layer.plan.tokens_kept(layer.index, None, seen, count, group.storage.sizes()).minimum(count)
         kept = divide(count, budget, config).kept
         if cdiv(int(kept), size) == cdiv(int(count), size):
             layer.last_point = layer.seen
