@@ -298,7 +298,7 @@ class HeadGroup:
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it, which may repeat."""
         self.storage.select_rows(rows)
-        for name in ("real", "evicted", "_tiers", "mass"):
+        for name in ("real", "evicted", "_tiers", "mass", "gaps"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
