@@ -30,7 +30,7 @@ from crushkv import CrushConfig
 from crushkv.cli.models import load
 from crushkv.cli.options import ModelOptions
 from crushkv.config_text import expand, parse_config
-from crushkv.core.seeds import layer_seed
+from crushkv.core import Evictor
 from crushkv.evaluation import Sample, TaskSource, by_model, read_report_samples
 from crushkv.evaluation.fidelity import Reference
 from crushkv.evaluation.recording import Recording
@@ -68,6 +68,7 @@ class Projections:
     @classmethod
     def of(cls, model: Any, recording: Recording) -> None:
         cls.norms.clear()
+        seed = Evictor(CrushConfig()).seed
         layers: Any = recording._source.layers
         for index, (block, layer) in enumerate(zip(model.model.layers, layers, strict=True)):
             values = layer.values[0]  # [Hkv, S, D]
@@ -76,7 +77,7 @@ class Projections:
             by_head = weight.t().view(heads, values.shape[-1], -1)  # [Hq, D, hidden]
             group = heads // values.shape[0]
             norm = torch.stack([(values[head // group] @ by_head[head]).abs().sum(-1) for head in range(heads)])
-            cls.norms[layer_seed(0, index, recording.tokens)] = norm
+            cls.norms[seed(index, recording.tokens)] = norm
 
 
 @register

@@ -1,4 +1,4 @@
-"""What this machine has: versions of packages, missing extras, processor and memory; and giving memory back to it."""
+"""This machine: versions of packages, missing extras, processor, memory, and how freed memory goes back to it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ..config import CrushConfig
 from ..importance import GATHERED, LayerView, scores
-from .seeds import layer_seed
 from .selection import Selection, select
 from .stages import stage
 
@@ -33,8 +32,8 @@ class Evictor:
         self.tail = gathered if self.streams else self.policy.queries(config.window)
 
     def seed(self, layer: int, seen: int) -> int:
-        """For `LayerView.seed`: differs between layers and evictions, and only there."""
-        return layer_seed(self.config.seed, layer, seen)
+        """For `LayerView.seed`: differs between layers and evictions, and only there; the same in both engines."""
+        return ((self.config.seed * 1_000_003 + layer) * 1_000_003 + seen) % 2**63
 
     def gather(self, view: LayerView) -> Tensor:
         """Attention mass `[B, Hq, S]`: what a policy that streams had gathered, and what the view's queries add."""

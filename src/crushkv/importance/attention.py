@@ -1,4 +1,4 @@
-"""Attention mass without attention weights: softmax(QK^T) summed over queries, block by block."""
+"""Attention mass without attention weights: softmax(QK^T), block by block, summed over queries or its maximum."""
 
 from __future__ import annotations
 
