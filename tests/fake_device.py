@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from types import FrameType
@@ -23,8 +24,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from architectures import VOCAB, small_model
 from crushkv import KVCrush
+from crushkv.core.heads import STEPS
+from crushkv.fingerprint import fingerprint
 from crushkv.hf.interface import passed
 from crushkv.presets import PRESETS
+from crushkv.profile import Profile
 
 NAME = "elsewhere"
 _setup_privateuseone_for_python_backend(NAME)
@@ -87,7 +91,9 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     others = any(x.ndim for x in tensors if not isinstance(x, Elsewhere))
     if ours and others and func not in COPYING:
         note(mixed, func)
-    if leaves or (others and (ours or arrives)) or func in READING or _by_flags(func, args):
+    # What goes to a device is copied before the call returns, and need not have arrived.
+    staged = arrives and kwargs.get("non_blocking")
+    if leaves or (others and (ours or arrives) and not staged) or func in READING or _by_flags(func, args):
         note(waits, func)
     real_args, real_kwargs = tree_map(real, (args, kwargs))
     if device is not None:
@@ -151,6 +157,16 @@ def move(model: Any) -> None:
             module._buffers[name] = fake(buffer)
 
 
+def write_profile(model: Any, path: str) -> None:
+    """Heads that need very different numbers of tokens, and channels that are not alike."""
+    config = model.config
+    shape = (config.num_hidden_layers, config.num_key_value_heads)
+    size = config.hidden_size // config.num_attention_heads
+    energy = torch.rand(*shape, size, generator=torch.Generator().manual_seed(0)) + 0.1
+    needs = torch.stack([torch.linspace(1, 0, STEPS), torch.linspace(1, 0, STEPS) ** 20]).expand(*shape, -1)
+    Profile(energy, energy, needs.contiguous(), fingerprint(model, any_dtype=True)).save(path)
+
+
 def decode(model: Any, prompt: torch.Tensor, options: dict[str, Any], interval: int) -> dict[str, dict[str, int]]:
     """What was noted while a prompt is read, while tokens are decoded, and while some of them are evicted."""
     cache = KVCrush(**options, interval=interval, min_tokens=0).cache(model)
@@ -163,6 +179,8 @@ def decode(model: Any, prompt: torch.Tensor, options: dict[str, Any], interval: 
         noted[stage] = dict(waits)
         noted["mixed"] = {**noted.get("mixed", {}), **mixed}
     assert len(cache.crushed_layers) == 3 and cache.report().bytes_fraction < 0.8
+    by_need = cache.plan.config.heads == "profile"
+    assert all(layer.parted == by_need for layer in cache.crushed_layers)
     return noted
 
 
@@ -172,10 +190,12 @@ def main() -> None:
     _patch()
     torch.manual_seed(0)
     prompt = torch.randint(1, VOCAB, (2, 300))
-    ways = {name: {"config": name} for name in PRESETS}
-    ways |= {policy: {"policy": policy, "bits": 4} for policy in ("h2o", "pyramidkv")}
-    with torch.no_grad(), Watch():
+    ways: dict[str, dict[str, Any]] = {policy: {"policy": policy, "bits": 4} for policy in ("h2o", "pyramidkv")}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), Watch():
         move(model)
+        profile = f"{folder}/profile.safetensors"
+        write_profile(model, profile)
+        ways |= {name: {"config": name, "profile": profile} for name in PRESETS}
         print(json.dumps({name: decode(model, Elsewhere(prompt), way, interval=8) for name, way in ways.items()}))
 
 

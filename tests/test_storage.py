@@ -280,7 +280,7 @@ def test_a_layer_that_the_profile_has_not_foreseen_gets_wider_channels() -> None
     def held(last: LastQueries | None) -> TieredStorage:
         storage = TieredStorage(formats)
         storage.append(keys, values)
-        storage.fit(None, None, channel_formats(formats, KeyEnergy(energy, energy)), last=last)
+        storage.fit(None, None, channel_formats(formats, KeyEnergy(energy, energy), keys.device), last=last)
         storage.keep(torch.arange(300).expand(1, 2, -1), (264, 36))
         return storage
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -22,6 +22,7 @@ class Rope:
 
     partner: Tensor
     frequencies: Tensor
+    _elsewhere: dict[torch.device, Rope] = field(default_factory=dict, repr=False)
 
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
         """`R_p x` in float32. `x [..., D]`; `positions`: broadcast against `x`'s axes without the last."""
@@ -49,8 +50,14 @@ class Rope:
         return found.cos().float(), found.sin().float()
 
     def to(self, device: torch.device) -> Rope:
-        """The same on another device, which the keys' own saves a copy at each call."""
-        return Rope(self.partner.to(device), self.frequencies.to(device))
+        """The same on the device of the keys, where it stays."""
+        if device == self.partner.device:
+            return self
+        if device not in self._elsewhere:
+            with torch.inference_mode(False):
+                partner, frequencies = (x.to(device, non_blocking=True) for x in (self.partner, self.frequencies))
+                self._elsewhere[device] = Rope(partner, frequencies)
+        return self._elsewhere[device]
 
     def averaged(self, energy: Tensor) -> Tensor:
         """`energy [..., D]` with the mean of the two channels that are turned together in place of each."""

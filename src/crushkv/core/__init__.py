@@ -6,10 +6,11 @@ from .evictor import Evictor
 from .grouping import choose_representatives, signature_order
 from .heads import HeadNeeds
 from .query_tails import BatchTail, QueryTails
-from .selection import Selection, Tier, select
+from .selection import Selection, Tier, members_at, select
 from .shares import Shares, Split, pyramid, split_bytes, split_tokens
 from .signatures import hamming, pack, popcount, token_bits, unit_signatures
 from .stages import record_stages, stage
+from .zones import count_real
 
 __all__ = [
     "BatchTail",
@@ -23,7 +24,9 @@ __all__ = [
     "Tier",
     "anchor_bits",
     "choose_representatives",
+    "count_real",
     "hamming",
+    "members_at",
     "pack",
     "popcount",
     "pyramid",

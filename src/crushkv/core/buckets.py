@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import CrushConfig
 from .selection import contest
-from .zones import divide
+from .zones import count_real, divide
 
 
 def stands_for(head_score: Tensor, kv_heads: int, budget: Tensor, config: CrushConfig, seed: int = 0) -> Tensor:
@@ -19,14 +19,13 @@ def stands_for(head_score: Tensor, kv_heads: int, budget: Tensor, config: CrushC
 
     Args:
         head_score: `[B, H, S]`.
-        budget: integers `[B]`.
+        budget: integers `[B]` in main memory.
 
     Returns:
         int32 `[B, Hkv, S]`: position of the representative token (with pages: of the page's first token), or -1.
     """
     rows, _, tokens = head_score.shape
-    count = torch.full((rows,), tokens, device=head_score.device)
-    zones = divide(count, budget.to(count.device), config)
+    zones = divide(count_real(rows, tokens, None), budget, config)
     positions = head_score.new_full((rows, kv_heads, tokens), -1, dtype=torch.int32)
     units, page = int(zones.units.max()), config.page_size
     if not units or not int(zones.keep.max()):

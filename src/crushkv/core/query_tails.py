@@ -71,7 +71,7 @@ class QueryTails:
         buffer = self._buffers[layer]
         assert buffer is not None
         places = [self.places(stream, end - count, end) for stream in streams]
-        indices = torch.tensor(places, device=buffer.device)
+        indices = torch.tensor(places).to(buffer.device, non_blocking=True)
         return buffer.index_select(0, indices.flatten()).view(*indices.shape, *buffer.shape[1:]).transpose(1, 2)
 
     def release(self, stream: Hashable) -> None:

@@ -6,6 +6,7 @@ padding may stand anywhere in a row and is always dropped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from ..config import CrushConfig
 from ..errors import ScoreError
+from ..later import Later
 from .grouping import Groups, choose_representatives, position_order, random_order, signature_order
 from .signatures import token_bits, top_mask, unit_signatures
 from .stages import stage
-from .zones import Zones, divide
+from .zones import Zones, count_real, divide
 
 
 class Tier(IntEnum):
@@ -36,12 +38,28 @@ class Selection:
 
     indices: int64 `[B, Hkv, K]`, ascending, into the tokens that were scored; 0 where `tiers` is PADDING.
     tiers: uint8 `[B, Hkv, K]`, values of `Tier`.
-    counts: int64 `[B]`, tokens kept, the same for every head of a row.
+    by_tier: tokens of each row in each tier, int64 `[B]` in main memory, the same for every head of the row.
+    finite: whether all scores are. What is kept means nothing otherwise, and `check` says so.
     """
 
     indices: Tensor
     tiers: Tensor
-    counts: Tensor
+    by_tier: Mapping[Tier, Tensor]
+    finite: Later
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens kept of each row, int64 `[B]` in main memory."""
+        return torch.stack(list(self.by_tier.values())).sum(0)
+
+    def check(self) -> None:
+        """Waits for the scores.
+
+        Raises:
+            ScoreError: a score is NaN or infinite.
+        """
+        if not self.finite.read():
+            raise ScoreError("scores hold NaN or infinite values: the importance policy cannot rank these tokens")
 
 
 def select(
@@ -58,18 +76,21 @@ def select(
         head_score: `[B, H, S]`, H a multiple of `kv_heads`: one score a query head, or one a KV head.
             Finite, higher is more important.
         kv_heads: Hkv.
-        budget: integers `[B]`, at least sink + window or all real tokens of the row.
+        budget: integers `[B]` in main memory, at least sink + window or all real tokens of the row.
         real: bool `[B, S]`, False for padding; None means that every token is real.
         seed: for the anchor `random` and for random grouping.
 
     Raises:
-        ScoreError: a score is NaN, or the shapes do not fit.
+        ScoreError: the shapes do not fit. Whether the scores are finite is for the caller to ask (`Selection.check`).
     """
-    _check(head_score, kv_heads)
+    if head_score.ndim != 3 or head_score.shape[1] % kv_heads:
+        raise ScoreError(
+            f"scores of shape {tuple(head_score.shape)}: expected [batch, heads, tokens] with a multiple of "
+            f"{kv_heads} KV heads"
+        )
+    finite = Later(head_score.isfinite().all())
     rows, _, tokens = head_score.shape
-    device = head_score.device
-    count = torch.full((rows,), tokens, device=device) if real is None else real.sum(-1)
-    zones = divide(count, budget.to(device), config)
+    zones = divide(count_real(rows, tokens, real), budget, config)
 
     compact = None
     if real is not None:
@@ -79,25 +100,17 @@ def select(
 
     tiers = _tiers(head_score, kv_heads, zones, config, seed)
     with stage("indices"):
-        return _as_indices(tiers, zones, compact)
-
-
-def _check(head_score: Tensor, kv_heads: int) -> None:
-    if head_score.ndim != 3 or head_score.shape[1] % kv_heads:
-        raise ScoreError(
-            f"scores of shape {tuple(head_score.shape)}: expected [batch, heads, tokens] with a multiple of "
-            f"{kv_heads} KV heads"
-        )
-    if not torch.isfinite(head_score).all():
-        raise ScoreError("scores hold NaN or infinite values: the importance policy cannot rank these tokens")
+        indices, kept_tiers = _as_indices(tiers, zones.kept, compact)
+    return Selection(indices, kept_tiers, _by_tier(zones, config), finite)
 
 
 def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, config: CrushConfig, seed: int) -> Tensor:
     """Tier of every token, uint8 `[B, Hkv, S]`, with PADDING for what is dropped."""
     rows, _, tokens = head_score.shape
     page = config.page_size
-    position = torch.arange(tokens, device=head_score.device)
-    tiers = torch.zeros((rows, kv_heads, tokens), dtype=torch.uint8, device=head_score.device)
+    device = head_score.device
+    position = torch.arange(tokens, device=device)
+    tiers = torch.zeros((rows, kv_heads, tokens), dtype=torch.uint8, device=device)
 
     units = int(zones.units.max())
     if units and int(zones.keep.max()):
@@ -106,9 +119,10 @@ def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, config: CrushConfig,
         unit_tiers, _ = contest(middle, kv_heads, zones, config, seed)
         tiers[..., config.sink : config.sink + units * page] = unit_tiers.repeat_interleave(page, dim=-1)
 
-    tiers.masked_fill_((position < zones.sink[:, None])[:, None], Tier.SINK)
-    recent = (position >= (zones.real - zones.recent)[:, None]) & (position < zones.real[:, None])
-    return tiers.masked_fill_(recent[:, None], Tier.RECENT)
+    ends = torch.stack([zones.sink, zones.real - zones.recent, zones.real])[..., None, None]
+    sink, recent, end = ends.to(device, non_blocking=True)
+    tiers.masked_fill_(position < sink, Tier.SINK)
+    return tiers.masked_fill_((position >= recent) & (position < end), Tier.RECENT)
 
 
 def contest(
@@ -122,7 +136,8 @@ def contest(
     rows, heads, tokens = middle.shape
     units = tokens // config.page_size
     group = heads // kv_heads
-    real = torch.arange(units, device=middle.device) < zones.units[:, None]  # [B, U]
+    device = middle.device
+    real = torch.arange(units, device=device) < zones.units.to(device, non_blocking=True)[:, None]  # [B, U]
 
     grouped = middle.view(rows, kv_heads, group, units, config.page_size)
     by_head = grouped.mean(2) if config.aggregate == "mean" else grouped.amax(2)
@@ -138,7 +153,9 @@ def contest(
         tier = top_mask(score, keep).to(torch.uint8) * Tier.REPRESENTATIVE
         return tier.masked_fill_(important, Tier.IMPORTANT), None
     candidates = real[:, None] & ~important
-    order = _order(middle, real, zones.keep - count[:, 0], config, seed)
+    alike = bool((zones.units == units).all())
+    order = _order(middle, real, alike, zones.keep - count[:, 0], config, seed)
+    count = count.to(device, non_blocking=True)
     with stage("grouping"):
         representative = choose_representatives(order, candidates, count)
     tier = important.to(torch.uint8) * Tier.IMPORTANT
@@ -151,11 +168,11 @@ def representative_units(keep: Tensor, share: float) -> Tensor:
     return (keep * share + 0.5).long()
 
 
-def _order(middle: Tensor, real: Tensor, important: Tensor, config: CrushConfig, seed: int) -> Tensor:
+def _order(middle: Tensor, real: Tensor, alike: bool, important: Tensor, config: CrushConfig, seed: int) -> Tensor:
     """The order in which the units are cut into buckets, `[B, U]`.
 
-    `middle [B, H, U * page]` holds scores, `real [B, U]` says which units a row has, `important [B]` how many of them
-    are kept as important: a head's bit is 1 for as many tokens.
+    `middle [B, H, U * page]` holds scores, `real [B, U]` says which units a row has (`alike`: all rows have all),
+    `important [B]` how many of them are kept as important: a head's bit is 1 for as many tokens.
     """
     rows, units = real.shape
     if config.grouping == "random":
@@ -164,7 +181,7 @@ def _order(middle: Tensor, real: Tensor, important: Tensor, config: CrushConfig,
         return position_order(units, rows, middle.device)
     with stage("signatures"):
         retained = (important * config.page_size)[:, None].expand(rows, middle.shape[1])
-        if not bool(real.all()):
+        if not alike:
             tokens_real = real.repeat_interleave(config.page_size, dim=-1)
             middle = middle.masked_fill(~tokens_real[:, None], -torch.inf)
         bits = token_bits(middle, retained)
@@ -172,22 +189,45 @@ def _order(middle: Tensor, real: Tensor, important: Tensor, config: CrushConfig,
     return signature_order(signatures, real, config.anchor, seed)
 
 
-def _as_indices(tiers: Tensor, zones: Zones, compact: Tensor | None) -> Selection:
-    """Kept tokens of every head in ascending order, rows aligned at the right."""
-    rows, kv_heads, _ = tiers.shape
-    counts = zones.kept
-    most = int(counts.max())
-    row, head, token = tiers.nonzero(as_tuple=True)
-    if bool((counts == most).all()):
-        indices = token.view(rows, kv_heads, most)
-        kept_tiers = tiers[tiers != Tier.PADDING].view(rows, kv_heads, most)
-    else:
-        place = (tiers != Tier.PADDING).cumsum(-1)[row, head, token] - 1 + (most - counts)[row]
-        indices = token.new_zeros((rows, kv_heads, most))
-        indices[row, head, place] = token
-        kept_tiers = tiers.new_zeros((rows, kv_heads, most))
-        kept_tiers[row, head, place] = tiers[row, head, token]
+def _by_tier(zones: Zones, config: CrushConfig) -> dict[Tier, Tensor]:
+    units = representative_units(zones.keep, config.representative_share)
+    return {
+        Tier.SINK: zones.sink,
+        Tier.IMPORTANT: (zones.keep - units) * zones.page_size,
+        Tier.REPRESENTATIVE: units * zones.page_size,
+        Tier.RECENT: zones.recent,
+    }
+
+
+def _as_indices(tiers: Tensor, kept: Tensor, compact: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens that are kept of every head, in ascending order, and their tiers; rows aligned at the right."""
+    indices, empty = members_at(tiers != Tier.PADDING, kept)
+    kept_tiers = tiers.gather(-1, indices)
     if compact is not None:
-        original = compact[:, None].expand(rows, kv_heads, -1).gather(-1, indices)
-        indices = original.masked_fill(kept_tiers == Tier.PADDING, 0)
-    return Selection(indices, kept_tiers, counts)
+        indices = compact[:, None].expand_as(tiers).gather(-1, indices)
+    if empty is not None:
+        kept_tiers, indices = kept_tiers.masked_fill(empty, Tier.PADDING), indices.masked_fill(empty, 0)
+    return indices, kept_tiers
+
+
+def members_at(members: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where members stand, in ascending order, rows aligned at the right.
+
+    Args:
+        members: bool `[B, Hkv, S]`.
+        counts: `[B]` in main memory: members of each row, the same for all its heads. K is the greatest.
+
+    Returns:
+        int64 `[B, Hkv, K]`, 0 in the slots that a row leaves empty; and which these are, bool `[B, 1, K]`, or None.
+    """
+    most, device = int(counts.max()), members.device
+    place, empty = members.cumsum(-1) - 1, None
+    if bool((counts < most).any()):
+        missing = (most - counts).to(device, non_blocking=True)[:, None, None]
+        place += missing
+        empty = torch.arange(most, device=device) < missing
+    # What is no member is written into one slot more, which is cut off.
+    place.masked_fill_(~members, most)
+    position = torch.arange(members.shape[-1], device=device).expand_as(place)
+    found = place.new_zeros((*place.shape[:-1], most + 1)).scatter_(-1, place, position)
+    return found[..., :most].contiguous(), empty

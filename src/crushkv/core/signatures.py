@@ -12,21 +12,22 @@ WORD_BITS = 64
 def top_mask(score: Tensor, count: Tensor) -> Tensor:
     """True for the `count` highest of the last axis; ties go to the earlier position.
 
-    `score [..., N]`, `count` integers, one for each list of N. Entries of -inf are never taken as long as `count` is
-    no larger than the number of finite ones. By a threshold, which costs a fraction of a sort.
+    `score [..., N]`, `count` integers in main memory, one for each list of N. Entries of -inf are never taken as long
+    as `count` is no larger than the number of finite ones. By a threshold, which costs a fraction of a sort.
     """
     least, most = (int(bound) for bound in count.aminmax())
     if most == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     # Sorting what topk finds is half of its cost, and only lists of different counts need it.
     ranked = score.topk(most, dim=-1, sorted=least < most).values
+    count = count.to(score.device, non_blocking=True)
     if least < most:
         threshold = ranked.gather(-1, (count - 1).clamp(min=0)[..., None])
     else:
         threshold = ranked.amin(-1, keepdim=True)
     reached = score >= threshold
     surplus = reached.sum(-1) - count
-    if not bool(surplus.any()):
+    if score.device.type == "cpu" and not bool(surplus.any()):  # a GPU would be waited for
         return reached
     level = score == threshold
     room = level.sum(-1) - surplus
@@ -38,7 +39,7 @@ def token_bits(head_score: Tensor, retained: Tensor) -> Tensor:
 
     Args:
         head_score: `[B, H, M]`, scores of the contested tokens for each query head; -inf where a row has none.
-        retained: `[B, H]`, how many tokens each head would retain.
+        retained: `[B, H]` in main memory, how many tokens each head would retain.
 
     Returns:
         bool `[B, H, M]`.

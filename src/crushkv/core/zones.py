@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..config import CrushConfig
@@ -11,7 +12,7 @@ from ..config import CrushConfig
 
 @dataclass(frozen=True)
 class Zones:
-    """The layout of each row's real tokens, counted from its first one; every tensor is `[B]`.
+    """The layout of each row's real tokens, counted from its first one; every tensor is `[B]`, in main memory.
 
     A row reads: `sink` tokens | `units` whole pages | rest | `recent` tokens. The rest is what the recent zone
     could not take of a last page that is not whole; it is empty wherever the budget has room for a page.
@@ -28,6 +29,14 @@ class Zones:
     def kept(self) -> Tensor:
         """Tokens kept of each row, `[B]`."""
         return self.sink + self.keep * self.page_size + self.recent
+
+
+def count_real(rows: int, tokens: int, real: Tensor | None) -> Tensor:
+    """Real tokens of each row, int64 `[B]` in main memory, where sizes are decided; a GPU is waited for with padding.
+
+    real: bool `[B, S]`, False for padding; None: every token is real.
+    """
+    return torch.full((rows,), tokens) if real is None else real.sum(-1).cpu()
 
 
 def divide(real: Tensor, budget: Tensor, config: CrushConfig) -> Zones:

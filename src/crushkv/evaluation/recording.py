@@ -79,6 +79,7 @@ class Recording:
                     mass = layer.groups[0].mass
                     assert mass is not None
                     masses.append(mass)
+            layer.before_attention(call)
             layer.evict(call)
         return cache
 
@@ -98,10 +99,12 @@ class _RecordingLayer(CrushLayer):
 
     call: AttentionCall | None = None
 
+    def before_attention(self, call: AttentionCall) -> None:
+        """Nothing is decided."""
+
     def after_attention(self, call: AttentionCall) -> None:
-        if self.call is not None:
-            call = replace(call, queries=torch.cat([self.call.queries, call.queries], dim=2))
-        self.call = call
+        queries = call.queries if self.call is None else torch.cat([self.call.queries, call.queries], dim=2)
+        self.call = replace(call, queries=queries, mask=None)  # one row without padding has nothing to hide
 
 
 class _RecordingCache(CrushCache):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core import Selection, Tier
+from ..core import Selection, Tier, members_at
 from ..storage import Formats
 
 
@@ -25,24 +26,26 @@ class Arrangement:
     indices: Tensor
     tiers: Tensor
     lengths: tuple[int, ...]
+    full: bool  # no row has fewer than another
 
 
 def arrange(selection: Selection, formats: Formats) -> Arrangement:
     """The slots for a selection whose tiers are held in `formats`."""
     if formats.raw:
-        return Arrangement(selection.indices, selection.tiers, (selection.indices.shape[2],))
-    important, representative = selection.tiers == Tier.IMPORTANT, selection.tiers == Tier.REPRESENTATIVE
-    contested = [important | representative] if len(formats.contested) == 1 else [important, representative]
-    always = (selection.tiers == Tier.SINK) | (selection.tiers == Tier.RECENT)
-    parts = [_block(selection, members) for members in (*contested, always)]
+        held = selection.indices.shape[2]
+        return Arrangement(selection.indices, selection.tiers, (held,), bool((selection.counts == held).all()))
+    contested = (Tier.IMPORTANT, Tier.REPRESENTATIVE)
+    of_blocks = [contested] if len(formats.contested) == 1 else [(tier,) for tier in contested]
+    parts = [_block(selection, tiers) for tiers in (*of_blocks, (Tier.SINK, Tier.RECENT))]
     indices, tiers = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
     lengths = tuple(part.shape[2] for part, _ in parts)
-    return Arrangement(indices, tiers, (*lengths, 0) if formats.recent_block else lengths)
+    full = bool((selection.counts == sum(lengths)).all())
+    return Arrangement(indices, tiers, (*lengths, 0) if formats.recent_block else lengths, full)
 
 
-def _block(selection: Selection, members: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and tiers of the members, aligned at the right. Every head of a row has the same number."""
-    most = int(members.sum(-1).max())
-    order = members.to(torch.uint8).argsort(dim=-1, stable=True)[..., members.shape[-1] - most :]
-    tiers = selection.tiers.gather(-1, order).masked_fill(~members.gather(-1, order), Tier.PADDING)
-    return selection.indices.gather(-1, order), tiers
+def _block(selection: Selection, tiers: Sequence[Tier]) -> tuple[Tensor, Tensor]:
+    """Indices and tiers of the tokens in some tiers, aligned at the right."""
+    members = torch.stack([selection.tiers == tier for tier in tiers]).any(0)
+    slots, empty = members_at(members, torch.stack([selection.by_tier[tier] for tier in tiers]).sum(0))
+    found = selection.tiers.gather(-1, slots)
+    return selection.indices.gather(-1, slots), found if empty is None else found.masked_fill(empty, Tier.PADDING)

@@ -61,6 +61,9 @@ class _MeasuringLayer(CrushLayer):
         self._received = key_states
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def before_attention(self, call: AttentionCall) -> None:
+        """Nothing is decided."""
+
     def after_attention(self, call: AttentionCall) -> None:
         keys, queries = self._received.float(), call.queries.float()
         del self._received

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Tier, stage
+from ..core import Tier, count_real, stage
 from ..errors import UnsupportedModelError
 from ..importance import LayerView, kept_mass
 from ..storage import LastQueries, TieredStorage
@@ -75,7 +75,7 @@ class HeadGroup:
     Attributes:
         heads: which these are; None: all of the layer.
         real: bool `[B, P]`, False for padding; None: none is.
-        evicted: `[B]`, real tokens that are gone.
+        evicted: `[B]` in main memory, real tokens that are gone.
         mass: float32 `[B, Hq, P]`, of a policy that streams.
         gaps: bool `[B, Hkv, compressed part]`, slots of single heads that hold no token; None: there are none. Caches
             that are read together have them.
@@ -105,7 +105,8 @@ class HeadGroup:
         if (heads := self.heads) is None:
             return call
         sinks = None if call.sinks is None else heads.pick(call.sinks, 0)
-        return replace(call, queries=heads.pick(call.queries), sinks=sinks)
+        mass = None if call.mass is None else heads.pick(call.mass)
+        return replace(call, queries=heads.pick(call.queries), sinks=sinks, mass=mass)
 
     @property
     def _numbers(self) -> tuple[int, ...] | None:
@@ -167,8 +168,8 @@ class HeadGroup:
         if self.evicted is None:
             return
         past = self.storage.length - count
-        real = self.evicted + (past if self.real is None else self.real.sum(-1))
-        if bool((shown[:, : self.storage.seen - count].sum(-1) > real).any()):
+        real = self.evicted + count_real(self.storage.rows, past, self.real)
+        if bool((shown[:, : self.storage.seen - count].sum(-1).cpu() > real).any()):
             raise UnsupportedModelError(
                 "the attention mask shows tokens that it hid when they were read: KVCrush has dropped them as padding"
             )
@@ -225,27 +226,24 @@ class HeadGroup:
         self.mass = self.plan.evictor.gather(view)
 
     def real_tokens(self) -> tuple[Tensor, Tensor]:
-        """How many tokens that are no padding each row holds, and has seen: `[B]` each."""
-        if self.real is None:
-            count = torch.full((self.storage.rows,), self.storage.length, device=self.storage.device)
-        else:
-            count = self.real.sum(-1)
+        """How many tokens that are no padding each row holds, and has seen: `[B]` each, in main memory."""
+        count = count_real(self.storage.rows, self.storage.length, self.real)
         return count, count if self.evicted is None else count + self.evicted
 
     # Eviction
 
-    def prepare(self, call: AttentionCall, query_energy: Tensor | None) -> Tensor | None:
-        """Fits the formats, and returns the tokens that each row may keep, `[B]`; None: nothing has to be done."""
-        if self.real is not None and bool(self.real.all()):
-            self.real = None
+    def budget(self) -> Tensor | None:
+        """The tokens that each row may keep, `[B]` in main memory; None: nothing has to be done."""
         storage, plan = self.storage, self.plan
         count, seen = self.real_tokens()
-        self._fit(call, query_energy)
+        if bool((count == storage.length).all()):
+            self.real = None
+        storage.settle()
         budget = plan.tokens_kept(self.layer, self._numbers, seen, count, storage.sizes())
         done = plan.shares.nothing_to_do(storage.length, int(budget.minimum(count).max()))
         return None if done else budget
 
-    def _fit(self, call: AttentionCall, query_energy: Tensor | None) -> None:
+    def fit(self, call: AttentionCall, query_energy: Tensor | None) -> None:
         """Fits the formats of quantized tokens to what is held, where there is more than sink and window."""
         plan, storage = self.plan, self.storage
         if storage.length <= plan.shares.always:
@@ -259,13 +257,14 @@ class HeadGroup:
         storage.fit(self.real, rope, forms, energy, last)
 
     def evict(self, view: LayerView, budget: Tensor) -> None:
-        """Scores what is held, keeps a budget of `budget [B]` tokens, and puts them into the formats of their tiers."""
+        """Scores what is held, keeps `budget [B]` tokens of it, and puts these into the formats of their tiers."""
         storage, plan = self.storage, self.plan
         order = self._text_order() if storage.blocked else None
         if order is not None:
             view = _ordered(view, order)
         _, seen = self.real_tokens()
         selection = plan.evictor.select(view, storage.kv_heads, budget)
+        plan.watch(selection, self.layer)
         with stage("gather"):
             kept = arrange(selection, plan.formats)
             slots = kept.indices if order is None else order.gather(2, kept.indices)
@@ -274,8 +273,7 @@ class HeadGroup:
             if self.mass is not None:
                 self.mass = kept_mass(self.mass, slots)
         self.evicted = seen - selection.counts
-        filled = kept.tiers[:, 0] != Tier.PADDING
-        self.real = None if bool(filled.all()) else filled
+        self.real = None if kept.full else kept.tiers[:, 0] != Tier.PADDING
 
     def _text_order(self) -> Tensor:
         """The slots in the order of the text, `[B, Hkv, P]`, those that hold no token first."""
@@ -293,7 +291,8 @@ class HeadGroup:
         """Replaces everything by what `state` gave, where so many tokens had been seen."""
         self.storage.load_state(tensors, seen)
         self._tiers = tensors.get("tiers")
-        self.real, self.evicted, self.mass = tensors.get("real"), tensors.get("evicted"), tensors.get("mass")
+        self.real, self.mass, evicted = (tensors.get(name) for name in ("real", "mass", "evicted"))
+        self.evicted = None if evicted is None else evicted.cpu()
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it, which may repeat."""

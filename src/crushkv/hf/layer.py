@@ -182,6 +182,25 @@ class CrushLayer(CacheLayerMixin):
         return self.plan.evictor.streams
 
     @torch.no_grad()
+    def before_attention(self, call: AttentionCall) -> None:
+        """Puts to the device what decides on formats, where it is time to evict: it is known when attention is done."""
+        count = call.queries.shape[2]
+        shown = self.shown(call.mask, count)
+        for group in self.groups:
+            group.extend(shown, count)
+        if self.plan.measures_energy and self._any.bases is None:
+            squares = call.queries.float().square()
+            squares = squares if shown is None else squares * shown[:, None, self.seen - count :, None]
+            energy = squares.sum((0, 2))
+            self.query_energy = energy if self.query_energy is None else self.query_energy + energy
+        if self._evicts_after(count) and not self._untouched:
+            self._part()
+            for group in self.groups:
+                group.fit(call, self.query_energy)
+            if self._any.bases is not None:
+                self.query_energy = None
+
+    @torch.no_grad()
     def after_attention(self, call: AttentionCall) -> None:
         """Scores are gathered from the queries, and where it is time, tokens are evicted."""
         count = call.queries.shape[2]
@@ -190,26 +209,27 @@ class CrushLayer(CacheLayerMixin):
         if shown is not None:
             past, new_real = shown[:, : self.seen - count], shown[:, self.seen - count :]
             self.queries.show(past[:, past.shape[1] - self.queries.count :])
-        for group in self.groups:
-            group.extend(shown, count)
-
-        before, clock = self.seen - count, self.plan.clock
-        self.remember(call, new_real, clock.is_prompt(before, count))
-        if clock.is_point(before, count, self.last_point):
+        self.remember(call, new_real, self.plan.clock.is_prompt(self.seen - count, count))
+        if self._evicts_after(count):
             held = self.nbytes
             self.evict(call)
             self.plan.freed(held - self.nbytes, call.queries.device)
 
+    def _evicts_after(self, count: int) -> bool:
+        """Whether it is time to evict behind a pass of so many tokens."""
+        return self.plan.clock.is_point(self.seen - count, count, self.last_point)
+
+    @property
+    def _untouched(self) -> bool:
+        """Whether all rows have seen too few tokens."""
+        return bool(self.plan.shares.untouched(self.groups[0].real_tokens()[1]).all())
+
     def remember(self, call: AttentionCall, new_real: Tensor | None, reading: bool) -> None:
         """Gathers what the policy will read of this call's queries."""
-        if self.plan.measures_energy and self._any.bases is None:
-            squares = call.queries.float().square()
-            squares = squares if new_real is None else squares * new_real[:, None, :, None]
-            energy = squares.sum((0, 2))
-            self.query_energy = energy if self.query_energy is None else self.query_energy + energy
-        if call.mass is not None:  # of a whole prompt, read by all heads
-            whole = self.groups[0]
-            whole.accumulate(replace(whole.view(call, call.queries, None), received=call.mass))
+        if call.mass is not None:  # of a whole prompt
+            for group in self.groups:
+                view = group.view(call, call.queries, None)
+                group.accumulate(replace(view, received=group.of_call(call).mass))
         elif self.streams:
             # Decoded tokens' queries are gathered for a while; until they are used, every key they saw is here.
             if reading:
@@ -233,13 +253,10 @@ class CrushLayer(CacheLayerMixin):
     def evict(self, call: AttentionCall) -> None:
         """Keeps the budget of what is held, and puts it into the formats of its tiers."""
         self.last_point = self.seen
-        if bool(self.plan.shares.untouched(self.groups[0].real_tokens()[1]).all()):
+        if self._untouched:
             return
-        self._part()
-        budgets = [(group, group.prepare(call, self.query_energy)) for group in self.groups]
+        budgets = [(group, group.budget()) for group in self.groups]
         due = [(group, budget) for group, budget in budgets if budget is not None]
-        if self._any.bases is not None:
-            self.query_energy = None
         if due and self.streams:
             self._accumulate_gathered(call)
         for group, budget in due:

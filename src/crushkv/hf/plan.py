@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..config import CrushConfig
-from ..core import Clock, Evictor, HeadNeeds, Shares
+from ..core import Clock, Evictor, HeadNeeds, Selection, Shares
 from ..machine import return_freed_memory
 from ..profile import Profile
 from ..rope import Rope
@@ -47,9 +48,9 @@ class Plan:
     shares: Shares = field(init=False)
     formats: Formats = field(init=False)
     workspace: Workspace = field(default_factory=Workspace)
-    _forms: dict[tuple[object, ...], Sequence[ChannelFormat | None]] = field(default_factory=dict)
     masks: MaskReader = field(default_factory=MaskReader)
     _freed: int = 0
+    _unchecked: list[Selection] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.config.interval)
@@ -64,6 +65,18 @@ class Plan:
         if self._freed >= RETURNED_AT and device.type == "cpu":
             self._freed = 0
             return_freed_memory()
+
+    def watch(self, selection: Selection, layer: int) -> None:
+        """Checks the scores behind a selection, on a GPU when the host has to wait for it in any case.
+
+        Raises:
+            ScoreError: scores of this or an earlier layer are not finite.
+        """
+        self._unchecked.append(selection)
+        if selection.indices.device.type == "cpu" or layer == self.layers - 1:
+            unchecked, self._unchecked = self._unchecked, []
+            for one in unchecked:
+                one.check()
 
     def share_out(self, needs: HeadNeeds | None) -> None:
         """Shares the budget out among the heads as they need it; None: equally within each layer."""
@@ -83,12 +96,7 @@ class Plan:
         rope = None if rope is None else rope.to(device)
         if self.profile is None or not self.formats.by_channel:
             return rope, ()
-        key = layer, None if heads is None else tuple(heads), device
-        if key not in self._forms:
-            which = slice(None) if heads is None else list(heads)
-            keys, queries = (x[layer][which].to(device) for x in (self.profile.keys, self.profile.queries))
-            self._forms[key] = channel_formats(self.formats, KeyEnergy(keys, queries))
-        return rope, self._forms[key]
+        return rope, _profiled(self.profile, self.formats, layer, None if heads is None else tuple(heads), device)
 
     def tokens_kept(
         self, layer: int, heads: Sequence[int] | None, seen: Tensor, held: Tensor, sizes: LayerSizes
@@ -96,3 +104,13 @@ class Plan:
         """`Shares.tokens`; one warning says where there is no room for a page besides sink and window."""
         self.warned = self.warned or self.shares.warn_where_tight(seen, held, sizes)
         return self.shares.tokens(layer, seen, held, sizes, heads)
+
+
+@lru_cache(maxsize=1024)
+def _profiled(
+    profile: Profile, formats: Formats, layer: int, heads: tuple[int, ...] | None, device: torch.device
+) -> Sequence[ChannelFormat | None]:
+    """The formats that a profile gives to the keys of some heads; all caches share them."""
+    which = slice(None) if heads is None else list(heads)
+    with torch.inference_mode(False):
+        return channel_formats(formats, KeyEnergy(profile.keys[layer][which], profile.queries[layer][which]), device)

@@ -111,13 +111,13 @@ class Slots:
         channels = torch.zeros(heads, slots, dtype=torch.int32)
         powers, middles = torch.zeros(heads, slots), torch.zeros(heads, slots)
         chunks: list[list[list[int]]] = [[] for _ in range(heads)]
-        for number, (width, flat, shift) in enumerate(form.planes):
-            flat, head = flat.cpu(), flat.cpu() // size
+        for number, (width, flat, shift) in enumerate(form.planes_here):
+            head = flat // size
             count = head.bincount(minlength=heads)
             start = count.cumsum(0) - count
             slot = number * room + torch.arange(len(flat)) - start[head]
             channels[head, slot] = (flat % size).int()
-            powers[head, slot] = (1 << shift.cpu().long()[:, 0]).float()
+            powers[head, slot] = (1 << shift.long()[:, 0]).float()
             middles[head, slot] = ((1 << width) - 1) / 2
             for of, begin, many in zip(chunks, start.tolist(), count.tolist(), strict=True):
                 for i in range(0, many, CHUNK):
@@ -128,8 +128,8 @@ class Slots:
             table[head_number, :, 2] = 1  # where there is none
             if of:
                 table[head_number, : len(of), :5] = torch.tensor(of, dtype=torch.int32)
-        device = form.widths.device
-        return cls(channels.to(device), powers.to(device), middles.to(device), table.to(device))
+        device = form.weight.device
+        return cls(*(x.to(device, non_blocking=True) for x in (channels, powers, middles, table)))
 
 
 _slots: WeakKeyDictionary[ChannelFormat, Slots] = WeakKeyDictionary()

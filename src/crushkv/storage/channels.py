@@ -36,17 +36,17 @@ class ChannelFormat:
     """Widths of one layer's keys, shared by the rows of a batch and by all caches with the same profile.
 
     Attributes:
-        widths: int64 `[Hkv, D]`, bits of each channel, 0 to 6.
-        weight: float32 `[Hkv, D]`, what an error in a channel costs: the energy of the queries there.
+        widths: int64 `[Hkv, D]`, bits of each channel, 0 to 6; in main memory, since sizes depend on them.
+        weight: float32 `[Hkv, D]`, what an error in a channel costs: the energy of the queries there. It lies where the
+            keys do, as everything else here.
     """
 
     widths: Tensor
     weight: Tensor
 
     @cached_property
-    def planes(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
-        """Where the bits of the codes lie: for planes of 4, 2 and 1 bits, the channels `[n]` of all heads that have
-        bits in it, and how far up in the code they stand, uint8 `[n, 1]`."""
+    def planes_here(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
+        """`planes` in main memory."""
         flat = self.widths.flatten()
         found = []
         for width in (4, 2, 1):
@@ -55,25 +55,33 @@ class ChannelFormat:
         return tuple(found)
 
     @cached_property
+    def planes(self) -> tuple[tuple[int, Tensor, Tensor], ...]:
+        """Where the bits of the codes lie: for planes of 4, 2 and 1 bits, the channels `[n]` of all heads that have
+        bits in it, and how far up in the code they stand, uint8 `[n, 1]`."""
+        return tuple((width, self._moved(channels), self._moved(up)) for width, channels, up in self.planes_here)
+
+    @cached_property
     def steps(self) -> Tensor:
         """Distance of the levels, float32 `[Hkv, 1, D]`."""
-        return torch.tensor(STEPS, device=self.widths.device)[self.widths][:, None]
+        return self._moved(self._steps)
+
+    @property
+    def _steps(self) -> Tensor:
+        return torch.tensor(STEPS)[self.widths][:, None]
 
     @cached_property
     def size_weights(self) -> Tensor:
         """What the squares of a token's numbers, in steps, count in its mean square: float32 `[Hkv, 1, D]`."""
         used = self.widths > 0
-        return (used[:, None] * self.steps.square()) / used.sum(-1).clamp(min=1)[:, None, None]
+        return self._moved((used[:, None] * self._steps.square()) / used.sum(-1).clamp(min=1)[:, None, None])
 
     @cached_property
     def last(self) -> Tensor:
         """The greatest code, float32 `[Hkv, 1, D]`."""
-        return ((1 << self.widths) - 1).float()[:, None]
+        return self._moved(((1 << self.widths) - 1).float()[:, None])
 
-    def to(self, device: torch.device) -> ChannelFormat:
-        if device == self.widths.device:
-            return self
-        return ChannelFormat(self.widths.to(device), self.weight.to(device))
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.to(self.weight.device, non_blocking=True)
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..later import Later
 from .basis import Basis
 from .buffers import take
 from .channels import ChannelFormat, ChannelTensor, quantize
@@ -40,26 +41,38 @@ def sample_tokens(tokens: int, real: Tensor | None, sink: int, device: torch.dev
     return counted[:: max(1, -(-len(counted) // _SAMPLE))]
 
 
-def logit_error(
-    keys: Tensor, positions: Tensor, sample: Tensor, basis: Basis, form: ChannelFormat, last: LastQueries
-) -> float:
-    """Root mean square of the error that a format makes in the logits of the last queries, in nats.
+class LogitGuard:
+    """The error that formats of the keys make in the logits of the last queries.
 
     Args:
-        keys: `[B, Hkv, P, D]` at `positions`, broadcast against `[B, Hkv, P]`.
-        sample: int64 `[N]`, the tokens that are looked at.
+        numbers: float32 `[B, Hkv, N, D]`, keys of a few tokens less their centre.
+        spread: as in `channels.quantize`.
     """
-    assert basis.spread is not None
-    if not len(sample):
-        return 0.0
-    keys = take(keys, sample.expand(*keys.shape[:2], -1))
-    numbers = basis.coordinates(keys, positions[..., sample])
-    found = torch.empty_like(numbers)
-    ChannelTensor.of(quantize(numbers, basis.spread, form), form).write(basis.spread, found)
-    rows, heads, _, size = keys.shape
-    queries = last.queries.float().reshape(rows, heads, -1, size) * last.scaling
-    error = queries @ (found - numbers).transpose(-1, -2)
-    return float(error.square().mean().sqrt())
+
+    def __init__(self, numbers: Tensor, spread: Tensor, last: LastQueries) -> None:
+        rows, heads, _, size = numbers.shape
+        self.limit = last.limit
+        self._numbers, self._spread = numbers, spread
+        self._queries = last.queries.float().reshape(rows, heads, -1, size) * last.scaling
+
+    @classmethod
+    def of(
+        cls, keys: Tensor, positions: Tensor, real: Tensor | None, basis: Basis, last: LastQueries
+    ) -> LogitGuard | None:
+        """For keys `[B, Hkv, P, D]` at `positions`, broadcast against `[B, Hkv, P]`; None: there is nothing to see."""
+        assert basis.spread is not None
+        sample = sample_tokens(keys.shape[2], real, last.sink, keys.device)
+        if not len(sample):
+            return None
+        of_sample = take(keys, sample.expand(*keys.shape[:2], -1))
+        return cls(basis.coordinates(of_sample, positions[..., sample]), basis.spread, last)
+
+    def error(self, form: ChannelFormat) -> Later:
+        """Its root mean square with a format, in nats."""
+        found = torch.empty_like(self._numbers)
+        ChannelTensor.of(quantize(self._numbers, self._spread, form), form).write(self._spread, found)
+        error = self._queries @ (found - self._numbers).transpose(-1, -2)
+        return Later(error.square().mean().sqrt())
 
 
 def widened(formats: Formats, bits: int) -> Formats:

@@ -31,7 +31,7 @@ def rotation(size: int, device: torch.device) -> Tensor:
     pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
     while len(matrix) < size:
         matrix = torch.kron(pair, matrix)
-    return matrix.to(device, torch.float32)
+    return matrix.float().to(device, non_blocking=True)
 
 
 def _cosines(size: int) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..later import Later
 from ..rope import Rope
 from . import channels
 from .basis import Basis, fit, fit_channels
@@ -16,7 +17,7 @@ from .buffers import take
 from .channels import ChannelFormat, ChannelTensor
 from .dense import DenseStorage
 from .formats import RAW, Formats, LayerSizes
-from .guard import LastQueries, logit_error, sample_tokens, widened
+from .guard import LastQueries, LogitGuard, widened
 from .rotation import rotation, turn
 from .widths import WIDEST, allocate
 from .workspace import Workspace
@@ -33,6 +34,15 @@ class KeyEnergy:
 
     keys: Tensor
     queries: Tensor
+
+
+@dataclass(frozen=True)
+class _Unsettled:
+    """What it takes to decide on the formats of the keys."""
+
+    guard: LogitGuard
+    energy: KeyEnergy
+    error: Later  # that the present formats make
 
 
 class TieredStorage:
@@ -63,6 +73,7 @@ class TieredStorage:
         self.bases: tuple[Basis, Basis] | None = None
         self.forms: Sequence[ChannelFormat | None] = ()  # of the keys of each block, where channels have own widths
         self._own_forms = False  # not shared with other caches
+        self._unsettled: _Unsettled | None = None
         self.blocks: list[tuple[Part, PackedTensor]] = []  # keys and values of each tier, packed
         self._positions: Tensor | None = None  # int32 [B, Hkv, slots of the last `keep`]
 
@@ -195,8 +206,8 @@ class TieredStorage:
             forms: formats of the keys where channels have widths of their own, one a block (None where they have not).
             query_energy: `[Hq, D]`, squares of the prompt's queries, summed. Where no forms are given, they are found
                 from this and the prompt's keys.
-            last: the prompt's last queries. Where the widths of `forms` make a large error in their logits, the layer's
-                formats get a bit more, until they do not; `widened_by` says so.
+            last: the prompt's last queries. Where the widths of `forms` make a large error in their logits, `settle`
+                gives the layer's formats a bit more, until they do not.
         """
         if self.bases is not None or self.formats.raw:
             return
@@ -209,26 +220,35 @@ class TieredStorage:
             if query_energy is None and last is not None:
                 query_energy = last.queries.float().square().sum((0, 2))
             energy = _energy(of_keys, query_energy)
-            self.forms = forms or channel_formats(f, energy)
-            if last is not None:
-                sample = sample_tokens(keys.shape[2], real, last.sink, keys.device)
-                self._widen(
-                    lambda form: logit_error(keys, positions, sample, of_keys, form, last) <= last.limit, energy
-                )
+            self.forms = forms or channel_formats(f, energy, keys.device)
+            guard = None if last is None else LogitGuard.of(keys, positions, real, of_keys, last)
+            if guard is not None and (form := self._first_form()) is not None:
+                self._unsettled = _Unsettled(guard, energy, guard.error(form))
         else:
             of_keys = fit(keys, positions, real, centred=True, rotate=f.rotation, rank=f.rank, rope=rope)
         of_values = fit(values, positions, real, centred=False, rotate=f.rotation, rank=f.rank)
         self.bases = of_keys, of_values
 
-    def _widen(self, is_near: Callable[[ChannelFormat], bool], energy: KeyEnergy) -> None:
-        """Gives the keys a bit more as long as the first of their formats is not near enough."""
-        while (form := next((form for form in self.forms if form is not None), None)) is not None:
-            if self.widened_by == WIDEST or is_near(form):
-                return
+    def _first_form(self) -> ChannelFormat | None:
+        return next((form for form in self.forms if form is not None), None)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Decides on the formats that `fit` has found: what it has put to the device is waited for.
+
+        The keys get a bit more as long as the first of their formats is not near enough; `widened_by` says how many.
+        """
+        if (of := self._unsettled) is None:
+            return
+        self._unsettled, error = None, of.error
+        while error.read() > of.guard.limit and self.widened_by < WIDEST:
             self.widened_by += 1
             self.formats = widened(self._formats, self.widened_by)
             # The profile has not foreseen this layer: the prompt itself is asked.
-            self.forms, self._own_forms = channel_formats(self.formats, energy), True
+            self.forms, self._own_forms = channel_formats(self.formats, of.energy, self.device), True
+            form = self._first_form()
+            assert form is not None
+            error = of.guard.error(form)
 
     @torch.no_grad()
     def keep(self, indices: Tensor, lengths: Sequence[int]) -> None:
@@ -239,6 +259,7 @@ class TieredStorage:
                 stay as they are.
             lengths: how many slots each of these parts has.
         """
+        self.settle()
         *blocks, stays = indices.split(list(lengths), dim=2)
         # What only fills rows up may point into a block.
         dense = (stays - self.blocked).clamp(min=0)
@@ -440,7 +461,7 @@ class TieredStorage:
             of_keys, of_values = (_of_prefix(tensors, f"block{number}.{name}.") for name in sides)
             form = None
             if (widths := tensors.get(f"block{number}.widths")) is not None:
-                form = ChannelFormat(widths, tensors["weight.keys"])
+                form = ChannelFormat(widths.cpu(), tensors["weight.keys"])
             forms.append(form)
             if of_keys:
                 held = PackedTensor(int(bits[0]), of_keys) if form is None else ChannelTensor(form, of_keys)
@@ -455,11 +476,15 @@ class TieredStorage:
         return Basis(matrix, projection, tensors.get(f"centre.{name}"), spread=spread)
 
 
-def channel_formats(formats: Formats, energy: KeyEnergy) -> list[ChannelFormat | None]:
-    """The format of the keys of each block, with widths for that energy; None where all channels have the same."""
-    product = energy.keys * energy.queries
+def channel_formats(formats: Formats, energy: KeyEnergy, device: torch.device) -> list[ChannelFormat | None]:
+    """The format of the keys of each block, with widths for that energy; None where all channels have the same.
+
+    device: of the keys. The energy may lie elsewhere.
+    """
+    product = (energy.keys * energy.queries).cpu()
+    weight = energy.queries.to(device, non_blocking=True)
     return [
-        ChannelFormat(allocate(product, keys), energy.queries) if formats.key_channels(keys) else None
+        ChannelFormat(allocate(product, keys), weight) if formats.key_channels(keys) else None
         for keys, _ in formats.blocks
     ]
 
