@@ -200,7 +200,7 @@ def test_a_selection_keeps_as_many_as_its_zones_say(
     share = torch.tensor([Shares(config, layers=1).alike(seen, bytes_per_token=2)])
     kept = int(divide(torch.tensor([held]), share, config).kept)
     selection = select(torch.rand(1, 2, held), 2, share, config)
-    assert selection.counts.tolist() == [kept] and selection.indices.shape == (1, 2, kept)
+    assert selection.counts.tolist() == [kept] and selection.kept.indices.shape == (1, 2, kept)
     assert min(held, 12) <= kept <= held and kept <= max(int(share), 12)
 
 

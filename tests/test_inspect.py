@@ -143,7 +143,9 @@ def test_every_bucket_has_its_representative(case: dict[str, Any]) -> None:
     for row, budget in enumerate(case["budget"].tolist()):
         buckets = plain_buckets(case["head_score"][row], case["kv_heads"], budget, config, case["seed"])
         for head, mine in enumerate(buckets):
-            kept = dict(zip(selection.indices[row, head].tolist(), selection.tiers[row, head].tolist(), strict=True))
+            kept = dict(
+                zip(selection.kept.indices[row, head].tolist(), selection.kept.tiers[row, head].tolist(), strict=True)
+            )
             kept = {token: tier for token, tier in kept.items() if tier}
             expected = [-1] * tokens
             for units in mine:

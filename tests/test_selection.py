@@ -68,10 +68,10 @@ def test_equals_the_plain_reference(case: dict) -> None:
             most_units,
         )
         for head in range(case["kv_heads"]):
-            tiers = selection.tiers[row, head]
+            tiers = selection.kept.tiers[row, head]
             shown = [
                 (t, tier)
-                for t, tier in zip(selection.indices[row, head].tolist(), tiers.tolist(), strict=True)
+                for t, tier in zip(selection.kept.indices[row, head].tolist(), tiers.tolist(), strict=True)
                 if tier != Tier.PADDING
             ]
             assert shown == list(expected[head].items())
@@ -86,7 +86,7 @@ def test_properties_of_the_result(case: dict, grouping: str) -> None:
     rows, _, tokens = case["head_score"].shape
     real = torch.ones(rows, tokens, dtype=torch.bool) if case["real"] is None else case["real"]
     again = select(**case)
-    assert torch.equal(selection.indices, again.indices)
+    assert torch.equal(selection.kept.indices, again.kept.indices)
     for row in range(rows):
         count, budget = int(real[row].sum()), int(case["budget"][row])
         kept = int(selection.counts[row])
@@ -95,13 +95,13 @@ def test_properties_of_the_result(case: dict, grouping: str) -> None:
         else:
             assert budget - config.page_size < kept <= budget
         for head in range(case["kv_heads"]):
-            valid = selection.tiers[row, head] != Tier.PADDING
+            valid = selection.kept.tiers[row, head] != Tier.PADDING
             assert not valid[: len(valid) - kept].any(), "rows are aligned at the right"
             assert valid[len(valid) - kept :].all()
-            indices = selection.indices[row, head][valid]
+            indices = selection.kept.indices[row, head][valid]
             assert (indices.diff() > 0).all(), "unique and ascending"
             assert real[row][indices].all(), "padding is never kept"
-            tiers = selection.tiers[row, head][valid]
+            tiers = selection.kept.tiers[row, head][valid]
             tokens_real = real[row].nonzero().flatten()
             sink, window = min(config.sink, count), min(config.window, max(0, count - config.sink))
             assert indices[:sink].tolist() == tokens_real[:sink].tolist()
@@ -119,9 +119,9 @@ def test_padding_and_batch_do_not_change_a_row() -> None:
     real = torch.ones(2, 63, dtype=torch.bool)
     real[0, :13] = False
     together = select(batch, 2, torch.tensor([20, 33]), config, real)
-    valid = together.tiers[0, 0] != Tier.PADDING
-    assert torch.equal(together.indices[0][:, valid] - 13, alone.indices[0])
-    assert torch.equal(together.tiers[0][:, valid], alone.tiers[0])
+    valid = together.kept.tiers[0, 0] != Tier.PADDING
+    assert torch.equal(together.kept.indices[0][:, valid] - 13, alone.kept.indices[0])
+    assert torch.equal(together.kept.tiers[0][:, valid], alone.kept.tiers[0])
 
 
 def test_each_head_evicts_for_itself() -> None:
@@ -130,7 +130,7 @@ def test_each_head_evicts_for_itself() -> None:
     scores[0, 0, 5:15] = 1
     scores[0, 1, 20:30] = 1
     config = CrushConfig(sink=1, window=2, page_size=1, representative_share=0.0)
-    kept = select(scores, 2, torch.tensor([13]), config).indices[0]
+    kept = select(scores, 2, torch.tensor([13]), config).kept.indices[0]
     assert kept[0].tolist() == [0, *range(5, 15), 38, 39]
     assert kept[1].tolist() == [0, *range(20, 30), 38, 39]
 
@@ -139,7 +139,7 @@ def test_the_far_end_of_the_order_is_represented() -> None:
     """Buckets cover all candidates: with equal scores, the first and the last stretch both give one."""
     config = CrushConfig(sink=0, window=1, page_size=1, representative_share=0.5, grouping="position")
     selection = select(torch.zeros(1, 1, 101), 1, torch.tensor([21]), config)
-    chosen = selection.indices[0, 0][selection.tiers[0, 0] == Tier.REPRESENTATIVE]
+    chosen = selection.kept.indices[0, 0][selection.kept.tiers[0, 0] == Tier.REPRESENTATIVE]
     assert len(chosen) == 10
     assert chosen.min() < 10 + 9
     assert chosen.max() >= 100 - 9
@@ -153,7 +153,9 @@ def test_signatures_separate_tokens_that_heads_treat_differently() -> None:
     config = CrushConfig(sink=0, window=2, page_size=1, representative_share=0.5, anchor="alternating")
     selection = select(scores, 1, torch.tensor([14]), config)
     expected = reference.select_row(scores[0], 1, 14, config, [True] * 62, 0)[0]
-    assert dict(zip(selection.indices[0, 0].tolist(), selection.tiers[0, 0].tolist(), strict=True)) == expected
+    assert (
+        dict(zip(selection.kept.indices[0, 0].tolist(), selection.kept.tiers[0, 0].tolist(), strict=True)) == expected
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -174,4 +176,4 @@ def test_any_floating_dtype(dtype: torch.dtype) -> None:
     scores = torch.randint(0, 50, (2, 4, 80), generator=torch.Generator().manual_seed(0))
     config = CrushConfig(window=4, page_size=4)
     ours = select(scores.to(dtype), 2, torch.tensor([40, 40]), config)
-    assert torch.equal(ours.indices, select(scores.double(), 2, torch.tensor([40, 40]), config).indices)
+    assert torch.equal(ours.kept.indices, select(scores.double(), 2, torch.tensor([40, 40]), config).kept.indices)

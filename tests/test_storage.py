@@ -376,6 +376,6 @@ def test_a_split_has_the_tiers_of_the_selection(share: float) -> None:
     for budget in range(2, 100):
         split = split_tokens(budget, 200, config, sizes)
         scores = torch.arange(200.0).expand(1, 1, -1)
-        tiers = select(scores, 1, torch.tensor([budget]), config).tiers
+        tiers = select(scores, 1, torch.tensor([budget]), config).kept.tiers
         assert split.representative == int((tiers == Tier.REPRESENTATIVE).sum())
         assert split.important == int((tiers == Tier.IMPORTANT).sum())

@@ -23,6 +23,11 @@ class Later:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(number.device))
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a device may still be computing it."""
+        return self._arrived is not None
+
     def read(self) -> float:
         """The number; what the device had to do before it is waited for, and nothing behind it."""
         if self._arrived is not None:

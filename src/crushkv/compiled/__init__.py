@@ -32,8 +32,17 @@ def triton_missing() -> str | None:
 
 def quantizer(device: torch.device) -> ModuleType | None:
     """What quantizes on a device: `gpu_quantize`; None: the plain form does."""
+    return _module("gpu_quantize", device)
+
+
+def centring(device: torch.device) -> ModuleType | None:
+    """What finds centres on a device, and takes them off: `gpu_basis`; None: the plain form does."""
+    return _module("gpu_basis", device)
+
+
+def _module(name: str, device: torch.device) -> ModuleType | None:
     if os.environ.get(VARIABLE) == "plain":
         return None
     if device.type == ("cpu" if interpreted() else "cuda") and triton_missing() is None:
-        return importlib.import_module(f"{__package__}.gpu_quantize")
+        return importlib.import_module(f"{__package__}.{name}")
     return None

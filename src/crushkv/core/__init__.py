@@ -6,7 +6,7 @@ from .evictor import Evictor
 from .grouping import choose_representatives, signature_order
 from .heads import HeadNeeds
 from .query_tails import BatchTail, QueryTails
-from .selection import Selection, Tier, members_at, select
+from .selection import Kept, Selection, Tier, select
 from .shares import Shares, Split, pyramid, split_bytes, split_tokens
 from .signatures import hamming, pack, popcount, token_bits, unit_signatures
 from .stages import record_stages, stage
@@ -17,6 +17,7 @@ __all__ = [
     "Clock",
     "Evictor",
     "HeadNeeds",
+    "Kept",
     "QueryTails",
     "Selection",
     "Shares",
@@ -26,7 +27,6 @@ __all__ = [
     "choose_representatives",
     "count_real",
     "hamming",
-    "members_at",
     "pack",
     "popcount",
     "pyramid",

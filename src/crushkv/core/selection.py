@@ -6,9 +6,10 @@ padding may stand anywhere in a row and is always dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,24 +34,58 @@ class Tier(IntEnum):
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What is kept. K is the largest number kept by a row; shorter rows are filled up at the front.
+class Kept:
+    """Some tokens of each head in ascending order. Rows that have fewer than the longest are filled up at the front.
 
-    indices: int64 `[B, Hkv, K]`, ascending, into the tokens that were scored; 0 where `tiers` is PADDING.
+    indices: int64 `[B, Hkv, K]`, into the tokens that were scored; 0 where `tiers` is PADDING.
     tiers: uint8 `[B, Hkv, K]`, values of `Tier`.
-    by_tier: tokens of each row in each tier, int64 `[B]` in main memory, the same for every head of the row.
-    finite: whether all scores are. What is kept means nothing otherwise, and `check` says so.
+    counts: int64 `[B]` in main memory, tokens of each row, the same for all its heads. K is the greatest.
     """
 
     indices: Tensor
     tiers: Tensor
-    by_tier: Mapping[Tier, Tensor]
+    counts: Tensor
+
+    @property
+    def full(self) -> bool:
+        """Whether no row has fewer tokens than another."""
+        return bool((self.counts == self.indices.shape[2]).all())
+
+    @staticmethod
+    def joined(parts: Sequence[Kept]) -> Kept:
+        """The tokens of all parts, which share none."""
+        if len(parts) == 1:
+            return parts[0]
+        indices, tiers = (torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("indices", "tiers"))
+        counts = torch.stack([part.counts for part in parts]).sum(0)
+        if not all(part.full for part in parts):
+            indices = indices.masked_fill(tiers == Tier.PADDING, -1)  # to the front
+        indices, order = indices.sort(dim=-1)
+        most = int(counts.max())
+        indices, order = indices[..., indices.shape[2] - most :], order[..., order.shape[2] - most :]
+        return Kept(indices.clamp(min=0), tiers.gather(-1, order), counts)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept.
+
+    parts: the tokens in each tier.
+    finite: whether all scores are. What is kept means nothing otherwise, and `check` says so.
+    """
+
+    parts: Mapping[Tier, Kept]
     finite: Later
+
+    @cached_property
+    def kept(self) -> Kept:
+        """The tokens in all tiers."""
+        return Kept.joined(list(self.parts.values()))
 
     @property
     def counts(self) -> Tensor:
         """Tokens kept of each row, int64 `[B]` in main memory."""
-        return torch.stack(list(self.by_tier.values())).sum(0)
+        return torch.stack([part.counts for part in self.parts.values()]).sum(0)
 
     def check(self) -> None:
         """Waits for the scores.
@@ -91,17 +126,82 @@ def select(
     finite = Later(head_score.isfinite().all())
     rows, _, tokens = head_score.shape
     zones = divide(count_real(rows, tokens, real), budget, config)
+    represented = representative_units(zones.keep, config.representative_share)
+    by_rank = config.grouping == "score" or not bool(represented.any())
+    if real is None and by_rank and zones.alike:
+        return Selection(_ranked(head_score, kv_heads, zones, int(represented[0]), config), finite)
 
     compact = None
     if real is not None:
         # Real tokens first, in order: from here on a row's tokens are 0 ... count - 1.
         compact = (~real).to(torch.uint8).argsort(dim=-1, stable=True)
         head_score = head_score.gather(-1, compact[:, None].expand_as(head_score))
-
     tiers = _tiers(head_score, kv_heads, zones, config, seed)
+    if compact is not None:
+        compact = compact[:, None].expand_as(tiers)
+    counts = {
+        Tier.SINK: zones.sink,
+        Tier.IMPORTANT: (zones.keep - represented) * zones.page_size,
+        Tier.REPRESENTATIVE: represented * zones.page_size,
+        Tier.RECENT: zones.recent,
+    }
     with stage("indices"):
-        indices, kept_tiers = _as_indices(tiers, zones.kept, compact)
-    return Selection(indices, kept_tiers, _by_tier(zones, config), finite)
+        return Selection({tier: _members(tiers, tier, count, compact) for tier, count in counts.items()}, finite)
+
+
+def _ranked(head_score: Tensor, kv_heads: int, zones: Zones, represented: int, config: CrushConfig) -> dict[Tier, Kept]:
+    """The tokens of each tier where all rows are alike and both contested tiers take the best scores.
+
+    A few operations instead of some dozens: on a GPU, each of them costs the host as much as a long one.
+    """
+    rows, _, tokens = head_score.shape
+    device, page = head_score.device, config.page_size
+    sink, recent, units, keep = (int(zone[0]) for zone in (zones.sink, zones.recent, zones.units, zones.keep))
+    best = torch.empty((rows, kv_heads, 0), dtype=torch.int64, device=device)
+    if keep:
+        score = _unit_scores(head_score[..., sink : sink + units * page], kv_heads, config)
+        best = score.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    of_page = torch.arange(sink, sink + page, device=device)
+    text = torch.arange(tokens, device=device).expand(rows, kv_heads, -1)
+
+    def contested(units: Tensor) -> Tensor:
+        return (units.sort(dim=-1).values[..., None] * page + of_page).flatten(2)
+
+    found = {
+        Tier.SINK: text[..., :sink],
+        Tier.IMPORTANT: contested(best[..., : keep - represented]),
+        Tier.REPRESENTATIVE: contested(best[..., keep - represented :]),
+        Tier.RECENT: text[..., tokens - recent :],
+    }
+    return {
+        tier: Kept(x, torch.full_like(x, tier, dtype=torch.uint8), torch.full((rows,), x.shape[2]))
+        for tier, x in found.items()
+    }
+
+
+def _members(tiers: Tensor, tier: Tier, counts: Tensor, compact: Tensor | None) -> Kept:
+    """The tokens of a tier, of which rows have so many.
+
+    Args:
+        tiers: uint8 `[B, Hkv, S]`.
+        compact: int64 `[B, Hkv, S]`, where these tokens stood; None: in the same places.
+    """
+    most, device = int(counts.max()), tiers.device
+    members = tiers == tier
+    place, empty = members.cumsum(-1) - 1, None
+    if bool((counts < most).any()):
+        missing = (most - counts).to(device, non_blocking=True)[:, None, None]
+        place += missing
+        empty = torch.arange(most, device=device) < missing
+    # What is no member is written into one slot more, which is cut off.
+    place.masked_fill_(~members, most)
+    position = torch.arange(members.shape[-1], device=device).expand_as(place)
+    indices = place.new_zeros((*place.shape[:-1], most + 1)).scatter_(-1, place, position)[..., :most]
+    indices = indices.contiguous() if compact is None else compact.gather(-1, indices)
+    of_tier = torch.full_like(indices, tier, dtype=torch.uint8)
+    if empty is not None:
+        indices, of_tier = indices.masked_fill(empty, 0), of_tier.masked_fill(empty, Tier.PADDING)
+    return Kept(indices, of_tier, counts)
 
 
 def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, config: CrushConfig, seed: int) -> Tensor:
@@ -133,15 +233,12 @@ def contest(
     `middle [B, H, U * page]` holds the contested tokens' scores. Without representatives, or with those of the
     next best scores, there are no groups.
     """
-    rows, heads, tokens = middle.shape
+    rows, _, tokens = middle.shape
     units = tokens // config.page_size
-    group = heads // kv_heads
     device = middle.device
     real = torch.arange(units, device=device) < zones.units.to(device, non_blocking=True)[:, None]  # [B, U]
 
-    grouped = middle.view(rows, kv_heads, group, units, config.page_size)
-    by_head = grouped.mean(2) if config.aggregate == "mean" else grouped.amax(2)
-    score = by_head.mean(-1).float().masked_fill(~real[:, None], -torch.inf)  # [B, Hkv, U]
+    score = _unit_scores(middle, kv_heads, config).masked_fill(~real[:, None], -torch.inf)
 
     keep = zones.keep[:, None].expand(rows, kv_heads)
     count = representative_units(keep, config.representative_share)
@@ -161,6 +258,13 @@ def contest(
     tier = important.to(torch.uint8) * Tier.IMPORTANT
     tier.masked_fill_(representative, Tier.REPRESENTATIVE)
     return tier, Groups(order, candidates, count, representative)
+
+
+def _unit_scores(middle: Tensor, kv_heads: int, config: CrushConfig) -> Tensor:
+    """Scores of the units for each KV head, float32 `[B, Hkv, U]`, of `middle [B, H, U * page]`."""
+    grouped = middle.unflatten(-1, (-1, config.page_size)).unflatten(1, (kv_heads, -1))
+    by_head = grouped.mean(2) if config.aggregate == "mean" else grouped.amax(2)
+    return by_head.mean(-1).float()
 
 
 def representative_units(keep: Tensor, share: float) -> Tensor:
@@ -187,47 +291,3 @@ def _order(middle: Tensor, real: Tensor, alike: bool, important: Tensor, config:
         bits = token_bits(middle, retained)
         signatures = unit_signatures(bits, config.page_size)
     return signature_order(signatures, real, config.anchor, seed)
-
-
-def _by_tier(zones: Zones, config: CrushConfig) -> dict[Tier, Tensor]:
-    units = representative_units(zones.keep, config.representative_share)
-    return {
-        Tier.SINK: zones.sink,
-        Tier.IMPORTANT: (zones.keep - units) * zones.page_size,
-        Tier.REPRESENTATIVE: units * zones.page_size,
-        Tier.RECENT: zones.recent,
-    }
-
-
-def _as_indices(tiers: Tensor, kept: Tensor, compact: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens that are kept of every head, in ascending order, and their tiers; rows aligned at the right."""
-    indices, empty = members_at(tiers != Tier.PADDING, kept)
-    kept_tiers = tiers.gather(-1, indices)
-    if compact is not None:
-        indices = compact[:, None].expand_as(tiers).gather(-1, indices)
-    if empty is not None:
-        kept_tiers, indices = kept_tiers.masked_fill(empty, Tier.PADDING), indices.masked_fill(empty, 0)
-    return indices, kept_tiers
-
-
-def members_at(members: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where members stand, in ascending order, rows aligned at the right.
-
-    Args:
-        members: bool `[B, Hkv, S]`.
-        counts: `[B]` in main memory: members of each row, the same for all its heads. K is the greatest.
-
-    Returns:
-        int64 `[B, Hkv, K]`, 0 in the slots that a row leaves empty; and which these are, bool `[B, 1, K]`, or None.
-    """
-    most, device = int(counts.max()), members.device
-    place, empty = members.cumsum(-1) - 1, None
-    if bool((counts < most).any()):
-        missing = (most - counts).to(device, non_blocking=True)[:, None, None]
-        place += missing
-        empty = torch.arange(most, device=device) < missing
-    # What is no member is written into one slot more, which is cut off.
-    place.masked_fill_(~members, most)
-    position = torch.arange(members.shape[-1], device=device).expand_as(place)
-    found = place.new_zeros((*place.shape[:-1], most + 1)).scatter_(-1, place, position)
-    return found[..., :most].contiguous(), empty

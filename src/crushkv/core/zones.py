@@ -26,6 +26,11 @@ class Zones:
     page_size: int  # tokens of a unit
 
     @property
+    def alike(self) -> bool:
+        """Whether all rows are divided alike."""
+        return all(bool((x == x[0]).all()) for x in (self.sink, self.recent, self.units, self.keep))
+
+    @property
     def kept(self) -> Tensor:
         """Tokens kept of each row, `[B]`."""
         return self.sink + self.keep * self.page_size + self.recent

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core import Selection, Tier, members_at
+from ..core import Kept, Selection, Tier
 from ..storage import Formats
 
 
@@ -21,31 +20,26 @@ class Arrangement:
         indices: int64 `[B, Hkv, P]` into what was selected from; anything where `tiers` is PADDING.
         tiers: uint8 `[B, Hkv, P]`.
         lengths: slots of each block, and last those of what is held as the model made it.
+        full: no slot is empty.
     """
 
     indices: Tensor
     tiers: Tensor
     lengths: tuple[int, ...]
-    full: bool  # no row has fewer than another
+    full: bool
 
 
 def arrange(selection: Selection, formats: Formats) -> Arrangement:
     """The slots for a selection whose tiers are held in `formats`."""
     if formats.raw:
-        held = selection.indices.shape[2]
-        return Arrangement(selection.indices, selection.tiers, (held,), bool((selection.counts == held).all()))
-    contested = (Tier.IMPORTANT, Tier.REPRESENTATIVE)
-    of_blocks = [contested] if len(formats.contested) == 1 else [(tier,) for tier in contested]
-    parts = [_block(selection, tiers) for tiers in (*of_blocks, (Tier.SINK, Tier.RECENT))]
-    indices, tiers = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
-    lengths = tuple(part.shape[2] for part, _ in parts)
-    full = bool((selection.counts == sum(lengths)).all())
-    return Arrangement(indices, tiers, (*lengths, 0) if formats.recent_block else lengths, full)
-
-
-def _block(selection: Selection, tiers: Sequence[Tier]) -> tuple[Tensor, Tensor]:
-    """Indices and tiers of the tokens in some tiers, aligned at the right."""
-    members = torch.stack([selection.tiers == tier for tier in tiers]).any(0)
-    slots, empty = members_at(members, torch.stack([selection.by_tier[tier] for tier in tiers]).sum(0))
-    found = selection.tiers.gather(-1, slots)
-    return selection.indices.gather(-1, slots), found if empty is None else found.masked_fill(empty, Tier.PADDING)
+        blocks = [selection.kept]
+    else:
+        of_tier = selection.parts
+        contested = [of_tier[Tier.IMPORTANT], of_tier[Tier.REPRESENTATIVE]]
+        blocks = [Kept.joined(contested)] if len(formats.contested) == 1 else contested
+        blocks.append(Kept.joined([of_tier[Tier.SINK], of_tier[Tier.RECENT]]))
+    indices, tiers = (torch.cat([getattr(block, name) for block in blocks], dim=2) for name in ("indices", "tiers"))
+    lengths = tuple(block.indices.shape[2] for block in blocks)
+    if formats.recent_block:
+        lengths = (*lengths, 0)
+    return Arrangement(indices, tiers, lengths, all(block.full for block in blocks))

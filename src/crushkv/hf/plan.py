@@ -73,7 +73,7 @@ class Plan:
             ScoreError: scores of this or an earlier layer are not finite.
         """
         self._unchecked.append(selection)
-        if selection.indices.device.type == "cpu" or layer == self.layers - 1:
+        if not selection.finite.under_way or layer == self.layers - 1:
             unchecked, self._unchecked = self._unchecked, []
             for one in unchecked:
                 one.check()

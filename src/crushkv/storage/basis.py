@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compiled import centring
 from ..rope import Rope
+from .buffers import take
 from .rotation import rotation
 
 
@@ -59,6 +61,13 @@ class Basis:
         matrix = self.rotation if self.projection is None else self.projection.float()
         return x if matrix is None else x @ matrix
 
+    def taken(self, x: Tensor, indices: Tensor, positions: Tensor) -> Tensor:
+        """`coordinates` of the tokens at `indices [B, Hkv, K]`, of which `positions [B, Hkv, K]` are the positions."""
+        if (compiled := centring(x.device)) is None or self.projection is not None:
+            return self.coordinates(take(x, indices), positions)
+        numbers: Tensor = compiled.coordinates(x, indices, positions, self.centre, _turns(self.rope))
+        return numbers if self.rotation is None else numbers @ self.rotation
+
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it."""
         for name in ("centre", "projection", "spread"):
@@ -66,15 +75,26 @@ class Basis:
                 setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
 
+def _turns(rope: Rope | None) -> tuple[Tensor, Tensor] | None:
+    return None if rope is None else (rope.partner, rope.frequencies)
+
+
 def fit_channels(keys: Tensor, positions: Tensor, real: Tensor | None, rope: Rope | None) -> Basis:
     """The basis for keys whose channels have widths of their own: a centre, and the spread of each channel around it.
 
-    Args: as of `fit`.
+    Args: as of `fit`, but for positions, which are the same in all rows and heads: int64 `[1, 1, P]`.
     """
-    weight = _weight(real)
-    centre = _mean(keys if rope is None else rope.unturned(keys, positions), weight).to(keys.dtype)
-    basis = Basis(centre=centre, rope=rope)
-    energy = _mean(basis.coordinates(keys, positions).square_(), weight)
+    if (compiled := centring(keys.device)) is not None:
+        given = keys, positions.flatten(), real, _turns(rope)
+        centre = compiled.mean(*given).to(keys.dtype)
+        basis = Basis(centre=centre, rope=rope)
+        # RoPE turns the squares of a pair into each other, and the mean of the pair is what counts.
+        energy = compiled.mean(*given, centre)
+    else:
+        weight = _weight(real)
+        centre = _mean(keys if rope is None else rope.unturned(keys, positions), weight).to(keys.dtype)
+        basis = Basis(centre=centre, rope=rope)
+        energy = _mean(basis.coordinates(keys, positions).square_(), weight)
     if rope is not None:
         energy = rope.averaged(energy)
     basis.spread = energy.sqrt().clamp(_LEAST_SPREAD, _MOST_SPREAD).half()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..later import Later
 from .basis import Basis
-from .buffers import take
 from .channels import ChannelFormat, ChannelTensor, quantize
 from .formats import Formats
 from .widths import WIDEST
@@ -64,8 +63,8 @@ class LogitGuard:
         sample = sample_tokens(keys.shape[2], real, last.sink, keys.device)
         if not len(sample):
             return None
-        of_sample = take(keys, sample.expand(*keys.shape[:2], -1))
-        return cls(basis.coordinates(of_sample, positions[..., sample]), basis.spread, last)
+        places = sample.expand(*keys.shape[:2], -1)
+        return cls(basis.taken(keys, places, positions[..., sample].expand_as(places)), basis.spread, last)
 
     def error(self, form: ChannelFormat) -> Later:
         """Its root mean square with a format, in nats."""

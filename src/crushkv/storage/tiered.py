@@ -287,9 +287,8 @@ class TieredStorage:
             source = Coordinates.joined([*held, new])
             moved = [source.gather(part) for part in parts]
         else:  # a whole prompt, most of which goes: only what stays is quantized
-            moved = [
-                Coordinates.of(take(x, part), basis, positions.gather(2, part), widest, group_size) for part in parts
-            ]
+            numbers = (basis.taken(x, part, positions.gather(2, part)) for part in parts)
+            moved = [Coordinates.of_numbers(of, x.dtype, widest, group_size) for of in numbers]
         widths = (int(bits[which]) for bits in self.formats.blocks)
         return [PackedTensor.of(tokens, bits) for tokens, bits in zip(moved, widths, strict=True)]
 
@@ -335,7 +334,7 @@ class TieredStorage:
         x, basis = self._source(0)
         positions = self.positions
         if not self.blocks:  # a whole prompt, most of which goes: only what stays is looked at
-            return [basis.coordinates(take(x, part), positions.gather(2, part)) for part in parts]
+            return [basis.taken(x, part, positions.gather(2, part)) for part in parts]
         blocked = self.blocked
         numbers, start = torch.empty((self.rows, self.kv_heads, self.length, x.shape[-1]), device=x.device), 0
         for keys, _ in self.blocks:

@@ -270,8 +270,8 @@ class Compactor:
         selection = self.evictor.select(view, layer.kv_heads, torch.tensor([eviction.budget]))
         selection.check()
         if mass is not None:
-            self._mass[request_id].layers[index] = kept_mass(mass, selection.indices)
-        return selection.indices[0]
+            self._mass[request_id].layers[index] = kept_mass(mass, selection.kept.indices)
+        return selection.kept.indices[0]
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""

@@ -1,0 +1,140 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Keys and values less their centre, and the centre itself, on a GPU in Triton: one launch where PyTorch takes dozens.
+
+The plain forms are in `storage.basis`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gpu_quantize import filled
+
+_TOKENS = 32
+_TWO_PI = tl.constexpr(2 * math.pi)
+
+
+@triton.jit
+def _angles(positions, frequencies):
+    """Cosines and sines, float32 `[T, D]`. Whole turns are taken off in float64: far positions lose nothing."""
+    turns = positions.to(tl.float64)[:, None] * (frequencies.to(tl.float64) / _TWO_PI)[None, :]
+    rest = ((turns - tl.floor(turns + 0.5)) * _TWO_PI).to(tl.float32)
+    return tl.cos(rest), tl.sin(rest)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _coordinates(
+    out, x, indices, positions, centre, partner, frequencies, count, heads, of_row, of_head, of_token,
+    D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, CENTRED: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    """Program: (tokens, row and head)."""
+    pair = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, D_FILLED)
+    real = d < D
+    inside = (k < count)[:, None] & real[None, :]
+    t = tl.load(indices + pair * count + k, mask=k < count, other=0).to(tl.int64)
+    source = x + (pair // heads) * of_row + (pair % heads) * of_head
+    number = tl.load(source + t[:, None] * of_token + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        of_centre = centre + pair * D
+        away = tl.load(of_centre + d, mask=real, other=0.0).to(tl.float32)[None, :]
+        if TURNS:
+            p = tl.load(positions + pair * count + k, mask=k < count, other=0)
+            cosine, sine = _angles(p, tl.load(frequencies + d, mask=real, other=0.0))
+            with_it = tl.load(of_centre + tl.load(partner + d, mask=real, other=0), mask=real, other=0.0)
+            away = away * cosine + with_it.to(tl.float32)[None, :] * sine
+        number = number - away
+    tl.store(out + (pair * count + k)[:, None] * D + d[None, :], number, mask=inside)
+
+
+def coordinates(
+    x: Tensor, indices: Tensor, positions: Tensor, centre: Tensor | None, turns: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """The tokens at `indices [B, Hkv, K]` of `x [B, Hkv, P, D]`, less their centre: float32 `[B, Hkv, K, D]`.
+
+    Args:
+        positions: int64 `[B, Hkv, K]`.
+        centre: `[B, Hkv, 1, D]`, or None.
+        turns: partner and frequencies of `Rope`, by which the centre turns; None: it does not.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, heads, _, size = x.shape
+    count = indices.shape[2]
+    out = torch.empty((rows, heads, count, size), dtype=torch.float32, device=x.device)
+    if out.numel():
+        unused = indices = indices.contiguous()
+        partner, frequencies = turns or (unused, unused)
+        _coordinates[(triton.cdiv(count, _TOKENS), rows * heads)](
+            out, x, indices, positions.contiguous(), unused if centre is None else centre.contiguous(), partner,
+            frequencies, count, heads, *x.stride()[:3], D=size, D_FILLED=filled(size), TOKENS=_TOKENS,
+            CENTRED=centre is not None, TURNS=turns is not None,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks"])
+def _sums(
+    out, x, positions, real, centre, partner, frequencies, tokens, blocks, heads, of_row, of_head, of_token,
+    D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr, TURNS: tl.constexpr,
+    PADDED: tl.constexpr, SQUARED: tl.constexpr,
+):  # fmt: skip
+    """Program: (TOKENS * STEPS tokens, row and head)."""
+    pair = tl.program_id(1).to(tl.int64)
+    row = pair // heads
+    d = tl.arange(0, D_FILLED)
+    of_size = d < D
+    source = x + row * of_row + (pair % heads) * of_head
+    total = tl.zeros([D_FILLED], tl.float32)
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
+        counts = t < tokens
+        if PADDED:
+            counts &= tl.load(real + row * tokens + t, mask=counts, other=0) != 0
+        inside = counts[:, None] & of_size[None, :]
+        at = source + t.to(tl.int64)[:, None] * of_token
+        number = tl.load(at + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if TURNS:
+            cosine, sine = _angles(
+                tl.load(positions + t, mask=counts, other=0), tl.load(frequencies + d, mask=of_size, other=0.0)
+            )
+            with_it = tl.load(at + tl.load(partner + d, mask=of_size, other=0)[None, :], mask=inside, other=0.0)
+            number = number * cosine - with_it.to(tl.float32) * sine
+        if SQUARED:
+            number -= tl.load(centre + pair * D + d, mask=of_size, other=0.0).to(tl.float32)[None, :]
+            number = tl.where(inside, number * number, 0.0)
+        total += tl.sum(number, 0)
+    tl.store(out + (pair * blocks + tl.program_id(0)) * D + d, total, mask=of_size)
+
+
+def mean(
+    x: Tensor, positions: Tensor, real: Tensor | None, turns: tuple[Tensor, Tensor] | None, centre: Tensor | None = None
+) -> Tensor:
+    """The mean over the tokens of `x [B, Hkv, P, D]` before RoPE, float32 `[B, Hkv, 1, D]`; given a `centre`, that of
+    the squares of what is left without it.
+
+    Args:
+        positions: int64 `[P]`.
+        real: bool `[B, P]`; None: all tokens count.
+        turns: partner and frequencies of `Rope`; None: the tokens are taken as they are.
+        centre: `[B, Hkv, 1, D]`, before RoPE.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, heads, tokens, size = x.shape
+    steps = 8
+    blocks = triton.cdiv(tokens, _TOKENS * steps)
+    sums = torch.empty((rows, heads, blocks, size), dtype=torch.float32, device=x.device)
+    partner, frequencies = turns or (positions, positions)
+    _sums[(blocks, rows * heads)](
+        sums, x, positions, positions if real is None else real.contiguous().view(torch.uint8),
+        positions if centre is None else centre.contiguous(), partner, frequencies, tokens, blocks, heads,
+        *x.stride()[:3], D=size, D_FILLED=filled(size), TOKENS=_TOKENS, STEPS=steps, TURNS=turns is not None,
+        PADDED=real is not None, SQUARED=centre is not None,
+    )  # fmt: skip
+    total = sums.sum(2, keepdim=True)
+    return total / (tokens if real is None else real.sum(-1).clamp(min=1)[:, None, None, None])
