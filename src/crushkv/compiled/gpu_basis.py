@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .gpu_quantize import filled
 
-_TOKENS = 32
+_TOKENS = 16
 _TWO_PI = tl.constexpr(2 * math.pi)
 
 
@@ -72,44 +72,49 @@ def coordinates(
         partner, frequencies = turns or (unused, unused)
         _coordinates[(triton.cdiv(count, _TOKENS), rows * heads)](
             out, x, indices, positions.contiguous(), unused if centre is None else centre.contiguous(), partner,
-            frequencies, count, heads, *x.stride()[:3], D=size, D_FILLED=filled(size), TOKENS=_TOKENS,
+            frequencies, count, heads, *_strides(x), D=size, D_FILLED=filled(size), TOKENS=_TOKENS,
             CENTRED=centre is not None, TURNS=turns is not None,
         )  # fmt: skip
     return out
 
 
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """From one row, head and token to the next."""
+    row, head, token, _ = x.stride()
+    return row, head, token
+
+
 @triton.jit(do_not_specialize=["tokens", "blocks"])
 def _sums(
     out, x, positions, real, centre, partner, frequencies, tokens, blocks, heads, of_row, of_head, of_token,
-    D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr, TURNS: tl.constexpr,
-    PADDED: tl.constexpr, SQUARED: tl.constexpr,
+    D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr, PADDED: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):  # fmt: skip
-    """Program: (TOKENS * STEPS tokens, row and head)."""
-    pair = tl.program_id(1).to(tl.int64)
-    row = pair // heads
+    """Program: (TOKENS tokens of all heads, row). Angles are the same for all heads."""
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d = tl.arange(0, D_FILLED)
     of_size = d < D
-    source = x + row * of_row + (pair % heads) * of_head
-    total = tl.zeros([D_FILLED], tl.float32)
-    for step in range(STEPS):
-        t = (tl.program_id(0) * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
-        counts = t < tokens
-        if PADDED:
-            counts &= tl.load(real + row * tokens + t, mask=counts, other=0) != 0
-        inside = counts[:, None] & of_size[None, :]
-        at = source + t.to(tl.int64)[:, None] * of_token
+    t = block * TOKENS + tl.arange(0, TOKENS)
+    counts = t < tokens
+    if PADDED:
+        counts &= tl.load(real + row * tokens + t, mask=counts, other=0) != 0
+    inside = counts[:, None] & of_size[None, :]
+    at = x + row * of_row + t.to(tl.int64)[:, None] * of_token
+    if TURNS:
+        cosine, sine = _angles(
+            tl.load(positions + t, mask=t < tokens, other=0), tl.load(frequencies + d, mask=of_size, other=0.0)
+        )
+        with_it = tl.load(partner + d, mask=of_size, other=0)
+    for head in range(heads):
         number = tl.load(at + d[None, :], mask=inside, other=0.0).to(tl.float32)
         if TURNS:
-            cosine, sine = _angles(
-                tl.load(positions + t, mask=counts, other=0), tl.load(frequencies + d, mask=of_size, other=0.0)
-            )
-            with_it = tl.load(at + tl.load(partner + d, mask=of_size, other=0)[None, :], mask=inside, other=0.0)
-            number = number * cosine - with_it.to(tl.float32) * sine
+            number = number * cosine - tl.load(at + with_it[None, :], mask=inside, other=0.0).to(tl.float32) * sine
         if SQUARED:
-            number -= tl.load(centre + pair * D + d, mask=of_size, other=0.0).to(tl.float32)[None, :]
+            of_centre = tl.load(centre + (row * heads + head) * D + d, mask=of_size, other=0.0).to(tl.float32)
+            number -= of_centre[None, :]
             number = tl.where(inside, number * number, 0.0)
-        total += tl.sum(number, 0)
-    tl.store(out + (pair * blocks + tl.program_id(0)) * D + d, total, mask=of_size)
+        tl.store(out + ((row * heads + head) * blocks + block) * D + d, tl.sum(number, 0), mask=of_size)
+        at += of_head
 
 
 def mean(
@@ -126,15 +131,14 @@ def mean(
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, heads, tokens, size = x.shape
-    steps = 8
-    blocks = triton.cdiv(tokens, _TOKENS * steps)
+    blocks = triton.cdiv(tokens, _TOKENS)
     sums = torch.empty((rows, heads, blocks, size), dtype=torch.float32, device=x.device)
     partner, frequencies = turns or (positions, positions)
-    _sums[(blocks, rows * heads)](
+    _sums[(blocks, rows)](
         sums, x, positions, positions if real is None else real.contiguous().view(torch.uint8),
         positions if centre is None else centre.contiguous(), partner, frequencies, tokens, blocks, heads,
-        *x.stride()[:3], D=size, D_FILLED=filled(size), TOKENS=_TOKENS, STEPS=steps, TURNS=turns is not None,
-        PADDED=real is not None, SQUARED=centre is not None,
+        *_strides(x), D=size, D_FILLED=filled(size), TOKENS=_TOKENS, TURNS=turns is not None, PADDED=real is not None,
+        SQUARED=centre is not None, num_warps=8,
     )  # fmt: skip
     total = sums.sum(2, keepdim=True)
     return total / (tokens if real is None else real.sum(-1).clamp(min=1)[:, None, None, None])

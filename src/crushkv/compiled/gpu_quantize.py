@@ -8,6 +8,7 @@ The plain forms stand beside the functions that call these: `storage.channels`, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -171,10 +172,15 @@ def pack_tokens(codes: Tensor, up: int, width: int, length: int) -> Tensor:
     if not plane.numel():
         return plane
     flat = codes.reshape(-1, tokens, size)
-    places = torch.arange(size, device=codes.device)
-    ups = torch.full((size,), up, dtype=torch.uint8, device=codes.device)
+    places, ups = _all_channels(size, up, codes.device)
     _launch_pack(plane.view(-1, length, size), flat, places, ups, tokens, length, (size, 1), (size, 1), width)
     return plane
+
+
+@lru_cache(maxsize=64)
+def _all_channels(size: int, up: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return torch.arange(size, device=device), torch.full((size,), up, dtype=torch.uint8, device=device)
 
 
 def _launch_pack(

@@ -99,6 +99,10 @@ class ChannelCodes:
         """The tokens at `indices [B, Hkv, K]`."""
         return ChannelCodes(take(self.codes, indices), take(self.scale, indices))
 
+    def numbers(self, spread: Tensor, form: ChannelFormat) -> Tensor:
+        """What the codes stand for, float32 `[B, Hkv, P, D]`; `spread` as in `quantize`."""
+        return _write(self.codes, self.scale, spread, form, torch.empty_like(self.codes, dtype=torch.float32))
+
     def replaced(self, by: ChannelCodes, where: Tensor) -> ChannelCodes:
         """These codes, but for the tokens of `where [B, Hkv, P]`, which have those of `by`."""
         at = where[..., None]
@@ -127,6 +131,10 @@ def quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
     together = _TOGETHER if x.device.type == "cpu" else max(_TOGETHER, _NUMBERS_TOGETHER // (rows * heads * size))
     parts = [_quantize(part, spread.float(), form) for part in x.split(together, dim=2)]
     return ChannelCodes(*(torch.cat([getattr(p, name) for p in parts], dim=2) for name in ("codes", "scale")))
+
+
+def _write(codes: Tensor, scale: Tensor, spread: Tensor, form: ChannelFormat, out: Tensor) -> Tensor:
+    return out.copy_(codes).sub_(form.last / 2).mul_(form.steps * spread.float()).mul_(scales(scale))
 
 
 def _quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
@@ -217,8 +225,8 @@ class ChannelTensor:
 
     def write(self, spread: Tensor, out: Tensor) -> None:
         """Writes the numbers that are held to float32 `out [B, Hkv, P, D]`; `spread` as in `quantize`."""
-        out.copy_(self.by_channel()[..., : self.tokens].transpose(-1, -2))
-        out.sub_(self.form.last / 2).mul_(self.form.steps * spread.float()).mul_(scales(self.tensors["scale"]))
+        codes = self.by_channel()[..., : self.tokens].transpose(-1, -2)
+        _write(codes, self.tensors["scale"], spread, self.form, out)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it."""

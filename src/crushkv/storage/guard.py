@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..later import Later
 from .basis import Basis
-from .channels import ChannelFormat, ChannelTensor, quantize
+from .channels import ChannelFormat, quantize
 from .formats import Formats
 from .widths import WIDEST
 
@@ -68,8 +68,7 @@ class LogitGuard:
 
     def error(self, form: ChannelFormat) -> Later:
         """Its root mean square with a format, in nats."""
-        found = torch.empty_like(self._numbers)
-        ChannelTensor.of(quantize(self._numbers, self._spread, form), form).write(self._spread, found)
+        found = quantize(self._numbers, self._spread, form).numbers(self._spread, form)
         error = self._queries @ (found - self._numbers).transpose(-1, -2)
         return Later(error.square().mean().sqrt())
 
