@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from crushkv.core.heads import STEPS
+from crushkv.fingerprint import fingerprint
+from crushkv.profile import Profile
 
 VOCAB = 128
 SMALL: dict[str, Any] = {
@@ -65,3 +70,13 @@ def prompts(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
     ids = torch.randint(2, VOCAB, (len(lengths), longest), generator=generator)
     mask = torch.stack([torch.arange(longest) >= longest - length for length in lengths]).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def write_profile(model: Any, path: str | Path) -> None:
+    """Heads that need very different numbers of tokens, and channels that are not alike."""
+    config = model.config
+    shape = (config.num_hidden_layers, config.num_key_value_heads)
+    size = config.hidden_size // config.num_attention_heads
+    energy = torch.rand(*shape, size, generator=torch.Generator().manual_seed(0)) + 0.1
+    needs = torch.stack([torch.linspace(1, 0, STEPS), torch.linspace(1, 0, STEPS) ** 20]).expand(*shape, -1)
+    Profile(energy, energy, needs.contiguous(), fingerprint(model, any_dtype=True)).save(path)

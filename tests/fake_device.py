@@ -22,13 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from architectures import VOCAB, small_model
+from architectures import VOCAB, small_model, write_profile
 from crushkv import KVCrush
-from crushkv.core.heads import STEPS
-from crushkv.fingerprint import fingerprint
 from crushkv.hf.interface import passed
 from crushkv.presets import PRESETS
-from crushkv.profile import Profile
 
 NAME = "elsewhere"
 _setup_privateuseone_for_python_backend(NAME)
@@ -155,16 +152,6 @@ def move(model: Any) -> None:
                 module._parameters[name] = torch.nn.Parameter(Elsewhere(parameter.data), requires_grad=False)
         for name, buffer in module._buffers.items():
             module._buffers[name] = fake(buffer)
-
-
-def write_profile(model: Any, path: str) -> None:
-    """Heads that need very different numbers of tokens, and channels that are not alike."""
-    config = model.config
-    shape = (config.num_hidden_layers, config.num_key_value_heads)
-    size = config.hidden_size // config.num_attention_heads
-    energy = torch.rand(*shape, size, generator=torch.Generator().manual_seed(0)) + 0.1
-    needs = torch.stack([torch.linspace(1, 0, STEPS), torch.linspace(1, 0, STEPS) ** 20]).expand(*shape, -1)
-    Profile(energy, energy, needs.contiguous(), fingerprint(model, any_dtype=True)).save(path)
 
 
 def decode(model: Any, prompt: torch.Tensor, options: dict[str, Any], interval: int) -> dict[str, dict[str, int]]:

@@ -128,6 +128,52 @@ def test_presets(preset: str) -> None:
     check(store, group=4)
 
 
+@pytest.mark.parametrize(
+    "formats",
+    some(
+        [
+            Formats((2.25, 2), (3, 4), (8, 8), by_channel=True),
+            Formats((4, 3), (2, 2)),
+            Formats((RAW, 3), (RAW, 2)),
+        ],
+        Formats((2.25, 2), (3, 4), (8, 8), by_channel=True),
+    ),
+    ids=str,
+)
+def test_heads_that_hold_different_numbers_of_tokens(formats: Formats) -> None:
+    """They are attended to at once, in the model's order of heads."""
+    rows, size, group = 2, 32, 2
+    heads = [(1, 4), (0,), (2, 3)]
+    parts = [(90, 4), (33, 0), (60, 4)]
+    stores = [
+        held(formats, tokens, (rows, len(of), size, size), rope_of(size), dense=dense)
+        for of, (tokens, dense) in zip(heads, parts, strict=True)
+    ]
+    for step in range(2):
+        queries = random(rows, 5 * group, 1, size)
+        expected = torch.empty_like(queries)
+        for of, store in zip(heads, stores, strict=True):
+            store.append(random(rows, len(of), 1, size), random(rows, len(of), 1, size))
+            store.seen = 90 + step  # all heads have seen the same
+            mine = [head * group + i for head in of for i in range(group)]
+            expected[:, mine] = plain.attend(queries[:, mine], store, size**-0.5, None)
+        found = gpu.attend_together(queries, stores, heads, size**-0.5)
+        assert found is not None
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+    # Once one of them evicts, what was prepared is made anew.
+    keep(stores[0])
+    mine = [head * group + i for head in heads[0] for i in range(group)]
+    expected[:, mine] = plain.attend(queries[:, mine], stores[0], size**-0.5, None)
+    found = gpu.attend_together(queries, stores, heads, size**-0.5)
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_groups_in_different_formats_are_asked_one_by_one() -> None:
+    stores = [held(Formats((keys, 4), (keys, 4)), rope=rope_of(32)) for keys in (4, 3)]
+    assert gpu.attend_together(random(1, 8, 1, 32), stores, [(0, 3), (1, 2)], 0.1) is None
+
+
 @pytest.mark.parametrize("group", some([1, 3, 7, 16], 7))
 def test_queries_of_a_group(group: int) -> None:
     check(held(Formats((3, 3), (2, 2), (8, 8), by_channel=True), shape=(1, 1, 128, 128)), group)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from architectures import VOCAB, small_model
+from architectures import VOCAB, small_model, write_profile
 from crushkv import KVCrush
 from crushkv.hf.interface import passed
 from crushkv.presets import PRESETS
@@ -40,6 +41,13 @@ def pair() -> tuple[Any, Any]:
     return model, copy.deepcopy(model).to("cuda")
 
 
+@pytest.fixture
+def profile(tmp_path: Path) -> str:
+    """With it, heads of a layer hold different numbers of tokens."""
+    write_profile(small_model(), tmp_path / "profile.safetensors")
+    return str(tmp_path / "profile.safetensors")
+
+
 @pytest.mark.parametrize("formats", FORMATS, ids=str)
 def test_a_storage_holds_the_same(formats: Formats) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -61,11 +69,13 @@ def test_a_storage_holds_the_same(formats: Formats) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_cache_gives_the_same_logits(preset: str) -> None:
+@pytest.mark.parametrize("by_need", [False, True])
+def test_a_cache_gives_the_same_logits(preset: str, by_need: bool, profile: str) -> None:
     prompt = torch.randint(2, VOCAB, (2, 400), generator=torch.Generator().manual_seed(1))
     logits, reports = [], []
     for model in pair():
-        cache = KVCrush(preset, min_tokens=0, interval=8).cache(model)
+        given = {"profile": profile} if by_need else {}
+        cache = KVCrush(preset, min_tokens=0, interval=8, **given).cache(model)
         with torch.inference_mode():
             model(input_ids=prompt[:, :350].to(model.device), **passed(cache))
             found = [
@@ -80,9 +90,9 @@ def test_a_cache_gives_the_same_logits(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_decoded_token_waits_for_nothing(preset: str) -> None:
+def test_a_decoded_token_waits_for_nothing(preset: str, profile: str) -> None:
     model = small_model().to("cuda")
-    cache = KVCrush(preset, min_tokens=0).cache(model)
+    cache = KVCrush(preset, min_tokens=0, profile=profile).cache(model)
     tokens = torch.randint(2, VOCAB, (2, 400), device="cuda")
     with torch.inference_mode():
         for _ in range(4):  # reads the prompt, makes room, compiles

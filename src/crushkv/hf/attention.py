@@ -203,7 +203,13 @@ class CrushAttention:
         return output
 
     def _attend_parted(self, layer: CrushLayer, query: Tensor, key: Tensor, asked: _Asked) -> tuple[Tensor | None, ...]:
-        """Attention of a layer whose heads hold different numbers of tokens, group by group."""
+        """Attention of a layer whose heads hold different numbers of tokens, at once or group by group."""
+        if asked.plain and query.shape[2] == 1 and self._shows_all(layer, query, asked):
+            stores = [group.storage for group in layer.groups]
+            numbers = [group.heads.numbers for group in layer.groups if group.heads is not None]
+            attended = kernels.attend_together(query, stores, numbers, asked.scaling)
+            if attended is not None:
+                return attended.transpose(1, 2), None
         outputs, weights = list[Tensor](), list[Tensor]()
         for group in layer.groups:
             assert group.heads is not None
@@ -220,6 +226,16 @@ class CrushAttention:
             if output[1] is not None:
                 weights.append(F.pad(output[1], (layer.length - output[1].shape[-1], 0)))
         return layer.joined(outputs, dim=2), layer.joined(weights) if weights else None
+
+    def _shows_all(self, layer: CrushLayer, query: Tensor, asked: _Asked) -> bool:
+        """Whether no slot of any head is hidden."""
+        with full_precision(query.device):
+            of_head = query.shape[1] // layer.kv_heads
+            masks = (
+                group.mask(asked.mask, asked.shown, of_head * group.storage.kv_heads, 1, False)
+                for group in layer.groups
+            )
+            return all(mask is None for mask in masks)
 
     def _attend_group(
         self, group: HeadGroup, query: Tensor, held: tuple[Tensor, Tensor] | None, asked: _Asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -19,7 +20,12 @@ NAMES = ("gpu", "cpu", "plain")
 
 
 class Kernels(Protocol):
-    """An implementation: a module of this package."""
+    """An implementation: a module of this package.
+
+    takes_groups: whether it has `attend_together`, which costs it less than to be asked for each group of heads.
+    """
+
+    takes_groups: bool
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine; None: it can."""
@@ -35,6 +41,11 @@ class Kernels(Protocol):
 
     def attend(self, queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
         """As `attend` below."""
+
+    def attend_together(
+        self, queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
+    ) -> Tensor | None:
+        """As below, where `takes_groups`."""
 
 
 @lru_cache
@@ -86,6 +97,22 @@ def reader(store: TieredStorage) -> str:
     queries = torch.empty((store.rows, store.kv_heads, 1, store.sizes().sizes[0]), dtype=store.dtype, device="meta")
     reason = _named(chosen(store.device)).refusal(queries, store)
     return described(store.device) if reason is None else f"plain ({reason})"
+
+
+def attend_together(
+    queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
+) -> Tensor | None:
+    """`attend` for heads that hold different numbers of tokens, all of them at once.
+
+    Args:
+        queries: `[B, Hq, 1, D]`, of all heads.
+        stores: what each group of heads holds. heads: the KV heads of each group.
+
+    Returns:
+        `[B, Hq, 1, Dv]`; None where the chosen implementation has to be asked group by group.
+    """
+    kernels = _named(chosen(queries.device))
+    return kernels.attend_together(queries, stores, heads, scaling) if kernels.takes_groups else None
 
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None = None) -> Tensor:

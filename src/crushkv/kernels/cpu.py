@@ -121,6 +121,9 @@ def _openmp() -> ctypes.c_void_p | None:
     return None
 
 
+takes_groups = False
+
+
 def missing() -> str | None:
     if library() is None:
         return "its library was not built: that takes a C++ compiler (g++) when crushkv is installed from source"

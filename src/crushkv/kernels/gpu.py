@@ -8,7 +8,8 @@ once until a layer's blocks change. The host never waits for the device.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,19 @@ from ..storage import RAW, TieredStorage, turn
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
 from .gpu_launch import Launch
-from .gpu_prepared import CHUNK, Centre, Prepared, Walk, groups_of, power_of_two, prepared, programs, tile_of
+from .gpu_prepared import (
+    CHUNK,
+    Centre,
+    Joint,
+    Prepared,
+    Walk,
+    alike,
+    groups_of,
+    power_of_two,
+    prepared,
+    programs,
+    tile_of,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_ROWS, _MOST_CHANNELS, _MOST_KEY_GROUPS = 64, 256, 8
@@ -29,6 +42,9 @@ LAUNCH = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
 _LARGE_LAUNCH = {"num_warps": 8, "num_stages": 1}
 _MERGED = 32  # channels that a program of `merge` joins
 _LOG2E = 1.4426950408889634
+
+
+takes_groups = True
 
 
 def missing() -> str | None:
@@ -65,92 +81,153 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
     """See `kernels.attend`."""
-    elsewhere = queries.is_cuda and queries.device.index != torch.cuda.current_device()
-    with torch.no_grad(), torch.cuda.device(queries.device) if elsewhere else nullcontext():
+    with _on(queries):
         queries = queries.contiguous()
         if shown is not None:
             shown = shown.view(queries.shape[0], -1, shown.shape[-1])
             shown = (shown if shown.stride(-1) == 1 else shown.contiguous()).view(torch.uint8)
-        # Each look at them makes a view anew.
-        keys, values = store.dense.keys, store.dense.values
-        assert keys is not None and values is not None
-        return _plan(queries, store, keys, values, scaling, shown is not None)(queries, store, keys, values, shown)
+        tail = _tail(store)
+        made = prepared(store)
+        key = (made, queries.shape, queries.dtype, scaling, shown is not None, _like(tail))
+        found = _plans.get(store)
+        if found is None or found[0] != key:
+            found = _plans[store] = key, _Plan(queries, [store], scaling, shown is not None, made)
+        return found[1](queries, [tail], shown)
 
 
+def attend_together(
+    queries: Tensor, stores: Sequence[TieredStorage], numbers: Sequence[tuple[int, ...]], scaling: float
+) -> Tensor | None:
+    """See `kernels.attend_together`."""
+    parts = [prepared(store) for store in stores]
+    with _on(queries):
+        queries = queries.contiguous()
+        tails = [_tail(store) for store in stores]
+        key = (*parts, queries.shape, queries.dtype, scaling, *map(_like, tails))
+        found = _plans_together.get(stores[0])
+        if found is None or found[0] != key:
+            made = _joint(queries, stores, parts, numbers)
+            plan = None if made is None else _Plan(queries, stores, scaling, False, made)
+            found = _plans_together[stores[0]] = key, plan
+        return None if found[1] is None else found[1](queries, tails, None)
+
+
+def _joint(
+    queries: Tensor,
+    stores: Sequence[TieredStorage],
+    parts: Sequence[Prepared | None],
+    numbers: Sequence[tuple[int, ...]],
+) -> Joint | None:
+    """None: one kernel does not serve all groups of heads."""
+    of_all = [part for part in parts if part is not None]
+    group = queries.shape[1] // sum(map(len, numbers))
+    refused = any(refusal(queries[:, : group * store.kv_heads], store) is not None for store in stores)
+    if refused or len(of_all) < len(stores) or not alike(stores):
+        return None
+    return Joint.of(stores, of_all, numbers)
+
+
+Tail = tuple[Tensor, Tensor]  # keys and values of the tokens that are not packed
 _plans: WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], _Plan]] = WeakKeyDictionary()
+_plans_together: WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], _Plan | None]] = WeakKeyDictionary()
 
 
-def _plan(queries: Tensor, store: TieredStorage, keys: Tensor, values: Tensor, scaling: float, masked: bool) -> _Plan:
-    """The one that was made before, where all is as it was but for the tokens that are not packed."""
-    made = prepared(store)
-    # Whether numbers are aligned, and small enough for 32 bits: Triton has other code for these.
+@contextmanager
+def _on(queries: Tensor) -> Iterator[None]:
+    """Where the queries are."""
+    elsewhere = queries.is_cuda and queries.device.index != torch.cuda.current_device()
+    with torch.no_grad(), torch.cuda.device(queries.device) if elsewhere else nullcontext():
+        yield
+
+
+def _tail(store: TieredStorage) -> Tail:
+    keys, values = store.dense.keys, store.dense.values  # each look at them makes a view anew
+    assert keys is not None and values is not None
+    return keys, values
+
+
+def _like(tail: Tail) -> tuple[Any, ...]:
+    """Whether numbers are aligned, and small enough for 32 bits: Triton has other code for these."""
+    keys, values = tail
     strides = (*keys.stride()[:2], *values.stride()[:2])
-    like = (keys.data_ptr() % 16, values.data_ptr() % 16, *((stride % 16, stride >> 31) for stride in strides))
-    key = (made, queries.shape, queries.dtype, scaling, masked, keys.shape[-1], values.shape[-1], like)
-    found = _plans.get(store)
-    if found is None or found[0] != key:
-        found = _plans[store] = key, _Plan(queries, store, scaling, masked, made)
-    return found[1]
+    alike = ((stride % 16, stride >> 31) for stride in strides)
+    return (keys.shape[-1], values.shape[-1], keys.data_ptr() % 16, values.data_ptr() % 16, *alike)
 
 
 class _Plan:
     """The launches of a layer until its blocks change, for queries of one shape.
 
+    Args:
+        stores: what is held; by several groups of heads if it is `made` a `Joint`.
+
     Attributes:
-        blocks: the launch of each, and its walk.
+        blocks: the launch of each, and how many programs share the tokens of a head.
         dense: of the tokens that are not packed.
     """
 
     def __init__(
-        self, queries: Tensor, store: TieredStorage, scaling: float, masked: bool, made: Prepared | None
+        self,
+        queries: Tensor,
+        stores: Sequence[TieredStorage],
+        scaling: float,
+        masked: bool,
+        made: Prepared | Joint | None,
     ) -> None:
-        assert store.dense.keys is not None and store.dense.values is not None
+        store, self.made = stores[0], made
+        keys, values = _tail(store)
         self.device, self.factor, self.masked = queries.device, scaling * _LOG2E, masked
         self.rows, self.heads, _, self.size = queries.shape
         self.dtype = queries.dtype
-        self.sizes = (self.size, store.dense.values.shape[-1])
-        self.kv_heads, self.group = store.kv_heads, self.heads // store.kv_heads
+        self.sizes = (self.size, values.shape[-1])
+        self.kv_heads = sum(each.kv_heads for each in stores)
+        self.group = self.heads // self.kv_heads
         self.tile = tile_of(self.sizes, self.device)
         self.slots = (0, 0)
         self.positions = 0
-        self.blocks: list[tuple[Launch, Walk]] = []
+        self.blocks: list[tuple[Launch, int]] = []
         self.packed_splits = 0
         self.packed_tokens = 0
+        self.rotations: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.head_maps = made.heads if isinstance(made, Joint) else [queries]  # nobody looks
         if made is not None:
+            assert store.bases is not None
+            self.rotations = store.bases[0].rotation, store.bases[1].rotation
             self.positions = made.centre.positions
             self._plan_centre(made.centre)
             if made.channels is not None:
                 self._plan_weights(made, made.channels)
-            centred = self._centre_arguments(store, made)
-            for number, ((keys, values), walk) in enumerate(zip(store.blocks, made.walks, strict=True)):
-                arguments = centred | self._key_arguments(keys) | _value_arguments(values)
+            of_positions = made.parts[0].positions if isinstance(made, Joint) else made.positions
+            centred = {
+                "of_centre_length": made.centre.positions,
+                "position_step": int(store.bases[0].rope is not None),
+                "positions": of_positions,
+                "positions_length": of_positions.shape[2],
+                "CENTRED": True,
+            }
+            for number, ((keys_of, values_of), walk) in enumerate(zip(store.blocks, made.walks, strict=True)):
+                arguments = centred | self._key_arguments(keys_of) | _value_arguments(values_of)
                 if number in made.slots:
                     arguments |= self._slot_arguments(made, number)
-                self.blocks.append((self._block(walk, arguments), walk))
+                self.blocks.append((self._block(made, number, walk, arguments), walk.splits))
                 self.packed_splits += walk.splits
                 self.packed_tokens += walk.tokens
-        self.dense = self._plan_dense()
-        self.merge = self._plan_merge(store)
+        self.dense = self._plan_dense(isinstance(made, Joint))
+        self.merge = self._plan_merge()
 
-    def __call__(
-        self, queries: Tensor, store: TieredStorage, keys: Tensor, values: Tensor, shown: Tensor | None
-    ) -> Tensor:
-        """`[B, Hq, 1, Dv]`. keys and values: those that are not packed."""
+    def __call__(self, queries: Tensor, tails: Sequence[Tail], shown: Tensor | None) -> Tensor:
+        """`[B, Hq, 1, Dv]`."""
         splits, walk = self.packed_splits, None
-        if keys.shape[2]:
-            walk = Walk.over(keys.shape[2], 1, self.tile, self.rows * self.kv_heads, self.device)
+        if longest := max(keys.shape[2] for keys, _ in tails):
+            walk = Walk.over(longest, 1, self.tile, self.rows * self.kv_heads, self.device)
             splits += walk.splits
         rows, size = self.rows * self.heads, self.sizes[1]
         found = self._new(splits * rows * (size + 2))
         flags = (queries, 0, 0)
         if shown is not None:
             flags = (shown, shown.stride(0), shown.stride(1) if shown.shape[1] > 1 else 0)
-        rotation: Tensor | None = None
+        of_keys, of_values = self.rotations
         if self.blocks:
-            assert store.bases is not None
-            of_keys, of_values = store.bases
-            rotation = of_values.rotation
-            turned = queries if of_keys.rotation is None else turn(queries, of_keys.rotation)
+            turned = queries if of_keys is None else turn(queries, of_keys)
             logits = self._new(rows, self.positions)
             self.centre(self.centre_grid, logits, queries)
             weights = offsets = queries  # nobody looks
@@ -160,20 +237,23 @@ class _Plan:
                 offsets = self._new(blocks, rows)
                 self.weights((rows, blocks, 1), weights, offsets, queries)
             for launch, of in self.blocks:
-                grid = (of.splits, self.kv_heads, self.rows)
+                grid = (of, self.kv_heads, self.rows)
                 launch(grid, found, splits, turned, *flags, weights, offsets, logits)
         if walk is not None:
-            strides = keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)
-            of_dense = (keys, values, *strides, walk.tokens, walk.stretch, walk.splits)
-            self.dense((walk.splits, self.kv_heads, self.rows), found, splits, queries, *flags, *of_dense)
+            for (keys, values), head_map in zip(tails, self.head_maps, strict=True):
+                strides = keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)
+                tokens = keys.shape[2]
+                of_dense = (keys, values, *strides, tokens, tokens, walk.splits, head_map)
+                self.dense((walk.splits, keys.shape[1], self.rows), found, splits, queries, *flags, *of_dense)
         out = self._new(self.rows, self.heads, 1, size, dtype=self.dtype)
-        self.merge((rows, -(-size // _MERGED), 1), out, found, out if rotation is None else rotation, splits)
+        rotation = out if of_values is None else of_values
+        self.merge((rows, -(-size // _MERGED), 1), out, found, rotation, splits)
         return out
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def _plan_weights(self, made: Prepared, channels: Tensor) -> None:
+    def _plan_weights(self, made: Prepared | Joint, channels: Tensor) -> None:
         from .gpu_code import query_weights
 
         blocks, kv_heads, slots = channels.shape
@@ -184,7 +264,7 @@ class _Plan:
         }  # fmt: skip
         self.weights = Launch(query_weights, arguments, ("weights", "offsets", "queries"), num_warps=4)
 
-    def _slot_arguments(self, made: Prepared, number: int) -> dict[str, Any]:
+    def _slot_arguments(self, made: Prepared | Joint, number: int) -> dict[str, Any]:
         """Arguments of a block whose keys have widths by channel."""
         of = made.slots[number]
         place = list(made.slots).index(number)
@@ -208,16 +288,6 @@ class _Plan:
         }  # fmt: skip
         self.centre = Launch(centre_logits, arguments, ("out", "queries"), num_warps=8)
 
-    def _centre_arguments(self, store: TieredStorage, made: Prepared) -> dict[str, Any]:
-        assert store.bases is not None
-        return {
-            "of_centre_length": made.centre.positions,
-            "position_step": int(store.bases[0].rope is not None),
-            "positions": made.positions,
-            "positions_length": made.positions.shape[2],
-            "CENTRED": True,
-        }
-
     def _key_arguments(self, part: PackedTensor | ChannelTensor) -> dict[str, Any]:
         tensors = part.tensors
         if isinstance(part, ChannelTensor):
@@ -231,22 +301,26 @@ class _Plan:
         ranges = {"k_zero": tensors["zero"], "k_span": tensors["span"], "K_GROUPS": groups}
         return {**planes, **ranges, "K_BITS": part.bits, "K_GROUP_FILLED": power_of_two(self.size // groups)}
 
-    def _block(self, walk: Walk, arguments: dict[str, Any]) -> Launch:
+    def _block(self, made: Prepared | Joint, number: int, walk: Walk, arguments: dict[str, Any]) -> Launch:
         aligned = walk.aligned if arguments["K_BITS"] == 0 else 1
+        even = walk.tokens % walk.stretches == 0
+        if isinstance(made, Joint):
+            aligned, even = made.aligned[number], made.even[number]
+            arguments = arguments | {"table": made.tables[number], "head_map": made.head_map, "JOINT": 1}
         arguments = arguments | {
             "P": walk.tokens, "stretch": walk.stretch // aligned, "splits": walk.splits, "STRETCHES": walk.stretches,
-            "ALIGNED": aligned, "EVEN": walk.tokens % walk.stretches == 0,
+            "ALIGNED": aligned, "EVEN": even,
         }  # fmt: skip
         return self._attention(arguments, ("weights", "offsets", "of_centre"))
 
-    def _plan_dense(self) -> Launch:
+    def _plan_dense(self, some_heads: bool) -> Launch:
         unused = self._new(1)
         arguments = {
             **dict.fromkeys(("weights", "offsets", "of_centre"), unused), "positions": unused, "K_BITS": RAW,
-            "V_BITS": RAW, "STRETCHES": 1, "ALIGNED": 1, "EVEN": True,
+            "V_BITS": RAW, "STRETCHES": 1, "ALIGNED": 1, "EVEN": True, "JOINT": 2 * some_heads,
         }  # fmt: skip
         strides = ("k_row", "k_head", "v_row", "v_head")
-        return self._attention(arguments, ("k0", "v0", *strides, "P", "stretch", "splits"))
+        return self._attention(arguments, ("k0", "v0", *strides, "P", "stretch", "splits", "head_map"))
 
     def _attention(self, arguments: dict[str, Any], changing: tuple[str, ...]) -> Launch:
         """Over one block, or over what is not packed."""
@@ -256,16 +330,17 @@ class _Plan:
         filled_rows = power_of_two(self.group * arguments.get("V_GROUPS", 1))
         unused = arguments["positions"]
         changing = ("found", "all_splits", "queries", "shown", "shown_row", "shown_head", *changing)
-        pointers = ("chunks", "k1", "k2", "k_zero", "k_span", "v1", "v_zero", "v_span")
+        pointers = ("table", "head_map", "chunks", "k1", "k2", "k_zero", "k_span", "v1", "v_zero", "v_span")
         numbers = ("most_chunks", "k_row", "k_head", "v_row", "v_head", "first_weights")
         of_positions = ("of_centre_length", "position_step", "positions_length")
         every = (
             dict.fromkeys(pointers, unused)
             | dict.fromkeys((*numbers, *of_positions), 0)
-            | {"CENTRED": False, "SLOTS": 16, "K_GROUPS": 1, "K_GROUP_FILLED": 16, "V_GROUPS": 1}
+            | {"CENTRED": False, "SLOTS": 16, "K_GROUPS": 1, "K_GROUP_FILLED": 16, "V_GROUPS": 1, "JOINT": 0}
             | arguments
             | {
                 "factor": self.factor, "first_slot": self.packed_tokens, "first_split": self.packed_splits,
+                "all_heads": self.kv_heads,
                 "D": size_of_keys, "E": size_of_values, "D_FILLED": power_of_two(size_of_keys),
                 "E_FILLED": power_of_two(size_of_values), "G": self.group, "M": filled_rows,
                 "CHUNK": CHUNK, "MASKED": self.masked, "TILE": self.tile,
@@ -277,13 +352,13 @@ class _Plan:
         staying = {name: value for name, value in every.items() if name not in changing}
         return Launch(attend_block, staying, changing, **options)
 
-    def _plan_merge(self, store: TieredStorage) -> Launch:
+    def _plan_merge(self) -> Launch:
         from .gpu_code import merge
 
         size = self.sizes[1]
         arguments = {
             "rotated_splits": self.packed_splits, "E": size, "E_FILLED": power_of_two(size), "CHANNELS": _MERGED,
-            "ROTATED": bool(self.blocks) and store.bases is not None and store.bases[1].rotation is not None,
+            "ROTATED": self.rotations[1] is not None,
             "SPLITS": 16,
         }  # fmt: skip
         return Launch(merge, arguments, ("out", "found", "rotation", "all_splits"), num_warps=4)

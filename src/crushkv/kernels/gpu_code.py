@@ -265,9 +265,23 @@ _VARYING += [
     "shown_row",
     "shown_head",
     "first_weights",
+    "all_heads",
 ]
 _UNALIGNED = ["queries", "offsets", "of_centre", "positions", "shown", "k_zero", "k_span"]
 _UNALIGNED += ["v_zero", "v_span"]
+
+FIELDS = (
+    *("k0", "k1", "k2", "k_zero", "k_span", "v0", "v1", "v_zero", "v_span", "positions", "chunks"),  # addresses
+    *("most_chunks", "P", "stretch", "first_slot", "positions_length", "heads", "k_row", "k_head", "v_row", "v_head"),
+)
+"""What differs between heads that hold different numbers of tokens: a row of `table` for each group of heads."""
+_FIELDS = tl.constexpr(len(FIELDS))
+
+
+@triton.jit
+def _address(entry, FIELD: tl.constexpr, like):
+    """A pointer to tensors, which begin at multiples of 16 bytes."""
+    return tl.multiple_of(tl.load(entry + FIELD).to(like.dtype), 16)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
@@ -280,6 +294,8 @@ def attend_block(
     of_centre,  # float32 [B * H, of_centre_length] of `centre_logits`
     positions,  # int32 [B, Hkv, positions_length]
     shown,  # uint8, strides shown_row and shown_head, over all slots
+    table,  # int64 [groups of heads, FIELDS]
+    head_map,  # int32 [Hkv, 2], group and place in it of each head; or the heads [Hkv] that are attended to
     k0,  # keys: planes of channels, 4 bits; or the first plane of tokens; or numbers
     k1,  # 2 bits; second plane
     k2,  # 1 bit
@@ -299,6 +315,7 @@ def attend_block(
     positions_length,
     first_slot,  # of the block
     first_split,
+    all_heads,
     splits,  # that share this block
     all_splits,
     shown_row,
@@ -328,8 +345,12 @@ def attend_block(
     PRODUCT: tl.constexpr,  # dtype in which numbers are multiplied
     EVEN: tl.constexpr,  # P is a multiple of STRETCHES
     FOUR: tl.constexpr,  # codes are converted four at a time, which the interpreter cannot
+    JOINT: tl.constexpr,
 ):
     """Attention over a part of one block. Program: (part, KV head, row).
+
+    JOINT, where heads hold different numbers of tokens: 1, the block of each group of heads is somewhere else, and
+    `table` says where; 2, what is given belongs to some of `all_heads`.
 
     Rows of the matrices are query heads, once for each group of a value's channels, whose weights are its own: what a
     row finds in other groups' channels is left out at the end.
@@ -337,9 +358,27 @@ def attend_block(
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     kv = row.to(tl.int64) * kv_heads + head
+    queried = kv  # the same KV head among all
+    if JOINT == 1:
+        entry = table + tl.load(head_map + head * 2).to(tl.int64) * _FIELDS
+        head = tl.load(head_map + head * 2 + 1)
+        k0, k1, k2 = _address(entry, 0, k0), _address(entry, 1, k1), _address(entry, 2, k2)
+        k_zero, k_span = _address(entry, 3, k_zero), _address(entry, 4, k_span)
+        v0, v1 = _address(entry, 5, v0), _address(entry, 6, v1)
+        v_zero, v_span = _address(entry, 7, v_zero), _address(entry, 8, v_span)
+        positions, chunks = _address(entry, 9, positions), _address(entry, 10, chunks)
+        most_chunks, P = tl.load(entry + 11).to(tl.int32), tl.load(entry + 12).to(tl.int32)
+        stretch, first_slot = tl.load(entry + 13).to(tl.int32), tl.load(entry + 14).to(tl.int32)
+        positions_length = tl.load(entry + 15).to(tl.int32)
+        kv = row.to(tl.int64) * tl.load(entry + 16) + head
+        k_row, k_head = tl.load(entry + 17), tl.load(entry + 18)
+        v_row, v_head = tl.load(entry + 19), tl.load(entry + 20)
+    if JOINT == 2:
+        kv_heads = all_heads
+        queried = row.to(tl.int64) * all_heads + tl.load(head_map + head)
     m = tl.arange(0, M)
     real_row = m < G * V_GROUPS
-    query = kv * G + m % G
+    query = queried * G + m % G
     group = tl.where(real_row, m // G, 0)
     d, e = tl.arange(0, D_FILLED), tl.arange(0, E_FILLED)
     SHARED: tl.constexpr = STRETCHES if EVEN else 0

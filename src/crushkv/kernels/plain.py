@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..storage import TieredStorage, turn
 
+takes_groups = False
+
 
 def missing() -> str | None:
     return None
