@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from architectures import VOCAB, small_model, write_profile
+from architectures import SMALL, VOCAB, write_profile
 from crushkv import KVCrush
 from crushkv.hf.interface import passed
 from crushkv.presets import PRESETS
@@ -173,7 +174,10 @@ def decode(model: Any, prompt: torch.Tensor, options: dict[str, Any], interval: 
 
 def main() -> None:
     warnings.simplefilter("ignore")  # about widths from the prompt: a random model has no profile
-    model: Any = small_model()
+    # Heads that belong together do not follow each other.
+    several = LlamaConfig(**{**SMALL, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128})
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(several, attn_implementation="sdpa").eval()
     _patch()
     torch.manual_seed(0)
     prompt = torch.randint(1, VOCAB, (2, 300))

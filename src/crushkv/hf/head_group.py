@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,6 @@ class Heads:
         self.numbers = numbers
         self.of = of
         self._follow = numbers == tuple(range(numbers[0], numbers[0] + len(numbers)))
-        # Kept on the device: it would wait for each index that comes from main memory.
-        self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -59,11 +58,15 @@ class Heads:
         each = x.shape[dim] // self.of
         if self._follow:
             return x.narrow(dim, self.numbers[0] * each, len(self) * each)
-        key = each, x.device
-        if key not in self._indices:
-            first = torch.tensor(self.numbers) * each
-            self._indices[key] = (first[:, None] + torch.arange(each)).flatten().to(x.device)
-        return x.index_select(dim, self._indices[key])
+        return x.index_select(dim, _places(self.numbers, each, x.device))
+
+
+@lru_cache(maxsize=1024)
+def _places(numbers: tuple[int, ...], each: int, device: torch.device) -> Tensor:
+    """Where `each` query heads of some KV heads stand, kept on the device."""
+    with torch.inference_mode(False):
+        places = torch.tensor(numbers)[:, None] * each + torch.arange(each)
+        return places.flatten().to(device, non_blocking=True)
 
 
 class HeadGroup:
