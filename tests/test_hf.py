@@ -22,8 +22,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from architectures import prompts, small_model
 from crushkv import ConfigError, CrushCache, CrushError, KVCrush, UnsupportedModelError
 from crushkv.core import Tier
+from crushkv.errors import ScoreError
 from crushkv.hf import plan
 from crushkv.hf.interface import cache_in, passed
+from crushkv.hf.layer import CrushLayer
+from crushkv.later import Later
 
 SMALL: dict[str, Any] = {
     "budget": 0.4,
@@ -84,6 +87,20 @@ def test_nothing_is_left_behind_after_an_error(model: Any) -> None:
     hook.remove()
     assert untouched(model)
     assert torch.equal(before, model.generate(**prompts([50]), **GREEDY))
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_scores_that_are_not_finite_end_the_pass(monkeypatch: pytest.MonkeyPatch, under_way: bool) -> None:
+    """At once, or where a device may still be computing them, when all layers have evicted."""
+    monkeypatch.setattr(Later, "under_way", under_way)
+    model = small_model()
+    model.model.layers[0].self_attn.v_proj.weight.data[0] = torch.nan
+    evictions: list[int] = []
+    evict = CrushLayer.evict
+    monkeypatch.setattr(CrushLayer, "evict", lambda self, call: (evictions.append(self.index), evict(self, call)))
+    with torch.no_grad(), pytest.raises(ScoreError, match="NaN or infinite"):
+        model(**prompts([200]), **passed(KVCrush(**SMALL).cache(model)))
+    assert evictions == ([0, 1, 2] if under_way else [0])
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "h2o", "pyramidkv", "random"])

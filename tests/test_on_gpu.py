@@ -13,6 +13,7 @@ import torch
 
 from architectures import VOCAB, small_model, write_profile
 from crushkv import KVCrush
+from crushkv.errors import ScoreError
 from crushkv.hf.interface import passed
 from crushkv.presets import PRESETS
 from crushkv.storage import RAW, Formats, TieredStorage
@@ -104,3 +105,12 @@ def test_a_decoded_token_waits_for_nothing(preset: str, profile: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert cache.report().bytes_fraction < 0.9
+
+
+def test_scores_that_are_not_finite_end_the_pass() -> None:
+    """They are looked at when all layers have evicted, which may not let any pass."""
+    model = small_model().to("cuda")
+    model.model.layers[0].self_attn.v_proj.weight.data[0] = torch.nan
+    cache = KVCrush("balanced", min_tokens=0).cache(model)
+    with torch.inference_mode(), pytest.raises(ScoreError, match="NaN or infinite"):
+        model(input_ids=torch.randint(2, VOCAB, (1, 400), device="cuda"), **passed(cache))

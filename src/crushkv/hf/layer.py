@@ -253,14 +253,15 @@ class CrushLayer(CacheLayerMixin):
     def evict(self, call: AttentionCall) -> None:
         """Keeps the budget of what is held, and puts it into the formats of its tiers."""
         self.last_point = self.seen
-        if self._untouched:
-            return
-        budgets = [(group, group.budget()) for group in self.groups]
-        due = [(group, budget) for group, budget in budgets if budget is not None]
-        if due and self.streams:
-            self._accumulate_gathered(call)
-        for group, budget in due:
-            self.evict_group(group, group.view(call, self.queries.queries, self.queries.real), budget)
+        if not self._untouched:
+            budgets = [(group, group.budget()) for group in self.groups]
+            due = [(group, budget) for group, budget in budgets if budget is not None]
+            if due and self.streams:
+                self._accumulate_gathered(call)
+            for group, budget in due:
+                self.evict_group(group, group.view(call, self.queries.queries, self.queries.real), budget)
+        if self.index == self.plan.layers - 1:
+            self.plan.look()
 
     def evict_group(self, group: HeadGroup, view: LayerView, budget: Tensor) -> None:
         """Keeps `budget [B]` tokens of what a group of heads holds."""

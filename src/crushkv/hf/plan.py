@@ -66,17 +66,26 @@ class Plan:
             self._freed = 0
             return_freed_memory()
 
-    def watch(self, selection: Selection, layer: int) -> None:
-        """Checks the scores behind a selection, on a GPU when the host has to wait for it in any case.
+    def watch(self, selection: Selection) -> None:
+        """Checks the scores behind a selection: at once, or by `look` where a device may still be computing them.
 
         Raises:
-            ScoreError: scores of this or an earlier layer are not finite.
+            ScoreError: they are not finite.
         """
-        self._unchecked.append(selection)
-        if not selection.finite.under_way or layer == self.layers - 1:
-            unchecked, self._unchecked = self._unchecked, []
-            for one in unchecked:
-                one.check()
+        if selection.finite.under_way:
+            self._unchecked.append(selection)
+        else:
+            selection.check()
+
+    def look(self) -> None:
+        """Waits for the scores that were not checked yet, when all layers have evicted.
+
+        Raises:
+            ScoreError: those of some layer are not finite.
+        """
+        unchecked, self._unchecked = self._unchecked, []
+        for selection in unchecked:
+            selection.check()
 
     def share_out(self, needs: HeadNeeds | None) -> None:
         """Shares the budget out among the heads as they need it; None: equally within each layer."""

@@ -4,6 +4,9 @@ The tokens of a head are divided among programs, block by block, and what these 
 kernel for the weights of the queries where channels have widths of their own, one for the product of queries and
 centres, one a block, one for the tokens that are not packed, and one that joins. What these launches need is prepared
 once until a layer's blocks change. The host never waits for the device.
+
+Heads that hold different numbers of tokens are attended to by the same launches: a table says where the tokens of each
+group of heads lie (`gpu_joint`). Only for the tokens that are not packed, there is one launch for each group.
 """
 
 from __future__ import annotations
@@ -20,14 +23,13 @@ from ..compiled import interpreted, triton_missing
 from ..storage import RAW, TieredStorage, turn
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
+from .gpu_joint import Joint, alike
 from .gpu_launch import Launch
 from .gpu_prepared import (
     CHUNK,
     Centre,
-    Joint,
     Prepared,
     Walk,
-    alike,
     groups_of,
     power_of_two,
     prepared,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -190,7 +189,8 @@ def _turning(partner: tuple[int, ...], frequencies: tuple[float, ...], reach: in
 _kinds: WeakKeyDictionary[Rope, tuple[tuple[int, ...], tuple[float, ...]]] = WeakKeyDictionary()
 
 
-def _kind_of(rope: Rope) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def kind_of(rope: Rope) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Partners and frequencies, equal where layers turn alike."""
     if rope not in _kinds:
         _kinds[rope] = tuple(rope.partner.tolist()), tuple(rope.frequencies.tolist())
     return _kinds[rope]
@@ -200,7 +200,7 @@ def _turning_of(rope: Rope | None, size: int, positions: int, device: torch.devi
     """Layers that turn alike share it."""
     if rope is None:
         return _turning(tuple(range(size)), (0.0,) * size, 1, device)
-    return _turning(*_kind_of(rope), 1 << max(positions - 1, 1).bit_length(), device)
+    return _turning(*kind_of(rope), 1 << max(positions - 1, 1).bit_length(), device)
 
 
 @dataclass(frozen=True)
@@ -288,117 +288,6 @@ def prepared(store: TieredStorage) -> Prepared | None:
     if found is None or not found.made_for.are_of(store):
         found = _prepared[store] = Prepared.of(store)
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class Joint:
-    """What is needed of heads that hold different numbers of tokens, to attend to all of them at once.
-
-    It is named as in `Prepared` what belongs to all heads, in the model's order.
-
-    Attributes:
-        parts: what is needed of each group of heads.
-        tables: of each block, int64 `[groups, FIELDS]`; see `gpu_code`.
-        head_map: int32 `[Hkv, 2]`. heads: int32 `[heads of the group]`, of each group.
-        walks: of the longest of each block. aligned: of its planes in all groups. even: see `gpu_code`.
-    """
-
-    parts: tuple[Prepared, ...]
-    tables: list[Tensor]
-    head_map: Tensor
-    heads: list[Tensor]
-    walks: list[Walk]
-    aligned: list[int]
-    even: list[bool]
-    centre: Centre
-    slots: dict[int, Slots]
-    channels: Tensor | None
-    middles: Tensor | None
-    units: Tensor | None
-
-    @classmethod
-    def of(cls, stores: Sequence[TieredStorage], parts: Sequence[Prepared], numbers: Sequence[Sequence[int]]) -> Joint:
-        """numbers: the heads of each group. All groups are in the same formats (`alike`)."""
-        from .gpu_code import FIELDS
-
-        first, device = parts[0], stores[0].device
-        places = [number for group in numbers for number in group]
-        back = torch.tensor(places).argsort().to(device, non_blocking=True)
-
-        def joined(of: Callable[[Prepared], Tensor | None], dim: int) -> Tensor | None:
-            found = [x for part in parts if (x := of(part)) is not None]
-            return torch.cat(found, dim).index_select(dim, back) if found else None
-
-        tables, walks, aligned, even = [], [], [], []
-        heads = stores[0].rows * len(places)
-        for number, walk in enumerate(first.walks):
-            own = [part.walks[number] for part in parts]
-            by_channel = number in first.slots
-            aligned.append(min(each.aligned for each in own) if by_channel else 1)
-            even.append(all(each.tokens % each.stretches == 0 for each in own))
-            sizes = stores[0].sizes().sizes
-            longest = max(each.tokens for each in own)
-            walks.append(Walk.over(longest, walk.stretches, tile_of(sizes, device), heads, device))
-            rows = [_entry(store, part, number, aligned[-1]) for store, part in zip(stores, parts, strict=True)]
-            table = torch.tensor([[row.get(field, 0) for field in FIELDS] for row in rows])
-            tables.append(table.to(device, non_blocking=True))
-        of_head = {head: (g, i) for g, group in enumerate(numbers) for i, head in enumerate(group)}
-        head_map = torch.tensor([of_head[head] for head in range(len(places))], dtype=torch.int32)
-        of_groups = [torch.tensor(group, dtype=torch.int32).to(device, non_blocking=True) for group in numbers]
-        of_first, of_second = (
-            joined(lambda part: part.centre.of_first, 1),
-            joined(lambda part: part.centre.of_second, 1),
-        )
-        assert of_first is not None and of_second is not None
-        farthest = max((part.centre for part in parts), key=lambda centre: centre.positions)
-        return cls(
-            tuple(parts), tables, head_map.to(device, non_blocking=True), of_groups, walks, aligned, even,
-            replace(farthest, of_first=of_first, of_second=of_second), first.slots,
-            joined(lambda part: part.channels, 1), joined(lambda part: part.middles, 1),
-            joined(lambda part: part.units, 2),
-        )  # fmt: skip
-
-
-def _entry(store: TieredStorage, part: Prepared, number: int, aligned: int) -> dict[str, int]:
-    """The row of a table for a block of one group of heads."""
-    keys, values = store.blocks[number]
-    walk = part.walks[number]
-    found = {
-        "positions": part.positions.data_ptr(),
-        "positions_length": part.positions.shape[2],
-        "P": walk.tokens,
-        "stretch": walk.stretch // aligned,
-        "first_slot": sum(each.tokens for each in part.walks[:number]),
-        "heads": store.kv_heads,
-    }
-    if number in part.slots:
-        found |= {"chunks": part.slots[number].chunks.data_ptr(), "most_chunks": part.slots[number].chunks.shape[1]}
-    for letter, held in (("k", keys), ("v", values)):
-        tensors = held.tensors
-        if held.bits == RAW:
-            found |= {f"{letter}0": tensors["raw"].data_ptr()}
-            found |= {f"{letter}_row": tensors["raw"].stride(0), f"{letter}_head": tensors["raw"].stride(1)}
-            continue
-        names = [f"plane{i}" for i in ((4, 2, 1) if isinstance(held, ChannelTensor) else range(2))]
-        planes = [tensors[name] for name in names if name in tensors]
-        found |= {f"{letter}{i}": plane.data_ptr() for i, plane in enumerate(planes)}
-        zero = tensors["scale"] if isinstance(held, ChannelTensor) else tensors["zero"]
-        found[f"{letter}_zero"] = zero.data_ptr()
-        if not isinstance(held, ChannelTensor):
-            found[f"{letter}_span"] = tensors["span"].data_ptr()
-    return found
-
-
-def alike(stores: Sequence[TieredStorage]) -> bool:
-    """Whether all groups of heads hold the same blocks in the same formats, so that one kernel serves them."""
-
-    def kind(store: TieredStorage) -> tuple[Any, ...]:
-        assert store.bases is not None
-        rope = store.bases[0].rope
-        blocks = (tuple((type(each), each.bits, groups_of(each)) for each in block) for block in store.blocks)
-        return *blocks, rope if rope is None else _kind_of(rope)
-
-    return len({kind(store) for store in stores}) == 1
 
 
 def groups_of(part: PackedTensor | ChannelTensor) -> int:
