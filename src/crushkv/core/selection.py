@@ -52,40 +52,64 @@ class Kept:
         return bool((self.counts == self.indices.shape[2]).all())
 
     @staticmethod
-    def joined(parts: Sequence[Kept]) -> Kept:
-        """The tokens of all parts, which share none."""
+    def joined(parts: Sequence[Kept], follow: bool = False) -> Kept:
+        """The tokens of all parts, which share none. follow: they follow each other in the text."""
+        parts = [part for part in parts if part.indices.shape[2]] or parts[:1]
         if len(parts) == 1:
             return parts[0]
         indices, tiers = (torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("indices", "tiers"))
         counts = torch.stack([part.counts for part in parts]).sum(0)
-        if not all(part.full for part in parts):
+        full = all(part.full for part in parts)
+        if follow and full:
+            return Kept(indices, tiers, counts)
+        if not full:
             indices = indices.masked_fill(tiers == Tier.PADDING, -1)  # to the front
         indices, order = indices.sort(dim=-1)
         most = int(counts.max())
         indices, order = indices[..., indices.shape[2] - most :], order[..., order.shape[2] - most :]
         return Kept(indices.clamp(min=0), tiers.gather(-1, order), counts)
 
+    def in_tier(self, tier: Tier, counts: Tensor) -> Kept:
+        """Those in a tier, of which rows have so many."""
+        slots, empty = _places(self.tiers == tier, counts)
+        indices, tiers = self.indices.gather(-1, slots), torch.full_like(slots, tier, dtype=torch.uint8)
+        if empty is not None:
+            indices, tiers = indices.masked_fill(empty, 0), tiers.masked_fill(empty, Tier.PADDING)
+        return Kept(indices, tiers, counts)
 
-@dataclass(frozen=True)
+
 class Selection:
     """What is kept.
 
-    parts: the tokens in each tier.
-    finite: whether all scores are. What is kept means nothing otherwise, and `check` says so.
+    Args:
+        found: the tokens in all tiers, or those in each; the other one is made when it is asked for.
+        by_tier: tokens of each row in each tier, int64 `[B]` in main memory.
+        finite: whether all scores are. What is kept means nothing otherwise, and `check` says so.
     """
 
-    parts: Mapping[Tier, Kept]
-    finite: Later
+    def __init__(self, found: Kept | Mapping[Tier, Kept], by_tier: Mapping[Tier, Tensor], finite: Later) -> None:
+        self._found, self._by_tier, self.finite = found, by_tier, finite
+
+    @cached_property
+    def parts(self) -> Mapping[Tier, Kept]:
+        """The tokens in each tier."""
+        if not isinstance(self._found, Kept):
+            return self._found
+        return {tier: self._found.in_tier(tier, counts) for tier, counts in self._by_tier.items()}
 
     @cached_property
     def kept(self) -> Kept:
         """The tokens in all tiers."""
-        return Kept.joined(list(self.parts.values()))
+        if isinstance(self._found, Kept):
+            return self._found
+        of_tier = self._found
+        contested = Kept.joined([of_tier[Tier.IMPORTANT], of_tier[Tier.REPRESENTATIVE]])
+        return Kept.joined([of_tier[Tier.SINK], contested, of_tier[Tier.RECENT]], follow=True)
 
     @property
     def counts(self) -> Tensor:
         """Tokens kept of each row, int64 `[B]` in main memory."""
-        return torch.stack([part.counts for part in self.parts.values()]).sum(0)
+        return torch.stack(list(self._by_tier.values())).sum(0)
 
     def check(self) -> None:
         """Waits for the scores.
@@ -127,9 +151,17 @@ def select(
     rows, _, tokens = head_score.shape
     zones = divide(count_real(rows, tokens, real), budget, config)
     represented = representative_units(zones.keep, config.representative_share)
+    by_tier = {
+        Tier.SINK: zones.sink,
+        Tier.IMPORTANT: (zones.keep - represented) * zones.page_size,
+        Tier.REPRESENTATIVE: represented * zones.page_size,
+        Tier.RECENT: zones.recent,
+    }
     by_rank = config.grouping == "score" or not bool(represented.any())
-    if real is None and by_rank and zones.alike:
-        return Selection(_ranked(head_score, kv_heads, zones, int(represented[0]), config), finite)
+    # Of many units, a CPU finds the best by a threshold in half of the time.
+    few = config.page_size > 1 or head_score.device.type != "cpu"
+    if real is None and by_rank and few and zones.alike:
+        return Selection(_ranked(head_score, kv_heads, zones, int(represented[0]), config), by_tier, finite)
 
     compact = None
     if real is not None:
@@ -137,16 +169,14 @@ def select(
         compact = (~real).to(torch.uint8).argsort(dim=-1, stable=True)
         head_score = head_score.gather(-1, compact[:, None].expand_as(head_score))
     tiers = _tiers(head_score, kv_heads, zones, config, seed)
-    if compact is not None:
-        compact = compact[:, None].expand_as(tiers)
-    counts = {
-        Tier.SINK: zones.sink,
-        Tier.IMPORTANT: (zones.keep - represented) * zones.page_size,
-        Tier.REPRESENTATIVE: represented * zones.page_size,
-        Tier.RECENT: zones.recent,
-    }
     with stage("indices"):
-        return Selection({tier: _members(tiers, tier, count, compact) for tier, count in counts.items()}, finite)
+        indices, empty = _places(tiers != Tier.PADDING, zones.kept)
+        tiers = tiers.gather(-1, indices)
+        if compact is not None:
+            indices = compact[:, None].expand(-1, kv_heads, -1).gather(-1, indices)
+        if empty is not None:
+            indices, tiers = indices.masked_fill(empty, 0), tiers.masked_fill(empty, Tier.PADDING)
+        return Selection(Kept(indices, tiers, zones.kept), by_tier, finite)
 
 
 def _ranked(head_score: Tensor, kv_heads: int, zones: Zones, represented: int, config: CrushConfig) -> dict[Tier, Kept]:
@@ -179,29 +209,30 @@ def _ranked(head_score: Tensor, kv_heads: int, zones: Zones, represented: int, c
     }
 
 
-def _members(tiers: Tensor, tier: Tier, counts: Tensor, compact: Tensor | None) -> Kept:
-    """The tokens of a tier, of which rows have so many.
+def _places(members: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where members stand, in ascending order, rows aligned at the right.
 
     Args:
-        tiers: uint8 `[B, Hkv, S]`.
-        compact: int64 `[B, Hkv, S]`, where these tokens stood; None: in the same places.
+        members: bool `[B, Hkv, S]`.
+        counts: `[B]` in main memory: members of each row, the same for all its heads. K is the greatest.
+
+    Returns:
+        int64 `[B, Hkv, K]`, 0 in the slots that a row leaves empty; and which these are, bool `[B, 1, K]`, or None.
     """
-    most, device = int(counts.max()), tiers.device
-    members = tiers == tier
+    most, device = int(counts.max()), members.device
+    alike = bool((counts == most).all())
+    if alike and device.type == "cpu":  # a GPU would be waited for
+        return members.nonzero()[:, 2].view(*members.shape[:2], most), None
     place, empty = members.cumsum(-1) - 1, None
-    if bool((counts < most).any()):
+    if not alike:
         missing = (most - counts).to(device, non_blocking=True)[:, None, None]
         place += missing
         empty = torch.arange(most, device=device) < missing
     # What is no member is written into one slot more, which is cut off.
     place.masked_fill_(~members, most)
     position = torch.arange(members.shape[-1], device=device).expand_as(place)
-    indices = place.new_zeros((*place.shape[:-1], most + 1)).scatter_(-1, place, position)[..., :most]
-    indices = indices.contiguous() if compact is None else compact.gather(-1, indices)
-    of_tier = torch.full_like(indices, tier, dtype=torch.uint8)
-    if empty is not None:
-        indices, of_tier = indices.masked_fill(empty, 0), of_tier.masked_fill(empty, Tier.PADDING)
-    return Kept(indices, of_tier, counts)
+    places = place.new_zeros((*place.shape[:-1], most + 1)).scatter_(-1, place, position)
+    return places[..., :most].contiguous(), empty
 
 
 def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, config: CrushConfig, seed: int) -> Tensor:

@@ -37,7 +37,7 @@ def arrange(selection: Selection, formats: Formats) -> Arrangement:
         of_tier = selection.parts
         contested = [of_tier[Tier.IMPORTANT], of_tier[Tier.REPRESENTATIVE]]
         blocks = [Kept.joined(contested)] if len(formats.contested) == 1 else contested
-        blocks.append(Kept.joined([of_tier[Tier.SINK], of_tier[Tier.RECENT]]))
+        blocks.append(Kept.joined([of_tier[Tier.SINK], of_tier[Tier.RECENT]], follow=True))
     indices, tiers = (torch.cat([getattr(block, name) for block in blocks], dim=2) for name in ("indices", "tiers"))
     lengths = tuple(block.indices.shape[2] for block in blocks)
     if formats.recent_block:
