@@ -243,7 +243,7 @@ def test_beams_and_samples_are_rows(tmp_path: Path) -> None:
     batch = prompts([120])
     with KVCrush(config)(model) as session:
         greedy = model.generate(**batch, **options)
-        assert session.cache is not None and session.cache.crushed_layers[1].parted
+        assert session.cache is not None and any(layer.parted for layer in session.cache.crushed_layers)
         beams = model.generate(**batch, num_beams=3, num_return_sequences=3, **options)
         assert session.cache.crushed_layers[1].batch_size == 3
     assert beams.shape == (3, 144) and greedy.shape == (1, 144)

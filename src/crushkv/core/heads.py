@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 STEPS = 64
-MOST_GROUPS = 3
+MOST_GROUPS = 2
 """Groups of heads a layer is held in, at most: attention runs once for each of them."""
-ALIKE = 0.01
+ALIKE = 0.03
 """Heads are one group where that moves no more than this part of the tokens of a head."""
 WEIGHT = 0.5
 """Of what a head needs; the rest of a budget goes to all heads alike. Chosen on two models (docs/accuracy.md)."""
