@@ -6,7 +6,7 @@ from .evictor import Evictor
 from .grouping import choose_representatives, signature_order
 from .heads import HeadNeeds
 from .query_tails import BatchTail, QueryTails
-from .selection import Kept, Selection, Tier, select
+from .selection import Kept, Selection, Tier, check_finite, select
 from .shares import Shares, Split, pyramid, split_bytes, split_tokens
 from .signatures import hamming, pack, popcount, token_bits, unit_signatures
 from .stages import record_stages, stage
@@ -24,6 +24,7 @@ __all__ = [
     "Split",
     "Tier",
     "anchor_bits",
+    "check_finite",
     "choose_representatives",
     "count_real",
     "hamming",

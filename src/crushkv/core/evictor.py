@@ -44,7 +44,7 @@ class Evictor:
         """Which tokens of a view each of `kv_heads` heads keeps, where `budget [B]` is the most of each row.
 
         Raises:
-            ScoreError: the policy's scores are of another shape. Whether they are finite, `Selection.check` says.
+            ScoreError: as `select`.
         """
         with stage("importance"):
             head_score = scores(self.policy, view)

@@ -112,13 +112,18 @@ class Selection:
         return torch.stack(list(self._by_tier.values())).sum(0)
 
     def check(self) -> None:
-        """Waits for the scores.
+        """`check_finite`, of the scores behind it."""
+        check_finite(self.finite)
 
-        Raises:
-            ScoreError: a score is NaN or infinite.
-        """
-        if not self.finite.read():
-            raise ScoreError("scores hold NaN or infinite values: the importance policy cannot rank these tokens")
+
+def check_finite(finite: Later) -> None:
+    """Waits for the scores.
+
+    Raises:
+        ScoreError: a score is NaN or infinite.
+    """
+    if not finite.read():
+        raise ScoreError("scores hold NaN or infinite values: the importance policy cannot rank these tokens")
 
 
 def select(
@@ -140,7 +145,8 @@ def select(
         seed: for the anchor `random` and for random grouping.
 
     Raises:
-        ScoreError: the shapes do not fit. Whether the scores are finite is for the caller to ask (`Selection.check`).
+        ScoreError: the shapes do not fit, or a score is not finite. Where a device may still be computing the scores,
+            that is for the caller to ask: `Selection.check`.
     """
     if head_score.ndim != 3 or head_score.shape[1] % kv_heads:
         raise ScoreError(
@@ -148,6 +154,8 @@ def select(
             f"{kv_heads} KV heads"
         )
     finite = Later(head_score.isfinite().all())
+    if not finite.under_way:
+        check_finite(finite)
     rows, _, tokens = head_score.shape
     zones = divide(count_real(rows, tokens, real), budget, config)
     represented = representative_units(zones.keep, config.representative_share)
@@ -222,14 +230,17 @@ def _places(members: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
     most, device = int(counts.max()), members.device
     alike = bool((counts == most).all())
     if alike and device.type == "cpu":  # a GPU would be waited for
-        return members.nonzero()[:, 2].view(*members.shape[:2], most), None
+        found = members.nonzero()[:, 2]
+        if len(found) == members[..., 0].numel() * most:
+            return found.view(*members.shape[:2], most), None
     place, empty = members.cumsum(-1) - 1, None
     if not alike:
         missing = (most - counts).to(device, non_blocking=True)[:, None, None]
         place += missing
         empty = torch.arange(most, device=device) < missing
-    # What is no member is written into one slot more, which is cut off.
-    place.masked_fill_(~members, most)
+    # What is no member is written into one slot more, which is cut off. So is what scores that are not finite have let
+    # in too much: the device has to live until they are looked at.
+    place.masked_fill_(~members, most).clamp_(max=most)
     position = torch.arange(members.shape[-1], device=device).expand_as(place)
     places = place.new_zeros((*place.shape[:-1], most + 1)).scatter_(-1, place, position)
     return places[..., :most].contiguous(), empty

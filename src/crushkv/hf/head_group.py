@@ -267,7 +267,7 @@ class HeadGroup:
             view = _ordered(view, order)
         _, seen = self.real_tokens()
         selection = plan.evictor.select(view, storage.kv_heads, budget)
-        plan.watch(selection)
+        plan.watch(selection.finite)
         with stage("gather"):
             kept = arrange(selection, plan.formats)
             slots = kept.indices if order is None else order.gather(2, kept.indices)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import CrushConfig
-from ..core import Clock, Evictor, HeadNeeds, Selection, Shares
+from ..core import Clock, Evictor, HeadNeeds, Shares, check_finite
+from ..later import Later
 from ..machine import return_freed_memory
 from ..profile import Profile
 from ..rope import Rope
@@ -50,7 +51,7 @@ class Plan:
     workspace: Workspace = field(default_factory=Workspace)
     masks: MaskReader = field(default_factory=MaskReader)
     _freed: int = 0
-    _unchecked: list[Selection] = field(default_factory=list)
+    _unchecked: list[Later] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.config.interval)
@@ -66,16 +67,10 @@ class Plan:
             self._freed = 0
             return_freed_memory()
 
-    def watch(self, selection: Selection) -> None:
-        """Checks the scores behind a selection: at once, or by `look` where a device may still be computing them.
-
-        Raises:
-            ScoreError: they are not finite.
-        """
-        if selection.finite.under_way:
-            self._unchecked.append(selection)
-        else:
-            selection.check()
+    def watch(self, finite: Later) -> None:
+        """Whether scores are finite, for `look` to ask where a device may still be computing them."""
+        if finite.under_way:
+            self._unchecked.append(finite)
 
     def look(self) -> None:
         """Waits for the scores that were not checked yet, when all layers have evicted.
@@ -84,8 +79,8 @@ class Plan:
             ScoreError: those of some layer are not finite.
         """
         unchecked, self._unchecked = self._unchecked, []
-        for selection in unchecked:
-            selection.check()
+        for finite in unchecked:
+            check_finite(finite)
 
     def share_out(self, needs: HeadNeeds | None) -> None:
         """Shares the budget out among the heads as they need it; None: equally within each layer."""
