@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 VARIABLE = "CRUSHKV_KERNELS"
 """Environment variable that names what computes attention over packed tokens; `plain` for nothing compiled at all."""
@@ -46,3 +51,26 @@ def _module(name: str, device: torch.device) -> ModuleType | None:
     if device.type == ("cpu" if interpreted() else "cuda") and triton_missing() is None:
         return importlib.import_module(f"{__package__}.{name}")
     return None
+
+
+@contextmanager
+def where(x: Tensor) -> Iterator[None]:
+    """On the GPU of a tensor: a kernel is launched on the present one, wherever its arguments lie."""
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():
+        yield
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(launches: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """A function that launches kernels `where` its first argument is."""
+
+    @wraps(launches)
+    def run(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with where(x):
+            return launches(x, *args, **kwargs)
+
+    return run

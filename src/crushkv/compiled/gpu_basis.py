@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_its_device
 from .gpu_quantize import filled
 
 _TOKENS = 16
@@ -53,6 +54,7 @@ def _coordinates(
     tl.store(out + (pair * count + k)[:, None] * D + d[None, :], number, mask=inside)
 
 
+@on_its_device
 def coordinates(
     x: Tensor, indices: Tensor, positions: Tensor, centre: Tensor | None, turns: tuple[Tensor, Tensor] | None
 ) -> Tensor:
@@ -117,6 +119,7 @@ def _sums(
         at += of_head
 
 
+@on_its_device
 def mean(
     x: Tensor, positions: Tensor, real: Tensor | None, turns: tuple[Tensor, Tensor] | None, centre: Tensor | None = None
 ) -> Tensor:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_its_device
+
 _TOKENS = 32
 _VARYING = ["tokens"]
 
@@ -63,6 +65,7 @@ def _channel_codes(
     tl.store(scales + pair * tokens + t, best_code.to(tl.uint8), mask=t < tokens)
 
 
+@on_its_device
 def channel_codes(
     x: Tensor, unit: Tensor, cost: Tensor, used: Tensor, last: Tensor, factors: Sequence[float], code: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
@@ -114,6 +117,7 @@ def _range_codes(codes, zeros, spans, x, tokens, LENGTH: tl.constexpr, FILLED: t
     tl.store(spans + t, span.to(tl.uint8), mask=t < tokens)
 
 
+@on_its_device
 def range_codes(x: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of 8 bits of `x [..., P, R]`, with where zero lies and the span of each group of `length` numbers."""
     x = x.contiguous()
@@ -183,6 +187,7 @@ def _all_channels(size: int, up: int, device: torch.device) -> tuple[Tensor, Ten
         return torch.arange(size, device=device), torch.full((size,), up, dtype=torch.uint8, device=device)
 
 
+@on_its_device
 def _launch_pack(
     plane: Tensor,
     codes: Tensor,

@@ -11,15 +11,14 @@ group of heads lie (`gpu_joint`). Only for the tokens that are not packed, there
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..compiled import interpreted, triton_missing
+from ..compiled import interpreted, triton_missing, where
 from ..storage import RAW, TieredStorage, turn
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
@@ -83,7 +82,7 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
     """See `kernels.attend`."""
-    with _on(queries):
+    with torch.no_grad(), where(queries):
         queries = queries.contiguous()
         if shown is not None:
             shown = shown.view(queries.shape[0], -1, shown.shape[-1])
@@ -102,7 +101,7 @@ def attend_together(
 ) -> Tensor | None:
     """See `kernels.attend_together`."""
     parts = [prepared(store) for store in stores]
-    with _on(queries):
+    with torch.no_grad(), where(queries):
         queries = queries.contiguous()
         tails = [_tail(store) for store in stores]
         key = (*parts, queries.shape, queries.dtype, scaling, *map(_like, tails))
@@ -132,14 +131,6 @@ def _joint(
 Tail = tuple[Tensor, Tensor]  # keys and values of the tokens that are not packed
 _plans: WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], _Plan]] = WeakKeyDictionary()
 _plans_together: WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], _Plan | None]] = WeakKeyDictionary()
-
-
-@contextmanager
-def _on(queries: Tensor) -> Iterator[None]:
-    """Where the queries are."""
-    elsewhere = queries.is_cuda and queries.device.index != torch.cuda.current_device()
-    with torch.no_grad(), torch.cuda.device(queries.device) if elsewhere else nullcontext():
-        yield
 
 
 def _tail(store: TieredStorage) -> Tail:
