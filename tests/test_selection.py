@@ -163,7 +163,7 @@ def test_scores_that_cannot_be_ranked(bad: float) -> None:
     scores = torch.zeros(1, 2, 40)
     scores[0, 1, 3] = bad
     with pytest.raises(ScoreError, match="NaN or infinite"):
-        select(scores, 2, torch.tensor([37]), CrushConfig()).check()
+        select(scores, 2, torch.tensor([37]), CrushConfig())
 
 
 def test_scores_of_a_wrong_shape() -> None:

@@ -53,6 +53,11 @@ def _module(name: str, device: torch.device) -> ModuleType | None:
     return None
 
 
+def power_of_two(number: int, least: int = 16) -> int:
+    """The least one that is no less than both: sizes of tiles and matrices on a device."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
 @contextmanager
 def where(x: Tensor) -> Iterator[None]:
     """On the GPU of a tensor: a kernel is launched on the present one, wherever its arguments lie."""

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import on_its_device
-from .gpu_quantize import filled
+from . import on_its_device, power_of_two
 
 _TOKENS = 16
 _TWO_PI = tl.constexpr(2 * math.pi)
@@ -74,7 +73,7 @@ def coordinates(
         partner, frequencies = turns or (unused, unused)
         _coordinates[(triton.cdiv(count, _TOKENS), rows * heads)](
             out, x, indices, positions.contiguous(), unused if centre is None else centre.contiguous(), partner,
-            frequencies, count, heads, *_strides(x), D=size, D_FILLED=filled(size), TOKENS=_TOKENS,
+            frequencies, count, heads, *_strides(x), D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS,
             CENTRED=centre is not None, TURNS=turns is not None,
         )  # fmt: skip
     return out
@@ -140,8 +139,8 @@ def mean(
     _sums[(blocks, rows)](
         sums, x, positions, positions if real is None else real.contiguous().view(torch.uint8),
         positions if centre is None else centre.contiguous(), partner, frequencies, tokens, blocks, heads,
-        *_strides(x), D=size, D_FILLED=filled(size), TOKENS=_TOKENS, TURNS=turns is not None, PADDED=real is not None,
-        SQUARED=centre is not None, num_warps=8,
+        *_strides(x), D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, TURNS=turns is not None,
+        PADDED=real is not None, SQUARED=centre is not None, num_warps=8,
     )  # fmt: skip
     total = sums.sum(2, keepdim=True)
     return total / (tokens if real is None else real.sum(-1).clamp(min=1)[:, None, None, None])

@@ -15,15 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import on_its_device
+from . import on_its_device, power_of_two
 
 _TOKENS = 32
 _VARYING = ["tokens"]
-
-
-def filled(number: int) -> int:
-    """The size of a tile for so many numbers."""
-    return max(16, 1 << (number - 1).bit_length())
 
 
 # Keys with a width for each channel
@@ -89,7 +84,7 @@ def channel_codes(
         _channel_codes[(triton.cdiv(tokens, _TOKENS), rows * heads)](
             codes, scales, x, unit.contiguous(), cost.contiguous(), used.contiguous(), last.contiguous(),
             tokens, heads, float(code[0]), float(code[1]), 1e-6,
-            D=size, D_FILLED=filled(size), TOKENS=_TOKENS, FACTORS=tuple(factors),
+            D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, FACTORS=tuple(factors),
         )  # fmt: skip
     return codes, scales
 
@@ -126,7 +121,7 @@ def range_codes(x: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     zeros, spans = (codes.new_empty((*x.shape[:-1], x.shape[-1] // length)) for _ in range(2))
     if groups:
         grid = (triton.cdiv(groups, _TOKENS),)
-        _range_codes[grid](codes, zeros, spans, x, groups, LENGTH=length, FILLED=filled(length), TOKENS=_TOKENS)
+        _range_codes[grid](codes, zeros, spans, x, groups, LENGTH=length, FILLED=power_of_two(length), TOKENS=_TOKENS)
     return codes, zeros, spans
 
 

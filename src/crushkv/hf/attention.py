@@ -204,7 +204,8 @@ class CrushAttention:
 
     def _attend_parted(self, layer: CrushLayer, query: Tensor, key: Tensor, asked: _Asked) -> tuple[Tensor | None, ...]:
         """Attention of a layer whose heads hold different numbers of tokens, at once or group by group."""
-        if asked.plain and query.shape[2] == 1 and self._shows_all(layer, query, asked):
+        at_once = asked.plain and query.shape[2] == 1 and kernels.takes_groups(query.device)
+        if at_once and self._shows_all(layer, query, asked):
             stores = [group.storage for group in layer.groups]
             numbers = [group.heads.numbers for group in layer.groups if group.heads is not None]
             attended = kernels.attend_together(query, stores, numbers, asked.scaling)

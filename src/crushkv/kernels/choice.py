@@ -99,20 +99,24 @@ def reader(store: TieredStorage) -> str:
     return described(store.device) if reason is None else f"plain ({reason})"
 
 
+def takes_groups(device: torch.device) -> bool:
+    """Whether what attends on a device has `attend_together`."""
+    return _named(chosen(device)).takes_groups
+
+
 def attend_together(
     queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
 ) -> Tensor | None:
-    """`attend` for heads that hold different numbers of tokens, all of them at once.
+    """`attend` for heads that hold different numbers of tokens, all of them at once, where a device `takes_groups`.
 
     Args:
         queries: `[B, Hq, 1, D]`, of all heads.
         stores: what each group of heads holds. heads: the KV heads of each group.
 
     Returns:
-        `[B, Hq, 1, Dv]`; None where the chosen implementation has to be asked group by group.
+        `[B, Hq, 1, Dv]`; None where these groups have to be asked for one by one.
     """
-    kernels = _named(chosen(queries.device))
-    return kernels.attend_together(queries, stores, heads, scaling) if kernels.takes_groups else None
+    return _named(chosen(queries.device)).attend_together(queries, stores, heads, scaling)
 
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None = None) -> Tensor:

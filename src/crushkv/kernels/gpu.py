@@ -18,10 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..compiled import interpreted, triton_missing, where
+from ..compiled import interpreted, power_of_two, triton_missing, where
 from ..storage import RAW, TieredStorage, turn
-from ..storage.block import PackedTensor
-from ..storage.channels import ChannelTensor
 from .gpu_joint import Joint, alike
 from .gpu_launch import Launch
 from .gpu_prepared import (
@@ -29,11 +27,11 @@ from .gpu_prepared import (
     Centre,
     Prepared,
     Walk,
-    groups_of,
-    power_of_two,
+    key_arguments,
     prepared,
     programs,
     tile_of,
+    value_arguments,
 )
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -198,7 +196,7 @@ class _Plan:
                 "CENTRED": True,
             }
             for number, ((keys_of, values_of), walk) in enumerate(zip(store.blocks, made.walks, strict=True)):
-                arguments = centred | self._key_arguments(keys_of) | _value_arguments(values_of)
+                arguments = centred | key_arguments(keys_of, self.size) | value_arguments(values_of)
                 if number in made.slots:
                     arguments |= self._slot_arguments(made, number)
                 self.blocks.append((self._block(made, number, walk, arguments), walk.splits))
@@ -281,19 +279,6 @@ class _Plan:
         }  # fmt: skip
         self.centre = Launch(centre_logits, arguments, ("out", "queries"), num_warps=8)
 
-    def _key_arguments(self, part: PackedTensor | ChannelTensor) -> dict[str, Any]:
-        tensors = part.tensors
-        if isinstance(part, ChannelTensor):
-            planes = {f"k{i}": tensors[f"plane{width}"] for i, width in enumerate((4, 2, 1))}
-            return {**planes, "k_zero": tensors["scale"], "K_BITS": 0}
-        if part.bits == RAW:
-            raw = tensors["raw"]
-            return {"k0": raw, "k_row": raw.stride(0), "k_head": raw.stride(1), "K_BITS": RAW}
-        planes = {f"k{i}": tensors[f"plane{i}"] for i in range(2) if f"plane{i}" in tensors}
-        groups = groups_of(part)
-        ranges = {"k_zero": tensors["zero"], "k_span": tensors["span"], "K_GROUPS": groups}
-        return {**planes, **ranges, "K_BITS": part.bits, "K_GROUP_FILLED": power_of_two(self.size // groups)}
-
     def _block(self, made: Prepared | Joint, number: int, walk: Walk, arguments: dict[str, Any]) -> Launch:
         aligned = walk.aligned if arguments["K_BITS"] == 0 else 1
         even = walk.tokens % walk.stretches == 0
@@ -364,13 +349,3 @@ def _product_dtype(dtype: torch.dtype) -> Any:
     if dtype == torch.bfloat16 and interpreted():
         return tl.float32
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
-
-
-def _value_arguments(part: PackedTensor) -> dict[str, Any]:
-    tensors = part.tensors
-    if part.bits == RAW:
-        raw = tensors["raw"]
-        return {"v0": raw, "v_row": raw.stride(0), "v_head": raw.stride(1), "V_BITS": RAW}
-    planes = {f"v{i}": tensors[f"plane{i}"] for i in range(2) if f"plane{i}" in tensors}
-    ranges = {"v_zero": tensors["zero"], "v_span": tensors["span"], "V_GROUPS": groups_of(part)}
-    return {**planes, **ranges, "V_BITS": part.bits}

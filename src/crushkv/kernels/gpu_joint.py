@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..storage import RAW, TieredStorage
-from ..storage.channels import ChannelTensor
-from .gpu_prepared import Centre, Prepared, Slots, Walk, groups_of, kind_of, tile_of
+from ..storage import TieredStorage
+from .gpu_launch import address
+from .gpu_prepared import Centre, Prepared, Slots, Walk, groups_of, key_arguments, kind_of, tile_of, value_arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +87,9 @@ def _entry(store: TieredStorage, part: Prepared, number: int, aligned: int) -> d
     """The row of a table for a block of one group of heads."""
     keys, values = store.blocks[number]
     walk = part.walks[number]
-    found = {
-        "positions": part.positions.data_ptr(),
+    found = key_arguments(keys, store.sizes().sizes[0]) | value_arguments(values)
+    found |= {
+        "positions": part.positions,
         "positions_length": part.positions.shape[2],
         "P": walk.tokens,
         "stretch": walk.stretch // aligned,
@@ -96,21 +97,8 @@ def _entry(store: TieredStorage, part: Prepared, number: int, aligned: int) -> d
         "heads": store.kv_heads,
     }
     if number in part.slots:
-        found |= {"chunks": part.slots[number].chunks.data_ptr(), "most_chunks": part.slots[number].chunks.shape[1]}
-    for letter, held in (("k", keys), ("v", values)):
-        tensors = held.tensors
-        if held.bits == RAW:
-            found |= {f"{letter}0": tensors["raw"].data_ptr()}
-            found |= {f"{letter}_row": tensors["raw"].stride(0), f"{letter}_head": tensors["raw"].stride(1)}
-            continue
-        names = [f"plane{i}" for i in ((4, 2, 1) if isinstance(held, ChannelTensor) else range(2))]
-        planes = [tensors[name] for name in names if name in tensors]
-        found |= {f"{letter}{i}": plane.data_ptr() for i, plane in enumerate(planes)}
-        zero = tensors["scale"] if isinstance(held, ChannelTensor) else tensors["zero"]
-        found[f"{letter}_zero"] = zero.data_ptr()
-        if not isinstance(held, ChannelTensor):
-            found[f"{letter}_span"] = tensors["span"].data_ptr()
-    return found
+        found |= {"chunks": part.slots[number].chunks, "most_chunks": part.slots[number].chunks.shape[1]}
+    return {name: address(value) for name, value in found.items()}
 
 
 def alike(stores: Sequence[TieredStorage]) -> bool:

@@ -42,10 +42,11 @@ class Launch:
 
     def _keep(self, compiled: Any) -> None:
         names = self._kernel.arg_names
-        self._values = [_address(self._arguments.get(name)) for name in names]
+        self._values = [address(self._arguments.get(name)) for name in names]
         self._places = [names.index(name) for name in self._changing]
         self._compiled, self._arguments = compiled, {}
 
 
-def _address(value: Any) -> Any:
+def address(value: Any) -> Any:
+    """Where a tensor lies; anything else is what it is."""
     return value.data_ptr() if isinstance(value, Tensor) else value

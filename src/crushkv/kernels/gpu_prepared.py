@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..compiled import power_of_two
 from ..rope import Rope, angles, pairs_of
 from ..storage import RAW, ChannelFormat, TieredStorage
 from ..storage.basis import Basis
@@ -25,11 +26,6 @@ TILE_NUMBERS = 16384
 """Numbers of a tile of values."""
 _PROGRAMS_A_PROCESSOR = 4  # twice what runs at a time, so that all have work until the end
 _MOST_SPLITS = 128
-
-
-def power_of_two(number: int, least: int = 16) -> int:
-    """The least one that is no less than both: sizes of matrices on the device."""
-    return max(least, 1 << (number - 1).bit_length())
 
 
 @lru_cache
@@ -295,3 +291,29 @@ def groups_of(part: PackedTensor | ChannelTensor) -> int:
     if isinstance(part, ChannelTensor) or part.bits == RAW:
         return 1
     return math.prod(part.tensors["span"].shape[3:])
+
+
+def key_arguments(part: PackedTensor | ChannelTensor, size: int) -> dict[str, Any]:
+    """What a kernel is given of the keys of a block, by the names of `gpu_code.attend_block`. size: D."""
+    tensors = part.tensors
+    if isinstance(part, ChannelTensor):
+        planes = {f"k{i}": tensors[f"plane{width}"] for i, width in enumerate((4, 2, 1))}
+        return {**planes, "k_zero": tensors["scale"], "K_BITS": 0}
+    if part.bits == RAW:
+        raw = tensors["raw"]
+        return {"k0": raw, "k_row": raw.stride(0), "k_head": raw.stride(1), "K_BITS": RAW}
+    planes = {f"k{i}": tensors[f"plane{i}"] for i in range(2) if f"plane{i}" in tensors}
+    groups = groups_of(part)
+    ranges = {"k_zero": tensors["zero"], "k_span": tensors["span"], "K_GROUPS": groups}
+    return {**planes, **ranges, "K_BITS": part.bits, "K_GROUP_FILLED": power_of_two(size // groups)}
+
+
+def value_arguments(part: PackedTensor) -> dict[str, Any]:
+    """The same of its values."""
+    tensors = part.tensors
+    if part.bits == RAW:
+        raw = tensors["raw"]
+        return {"v0": raw, "v_row": raw.stride(0), "v_head": raw.stride(1), "V_BITS": RAW}
+    planes = {f"v{i}": tensors[f"plane{i}"] for i in range(2) if f"plane{i}" in tensors}
+    ranges = {"v_zero": tensors["zero"], "v_span": tensors["span"], "V_GROUPS": groups_of(part)}
+    return {**planes, **ranges, "V_BITS": part.bits}
