@@ -74,16 +74,16 @@ def soaked(small_with_text: Path) -> Iterator[Server]:
         yield running
 
 
-def complete_or_abort(running: Server, prompt: list[int], new: int, seconds: float | None) -> str | None:
-    """The text of an answer, or None where the client goes away after some seconds."""
+def complete_or_abort(running: Server, prompt: list[int], new: int, seconds: float | None) -> int | None:
+    """How many tokens an answer has, or None where the client goes away after some seconds."""
     body = {"prompt": prompt, "max_tokens": new, "temperature": 1, "ignore_eos": True}
     try:
-        text = running.post("/v1/completions", body, timeout=300 if seconds is None else seconds)["choices"][0]["text"]
+        answer = running.post("/v1/completions", body, timeout=300 if seconds is None else seconds)
     except (TimeoutError, urllib.error.URLError) as error:
         if seconds is None:
             raise AssertionError("the request was not aborted, and has no answer") from error
         return None
-    return str(text)
+    return int(answer["usage"]["completion_tokens"])
 
 
 def test_soak(soaked: Server) -> None:
@@ -100,8 +100,9 @@ def test_soak(soaked: Server) -> None:
         new = [draw.randint(1, 80) for _ in prompts]
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda *job: complete_or_abort(soaked, *job), prompts, new, patience))
-        for seconds, answer in zip(patience, answers, strict=True):
-            assert answer or seconds is not None, "an unaborted request ends with text"
+        # Counted, not read: the text of a single token of a random model may be empty (a control token, part of a letter).
+        for seconds, asked, answer in zip(patience, new, answers, strict=True):
+            assert answer == asked or (answer is None and seconds is not None), "an unaborted request ends complete"
         assert sum(answer is None for answer in answers) >= 5, "some were aborted"
         memory.append(soaked.memory())
     deadline = time.monotonic() + 30
