@@ -100,7 +100,7 @@ def test_soak(soaked: Server) -> None:
         new = [draw.randint(1, 80) for _ in prompts]
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda *job: complete_or_abort(soaked, *job), prompts, new, patience))
-        # Counted, not read: the text of a single token of a random model may be empty (a control token, part of a letter).
+        # Counted, not read: one token of a random model may have no text (a control token, a part of a letter).
         for seconds, asked, answer in zip(patience, new, answers, strict=True):
             assert answer == asked or (answer is None and seconds is not None), "an unaborted request ends complete"
         assert sum(answer is None for answer in answers) >= 5, "some were aborted"
