@@ -36,7 +36,7 @@ help:  ## list the targets
 install: $(READY)  ## create .venv with the pinned versions
 
 # Compiled when crushkv is installed, where there is a C++ compiler.
-COMPILED := setup.py src/crushkv/kernels/cpu.cpp
+COMPILED := setup.py $(wildcard src/crushkv/compiled/*.cpp src/crushkv/compiled/*.h)
 
 $(READY): requirements.lock pyproject.toml $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,4 +1,4 @@
-"""The compiled kernels; pyproject.toml has the rest. Where they cannot be built, crushkv is installed without them."""
+"""The compiled code; pyproject.toml has the rest. Where they cannot be built, crushkv is installed without them."""
 
 import platform
 
@@ -13,6 +13,7 @@ FLAGS = [
     "-ffp-contract=fast",
     "-pthread",
 ]
+FOLDER = "src/crushkv/compiled"
 BUILDS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     BUILDS["avx2"] = ["-mavx2", "-mfma"]
@@ -21,8 +22,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 setup(
     ext_modules=[
         Extension(
-            f"crushkv.kernels._cpu_{name}",
-            ["src/crushkv/kernels/cpu.cpp"],
+            f"crushkv.compiled._cpu_{name}",
+            [f"{FOLDER}/{file}.cpp" for file in ("cpu", "cpu_attention", "cpu_basis", "cpu_quantize")],
+            depends=[f"{FOLDER}/cpu.h"],
             extra_compile_args=[*FLAGS, "-Wno-psabi", *flags],
             optional=True,
         )

@@ -12,19 +12,24 @@ import torch
 from torch import Tensor
 
 import stores
+from compiled_cases import (  # noqa: F401
+    test_centres_are_found_and_taken_off_as_plainly,
+    test_keys_by_channel_are_quantized_as_plainly,
+    test_tokens_are_quantized_as_plainly,
+)
 from crushkv import kernels
 from crushkv.config import CrushConfig
 from crushkv.kernels import gpu, plain
 from crushkv.presets import PRESETS
 from crushkv.rope import Rope
-from crushkv.storage import RAW, ChannelFormat, Formats, TieredStorage
-from crushkv.storage.basis import fit_channels
-from crushkv.storage.channels import ChannelTensor
-from crushkv.storage.channels import quantize as quantize_channels
-from crushkv.storage.packing import PLANES, pack
-from crushkv.storage.quantization import quantize
+from crushkv.storage import RAW, Formats, TieredStorage
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
 
 
 rope_of = partial(stores.rope_of, base=100.0)
@@ -320,72 +325,3 @@ def test_every_format_of_a_tier_is_covered() -> None:
     """Each width of keys beside each of values."""
     for keys, values in itertools.product((8, RAW), (8, 2)):
         check(held(Formats((keys, values), (keys, values)), tokens=30, shape=(1, 1, 32, 32)))
-
-
-# Quantizing and packing
-
-
-def both(monkeypatch: pytest.MonkeyPatch, run: Any) -> tuple[Any, Any]:
-    """What the compiled form gives, and the plain one."""
-    found = run()
-    monkeypatch.setenv(kernels.VARIABLE, "plain")
-    return found, run()
-
-
-@pytest.mark.parametrize(("size", "tokens"), [(32, 70), (20, 9)])
-def test_keys_by_channel_are_quantized_as_plainly(size: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    widths = torch.randint(0, 7, (2, size))
-    form = ChannelFormat(widths, torch.rand(2, size, device=DEVICE))
-    x, spread = random(2, 2, tokens, size), torch.rand(2, 2, 1, size, device=DEVICE) + 0.1
-
-    def run() -> tuple[Any, Any]:
-        codes = quantize_channels(x, spread, form)
-        return codes, ChannelTensor.of(codes, form).tensors
-
-    (codes, planes), (expected, _) = both(monkeypatch, run)
-    assert (codes.codes != expected.codes).float().mean() < 1e-3
-    assert (codes.scale != expected.scale).float().mean() < 0.02
-    for name, plane in ChannelTensor.of(codes, form).tensors.items():  # of the same codes, plainly
-        assert torch.equal(plane, planes[name]), name
-
-
-@pytest.mark.parametrize(
-    "rope", [None, rope_of(32), stores.rope_of(32, base=100.0, turned=20)], ids=["still", "all", "part"]
-)
-@pytest.mark.parametrize("padded", [False, True])
-def test_centres_are_found_and_taken_off_as_plainly(
-    rope: Rope | None, padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    keys = random(2, 3, 600, 32) + 5 * random(1, 3, 1, 32)
-    keys = keys[:, :, 7:590]  # as a buffer with room to grow
-    rope = None if rope is None else rope.to(DEVICE)
-    positions = torch.arange(60_000, 60_000 + keys.shape[2], device=DEVICE)[None, None]
-    real = torch.rand(2, keys.shape[2], device=DEVICE) > 0.3 if padded else None
-    indices = torch.randint(keys.shape[2], (2, 3, 45), device=DEVICE)
-
-    def run() -> tuple[Tensor, ...]:
-        basis = fit_channels(keys, positions, real, rope)
-        assert basis.centre is not None and basis.spread is not None
-        places = positions.expand(2, 3, -1).gather(2, indices)
-        return basis.centre, basis.spread, basis.taken(keys, indices, places)
-
-    for found, expected in zip(*both(monkeypatch, run), strict=True):
-        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
-
-
-@pytest.mark.parametrize("bits", sorted(PLANES))
-def test_tokens_are_quantized_as_plainly(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    x = random(2, 2, 21, 32) * torch.logspace(-6, 3, 21, device=DEVICE)[:, None]
-
-    def run() -> tuple[Any, Any]:
-        codes = quantize(x, 16)
-        return codes, pack(codes.codes >> (8 - bits), bits)
-
-    (codes, planes), (expected, _) = both(monkeypatch, run)
-    assert (codes.span != expected.span).float().mean() < 0.02
-    assert (codes.codes != expected.codes).float().mean() < 0.02
-    for plane, other in zip(planes, pack(codes.codes >> (8 - bits), bits), strict=True):
-        assert torch.equal(plane, other)

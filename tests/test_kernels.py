@@ -17,12 +17,13 @@ import torch
 
 from architectures import small_model
 from crushkv import ConfigError, KVCrush, kernels
+from crushkv.compiled import cpu_library
 from crushkv.kernels import choice, cpu, plain
 from crushkv.storage import Formats, TieredStorage
 from stores import FORMATS, Shape, lengths_of, rope_of, store_of
 
 needs_library = pytest.mark.skipif(cpu.missing() is not None, reason=f"the CPU kernels are not there: {cpu.missing()}")
-BUILDS = [build for build in cpu.BUILDS if cpu.load(build) is not None]
+BUILDS = [build for build in cpu_library.BUILDS if cpu_library.load(build) is not None]
 
 
 def error(store: TieredStorage, queries: torch.Tensor, shown: torch.Tensor | None = None) -> float:
@@ -42,7 +43,7 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 @pytest.fixture(params=BUILDS)
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each set of instructions that this processor has."""
-    monkeypatch.setattr(cpu, "library", lambda: cpu.load(request.param))
+    monkeypatch.setattr(cpu_library, "build", lambda: request.param)
     return request.param
 
 
@@ -64,6 +65,32 @@ def test_attention_is_that_of_the_reference(formats: str, dtype: torch.dtype, bu
         for rope in (None, rope_of(shape.size), rope_of(shape.size, shape.size // 4 * 2, interleaved=True)):
             store = store_of(FORMATS[formats], shape, dtype, rope)
             assert error(store, shape.queries(dtype)) < LIMITS[dtype], (shape, rope)
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2])
+def test_heads_that_hold_different_numbers_of_tokens(threads: int, build: str) -> None:
+    """They are attended to at once, in the model's order of heads, whatever their formats."""
+    torch.manual_seed(0)
+    heads, group, size = [(1, 4), (0,), (2, 3)], 3, 32
+    shapes = [
+        Shape(rows=2, kv_heads=len(own), group=group, size=size, seen=900, kept=kept, since=5)
+        for own, kept in zip(heads, (800, 61, 300), strict=True)
+    ]
+    for names in (["small"] * 3, ["balanced", "small", "tiny"]):
+        stores = [store_of(FORMATS[n], s, rope=rope_of(size)) for n, s in zip(names, shapes, strict=True)]
+        queries = torch.randn(2, 5 * group, 1, size)
+        expected = torch.empty_like(queries)
+        for own, store in zip(heads, stores, strict=True):
+            mine = [head * group + i for head in own for i in range(group)]
+            expected[:, mine] = plain.attend(queries[:, mine], store, size**-0.5, None)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        found = cpu.attend_together(queries, stores, heads, size**-0.5)
+        torch.set_num_threads(before)
+        assert found is not None and float((found - expected).norm() / expected.norm()) < 1e-5
+    stores[1] = store_of(Formats(), shapes[1])
+    assert cpu.attend_together(queries, stores, heads, 0.1) is None, "nothing is packed in one of them"
 
 
 @needs_library
@@ -174,7 +201,7 @@ def test_an_implementation_can_be_named(monkeypatch: pytest.MonkeyPatch, fresh: 
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(cpu_library, "build", lambda: None)
     choice.available.cache_clear()
     try:
         assert kernels.chosen(torch.device("cpu")) == "plain"

@@ -17,6 +17,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .cpu_library import library
+
 VARIABLE = "CRUSHKV_KERNELS"
 """Environment variable that names what computes attention over packed tokens; `plain` for nothing compiled at all."""
 
@@ -36,20 +38,22 @@ def triton_missing() -> str | None:
 
 
 def quantizer(device: torch.device) -> ModuleType | None:
-    """What quantizes on a device: `gpu_quantize`; None: the plain form does."""
-    return _module("gpu_quantize", device)
+    """What quantizes on a device: `gpu_quantize` or `cpu_quantize`; None: the plain form does."""
+    return _module("quantize", device)
 
 
 def centring(device: torch.device) -> ModuleType | None:
-    """What finds centres on a device, and takes them off: `gpu_basis`; None: the plain form does."""
-    return _module("gpu_basis", device)
+    """What finds centres on a device, and takes them off: `gpu_basis` or `cpu_basis`; None: the plain form does."""
+    return _module("basis", device)
 
 
-def _module(name: str, device: torch.device) -> ModuleType | None:
+def _module(subject: str, device: torch.device) -> ModuleType | None:
     if os.environ.get(VARIABLE) == "plain":
         return None
     if device.type == ("cpu" if interpreted() else "cuda") and triton_missing() is None:
-        return importlib.import_module(f"{__package__}.{name}")
+        return importlib.import_module(f"{__package__}.gpu_{subject}")
+    if device.type == "cpu" and library() is not None:
+        return importlib.import_module(f"{__package__}.cpu_{subject}")
     return None
 
 

@@ -1,33 +1,28 @@
-"""Attention straight from packed tokens on a CPU, by a compiled library (cpu.cpp).
-
-The library is built when crushkv is installed, where there is a C++ compiler, once for each set of instructions. It
-knows nothing of Python or PyTorch: it gets pointers, in the structures below, and runs on PyTorch's own threads.
-"""
+"""Attention straight from packed tokens on a CPU, by the compiled library (cpu_attention.cpp), which gets pointers in
+the structures below."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..rope import Rope, angles, pairs_of
+from ..compiled import cpu_library
+from ..compiled.cpu_basis import angle_tables
+from ..compiled.cpu_library import DTYPES, LANES
+from ..rope import Rope, pairs_of
 from ..storage import RAW, TieredStorage
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
 from .blocks import BlockTensors
 
-# Sets of instructions, the best first.
-BUILDS = ("avx512", "avx2", "portable")
 _RAW, _BY_TOKEN, _BY_CHANNEL = range(3)
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# As in cpu.cpp.
-_HEADS, _SIZE, _LANES, _FINE = 16, 256, 8, 32
+# As in cpu_attention.cpp.
+_HEADS, _SIZE = 16, 256
 
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -68,72 +63,32 @@ class _Layer(ctypes.Structure):
         *((name, _pointer) for name in ("coarse", "fine", "of_keys", "of_values")),
         ("dtype", _int),
         ("threads", _int),
-        *((name, _pointer) for name in ("queries", "output", "shown")),
+        *((name, _pointer) for name in ("queries", "output")),
+        ("all_heads", _long),
+        *((name, _pointer) for name in ("head_places", "shown")),
         ("shown_row", _long),
         ("shown_head", _long),
         ("scaling", ctypes.c_float),
     )
 
 
-@dataclass(frozen=True)
-class Library:
-    """A compiled library: the instructions it was built for, and its function."""
-
-    build: str
-    attend: ctypes._NamedFuncPointer
-
-
-@lru_cache
-def load(build: str) -> Library | None:
-    """The library that was built for some instructions; None: it is not there, or does not run on this processor."""
-    for path in sorted(Path(__file__).parent.glob(f"_cpu_{build}.*")):
-        try:
-            found = ctypes.CDLL(str(path))
-        except OSError:  # of another platform
-            continue
-        sizes = (found.size_of_layer, found.size_of_block)
-        for size in sizes:
-            size.restype = _long
-        if [size() for size in sizes] != [ctypes.sizeof(_Layer), ctypes.sizeof(_Block)]:
-            continue  # of another version of crushkv
-        if found.runs():
-            found.use_parallel(_openmp())
-            return Library(build, found.attend)
-    return None
-
-
-@lru_cache
-def library() -> Library | None:
-    """The best one."""
-    return next((found for found in map(load, BUILDS) if found is not None), None)
-
-
-@lru_cache
-def _openmp() -> ctypes.c_void_p | None:
-    """The entry of the OpenMP library that PyTorch runs on, so that both share their threads."""
-    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    bundled += sorted(Path(torch.__file__).parents[1].glob("torch.libs/libgomp*.so*"))
-    for name in (None, *bundled):  # first what is loaded for all
-        try:
-            return ctypes.cast(ctypes.CDLL(None if name is None else str(name)).GOMP_parallel, ctypes.c_void_p)
-        except (OSError, AttributeError):
-            continue
-    return None
-
-
-takes_groups = False
+takes_groups = True
 
 
 def missing() -> str | None:
-    if library() is None:
+    if (found := cpu_library.library()) is None:
         return "its library was not built: that takes a C++ compiler (g++) when crushkv is installed from source"
+    sizes = found.size_of_layer, found.size_of_block
+    for size in sizes:
+        size.restype = _long
+    if [size() for size in sizes] != [ctypes.sizeof(_Layer), ctypes.sizeof(_Block)]:
+        return "its library was built from another version of crushkv: install crushkv again"
     return None
 
 
 def build() -> str:
     """The instructions that the library in use was built for."""
-    found = library()
-    return "none" if found is None else found.build
+    return cpu_library.build() or "none"
 
 
 def runs_on(device: torch.device) -> bool:
@@ -147,7 +102,7 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
 
 
 def _of_queries(queries: Tensor, store: TieredStorage) -> str | None:
-    if queries.dtype not in _DTYPES or queries.dtype != store.dtype:
+    if queries.dtype not in DTYPES or queries.dtype != store.dtype:
         return f"queries are {queries.dtype}, and what is held is {store.dtype}"
     group = queries.shape[1] // store.kv_heads
     return f"{group} query heads a KV head" if group > _HEADS else None
@@ -155,26 +110,59 @@ def _of_queries(queries: Tensor, store: TieredStorage) -> str | None:
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
     """See `kernels.attend`."""
-    compiled, prepared = library(), _prepared(store)
-    assert compiled is not None
     queries = queries.contiguous()
+    prepared = _prepared(store)
     layer = prepared.layer
-    rows, heads, _, _ = queries.shape
-    output = queries.new_empty((rows, heads, 1, layer.value_size))
-    layer.group = heads // layer.kv_heads
-    layer.slots = store.length
-    layer.threads = torch.get_num_threads()
-    layer.queries, layer.output, layer.scaling = queries.data_ptr(), output.data_ptr(), scaling
-    prepared.see_dense(store)
-    layer.shown = None
+    output = prepared.output_of(queries)
+    layer.all_heads, layer.head_places, layer.shown = layer.kv_heads, None, None
     if shown is not None:
         shown = shown.to(torch.uint8).contiguous()
         layer.shown = shown.data_ptr()
         by_head = shown.ndim == 3
         layer.shown_head = shown.shape[-1] if by_head else 0
         layer.shown_row = shown.shape[-1] * (shown.shape[1] if by_head else 1)
-    compiled.attend(ctypes.byref(layer))
+    _run([prepared], [store], queries, output, scaling)
     return output
+
+
+def attend_together(
+    queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
+) -> Tensor | None:
+    """See `kernels.attend_together`."""
+    all_heads = sum(map(len, heads))
+    group = queries.shape[1] // all_heads
+    if any(refusal(queries[:, : group * len(own)], store) for own, store in zip(heads, stores, strict=True)):
+        return None
+    queries = queries.contiguous()
+    prepared = [_prepared(store) for store in stores]
+    output = prepared[0].output_of(queries)
+    for of_store, own in zip(prepared, heads, strict=True):
+        layer = of_store.layer
+        layer.all_heads, layer.head_places, layer.shown = all_heads, _places(own).data_ptr(), None
+    _run(prepared, stores, queries, output, scaling)
+    return output
+
+
+@lru_cache(maxsize=1024)
+def _places(heads: tuple[int, ...]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(heads)
+
+
+def _run(
+    prepared: Sequence[_Prepared], stores: Sequence[TieredStorage], queries: Tensor, output: Tensor, scaling: float
+) -> None:
+    for of_store, store in zip(prepared, stores, strict=True):
+        layer = of_store.layer
+        layer.group = queries.shape[1] // layer.all_heads
+        layer.slots = store.length
+        layer.threads = torch.get_num_threads()
+        layer.queries, layer.output, layer.scaling = queries.data_ptr(), output.data_ptr(), scaling
+        of_store.see_dense(store)
+    compiled = cpu_library.library()
+    assert compiled is not None
+    layers = (_pointer * len(prepared))(*(ctypes.addressof(of_store.layer) for of_store in prepared))
+    compiled.attend(layers, _long(len(prepared)))
 
 
 class _Prepared:
@@ -188,6 +176,10 @@ class _Prepared:
         if self.refusal is None:
             self._fill(store)
 
+    def output_of(self, queries: Tensor) -> Tensor:
+        rows, heads, _, _ = queries.shape
+        return queries.new_empty((rows, heads, 1, self.layer.value_size))
+
     def _fill(self, store: TieredStorage) -> None:
         assert store.bases is not None and store.kept_positions is not None
         of_keys, of_values = store.bases
@@ -197,7 +189,7 @@ class _Prepared:
         layer.rows, layer.kv_heads, _, layer.size = keys.shape
         layer.value_size = values.shape[-1]
         layer.kept, layer.blocks = store.kept, len(store.blocks)
-        layer.dtype = _DTYPES[keys.dtype]
+        layer.dtype = DTYPES[keys.dtype]
         self.block_array = (_Block * (layer.blocks + 1))()
         layer.block = ctypes.cast(self.block_array, ctypes.c_void_p)
         for block, (of_block, its_values) in zip(self.block_array, store.blocks, strict=False):
@@ -259,11 +251,11 @@ class _Prepared:
             first, second = [a for a, _ in pairs], [b for _, b in pairs]
             # R_p x has x[a] cos(p f[a]) + x[b] sin(p f[a]) in channel a.
             frequencies = rope.frequencies[first]
-        layer.pairs, layer.padded = len(first), -(-len(first) // _LANES) * _LANES
+        layer.pairs, layer.padded = len(first), -(-len(first) // LANES) * LANES
         layer.first, layer.second = (self._pointer(torch.tensor(x, dtype=torch.int32)) for x in (first, second))
         layer.still, layer.still_count = self._pointer(torch.tensor(still, dtype=torch.int32)), len(still)
         if first:
-            coarse, fine = _tables(tuple(frequencies.tolist()), 1 << max(seen // _FINE, 1).bit_length())
+            coarse, fine = angle_tables(tuple(frequencies.tolist()), seen)
             layer.coarse, layer.fine = self._pointer(coarse), self._pointer(fine)
 
     def see_dense(self, store: TieredStorage) -> None:
@@ -298,16 +290,6 @@ def _refusal(store: TieredStorage) -> str | None:
     packed: Sequence[PackedTensor] = [p for pair in store.blocks for p in pair if isinstance(p, PackedTensor)]
     for tensor, size in ((t, t.tensors["zero"]) for t in packed if t.bits != RAW):
         groups, channels = size.shape[-1], tensor.tensors["plane0"].shape[-1]
-        if groups > 1 and channels // groups % _LANES:
+        if groups > 1 and channels // groups % LANES:
             return f"groups of {channels // groups} numbers"
     return None
-
-
-@lru_cache(maxsize=8)
-def _tables(frequencies: tuple[float, ...], intervals: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles at every `_FINE`-th position, and at those between: `[positions, 2, padded]`."""
-    each = torch.tensor([*frequencies, *[0.0] * (-len(frequencies) % _LANES)])
-    with torch.inference_mode(False):
-        tables = (angles(torch.arange(n) * step, each) for n, step in ((intervals, _FINE), (_FINE, 1)))
-        coarse, fine = (torch.stack([table.cos(), table.sin()], dim=1).float() for table in tables)
-    return coarse, fine

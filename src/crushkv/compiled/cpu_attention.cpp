@@ -1,62 +1,21 @@
-// Attention of one token a row over the tokens of a layer, read as they are packed. See cpu.py, which fills `Layer`.
-//
-// A program is built for several instruction sets from this one file. Vectors are GCC's (and Clang's) vector types, so
-// that next to nothing here names an instruction. Tokens are worked on in tiles of eight runs of sixteen. The codes of a tile
-// are unpacked to bytes once for all query heads of a KV head. They become floats in registers.
+// Attention of one token a row over the tokens of a layer, read as they are packed. See kernels/cpu.py, which fills
+// `Layer`. Tokens are worked on in tiles of eight runs of sixteen. The codes of a tile are unpacked to bytes once for
+// all query heads of a KV head. They become floats in registers.
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "cpu.h"
+
 #include <limits>
 #include <numeric>
-#include <thread>
-#include <vector>
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace {
-
-constexpr int LANES = 8;
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint8_t bytes8 __attribute__((vector_size(LANES)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
-typedef uint16_t shorts __attribute__((vector_size(16)));
-typedef uint16_t words __attribute__((vector_size(32)));
 
 constexpr int RUN = 16, RUNS = 8, TILE = RUN * RUNS;
 constexpr int CHANNELS = 64;   // channels of a tile of keys that are unpacked at a time
 constexpr int HEADS = 16;      // query heads of a group, at most
 constexpr int SIZE = 256;      // channels of a head, at most
-constexpr int FINE = 32;       // positions of the fine table of angles
 constexpr float NOWHERE = -std::numeric_limits<float>::infinity();
 
 enum Kind : int32_t { RAW, BY_TOKEN, BY_CHANNEL };
-enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
-
-template <class V, class T>
-inline V load(const T* from) {
-    V v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-inline floats widened(const float* from) { return load<floats>(from); }
-inline floats widened(const uint8_t* from) {
-#if defined(__AVX2__)  // what GCC makes of the line below takes an instruction a lane
-    return floats(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
-#else
-    return __builtin_convertvector(__builtin_convertvector(load<bytes8>(from), ints), floats);
-#endif
-}
-
-inline int64_t filled(int64_t size) { return (size + LANES - 1) / LANES * LANES; }  // up to whole vectors
-
-inline floats all(float x) { return floats{} + x; }
 
 inline words wide(uint8_t mask) { return words{} + static_cast<uint16_t>(mask * 0x0101); }
 
@@ -104,31 +63,14 @@ struct Layer {
     const float *coarse, *fine;      // cosines and sines: [reach / FINE, 2, padded], [FINE, 2, padded]
     const float *of_keys, *of_values;  // rotations [D, D] of what is packed, or null
     int32_t dtype, threads;
-    const void* queries;             // [B, Hq, D]
-    void* output;                    // [B, Hq, Dv]
+    const void* queries;             // [B, Hq, D] of all heads of the model's layer
+    void* output;                    // [B, Hq, Dv], likewise
+    int64_t all_heads;               // KV heads of the model's layer
+    const int64_t* head_places;      // [Hkv]: which of them these are; null: all, in their order
     const uint8_t* shown;            // [B or B * Hkv, slots] or null
     int64_t shown_row, shown_head;   // strides
     float scaling;
 };
-
-// How to run `work(data)` on several threads at once: OpenMP's own entry, given by the caller, so that PyTorch's
-// threads are used. Without it, threads are made for each call.
-typedef void (*Work)(void*);
-typedef void (*Parallel)(Work, void*, unsigned, unsigned);
-Parallel parallel = nullptr;
-void use_parallel(void* entry) { parallel = reinterpret_cast<Parallel>(entry); }
-
-// Whether this build can run here.
-int runs() {
-#if defined(__AVX512F__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#elif defined(__AVX2__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 1;
-#endif
-}
 
 int64_t size_of_layer() { return sizeof(Layer); }
 int64_t size_of_block() { return sizeof(Block); }
@@ -136,58 +78,6 @@ int64_t size_of_block() { return sizeof(Block); }
 }  // extern "C"
 
 namespace {
-
-inline float number(const void* from, int64_t at, int32_t dtype) {
-    if (dtype == FLOAT32) return static_cast<const float*>(from)[at];
-    uint32_t bits = static_cast<const uint16_t*>(from)[at];
-    float x;
-    if (dtype == BFLOAT16) {
-        bits <<= 16;
-        std::memcpy(&x, &bits, 4);
-        return x;
-    }
-    uint32_t sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
-    if ((bits & 0x7c00u) == 0x7c00u) {
-        rest |= 0x7f800000u;  // infinite, or not a number
-    } else {
-        std::memcpy(&x, &rest, 4);
-        x *= 0x1p112f;
-        std::memcpy(&rest, &x, 4);
-    }
-    rest |= sign;
-    std::memcpy(&x, &rest, 4);
-    return x;
-}
-
-inline void put(void* to, int64_t at, float x, int32_t dtype) {
-    if (dtype == FLOAT32) {
-        static_cast<float*>(to)[at] = x;
-        return;
-    }
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    uint16_t half;
-    if (x != x) {
-        half = 0x7fff;
-    } else if (dtype == BFLOAT16) {
-        half = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-    } else {
-        uint32_t sign = (bits >> 16) & 0x8000u;
-        float y = std::fabs(x);
-        if (y >= 65520.0f) {
-            half = static_cast<uint16_t>(sign | 0x7c00u);
-        } else if (y < 0x1p-14f) {  // too small for a leading one: adding 1/2 rounds at the place of its last bit
-            y += 0.5f;
-            std::memcpy(&bits, &y, 4);
-            half = static_cast<uint16_t>(sign | (bits - 0x3f000000u));
-        } else {
-            std::memcpy(&bits, &y, 4);
-            bits += 0xfffu + ((bits >> 13) & 1) - (112u << 23);
-            half = static_cast<uint16_t>(sign | (bits >> 13));
-        }
-    }
-    static_cast<uint16_t*>(to)[at] = half;
-}
 
 // Powers of e for numbers of at most 0; below -87, next to nothing.
 inline floats exp_of(floats x) {
@@ -205,12 +95,6 @@ inline floats exp_of(floats x) {
     p = p * r * r + r + 1.0f;
     ints power = (n + 127) << 23;
     return p * load<floats>(&power);
-}
-
-inline float sum_of(floats x) {
-    float sum = 0;
-    for (int l = 0; l < LANES; ++l) sum += x[l];
-    return sum;
 }
 
 // Sums of the lanes of eight vectors.
@@ -329,14 +213,10 @@ inline int planes_of(int bits, int* widths) {
     return 1;
 }
 
-// What the bytes of spans and scales stand for; see quantization.py and channels.py.
-struct Tables {
-    float width[256], scale[256];
-    Tables() {
-        for (int i = 0; i < 256; ++i) width[i] = std::exp2((i - 128.0f) / 8.0f), scale[i] = std::exp2((i - 128.0f) / 16.0f);
-    }
-};
-const Tables tables;
+// Where the queries of a row's KV head begin, and what is computed for them: a number of query heads.
+int64_t first_query(const Layer& layer, int64_t row, int64_t head) {
+    return (row * layer.all_heads + (layer.head_places == nullptr ? head : layer.head_places[head])) * layer.group;
+}
 
 // What one thread works with: one row and KV head at a time.
 struct Worker {
@@ -357,12 +237,11 @@ struct Worker {
 
     void start(int64_t r, int64_t h) {
         row = r, head = h, place = -1;
-        const int64_t size = layer.size;
+        const int64_t size = layer.size, first = first_query(layer, row, head);
         std::memset(q, 0, sizeof q);
         for (int64_t g = 0; g < heads; ++g)
             for (int64_t d = 0; d < size; ++d)
-                q[g][d] = layer.scaling *
-                          number(layer.queries, ((row * layer.kv_heads + head) * heads + g) * size + d, layer.dtype);
+                q[g][d] = layer.scaling * number(layer.queries, (first + g) * size + d, layer.dtype);
         std::memcpy(turned, q, sizeof q);
         if (layer.of_keys != nullptr)
             for (int64_t g = 0; g < heads; ++g)
@@ -727,23 +606,34 @@ void attend_tile(Worker& w, const Block& block, int64_t number, int64_t first, b
     w.add_tile(block, token, count, sum, APART);
 }
 
+// Layers, or groups of heads of one layer, that are attended to at once.
 struct Job {
-    const Layer* layer;
-    int64_t chunks;
+    const Layer* const* layers;
+    std::vector<int64_t> chunks, first, first_pair;  // of each: parts of a row and KV head; its first item and pair
     std::vector<Partial>* partials;
     std::atomic<int64_t> next{0}, next_merge{0};
 };
 
-void attend_chunk(Worker& worker, Job& job, int64_t item) {
-    const Layer& layer = *job.layer;
-    const int64_t chunk = item % job.chunks, pair = item / job.chunks;
+int64_t tiles_of(const Layer& layer) {
+    int64_t tiles = 0;
+    for (int64_t b = 0; b <= layer.blocks; ++b) tiles += tiles_of(layer.block[b]);
+    return tiles;
+}
+
+// Which layer a number belongs to, by the first number of each.
+int64_t layer_of(const std::vector<int64_t>& first, int64_t number) {
+    return std::upper_bound(first.begin(), first.end(), number) - first.begin() - 1;
+}
+
+void attend_chunk(Worker& worker, Job& job, int64_t number, int64_t item) {
+    const Layer& layer = worker.layer;
+    const int64_t chunks = job.chunks[number], own = item - job.first[number];
+    const int64_t chunk = own % chunks, pair = own / chunks;
     worker.start(pair / layer.kv_heads, pair % layer.kv_heads);
     Partial& out = (*job.partials)[item];
     std::memset(&out, 0, sizeof out);
     std::fill_n(out.most, HEADS, NOWHERE);
-    int64_t tiles = 0;
-    for (int64_t b = 0; b <= layer.blocks; ++b) tiles += tiles_of(layer.block[b]);
-    const int64_t begin = tiles * chunk / job.chunks, end = tiles * (chunk + 1) / job.chunks;
+    const int64_t tiles = tiles_of(layer), begin = tiles * chunk / chunks, end = tiles * (chunk + 1) / chunks;
     int64_t before = 0, first = 0;
     for (int64_t b = 0; b <= layer.blocks; ++b) {
         const Block& block = layer.block[b];
@@ -760,15 +650,16 @@ void attend_chunk(Worker& worker, Job& job, int64_t item) {
 }
 
 // Puts the parts of one row and KV head together, and takes the rotation of what is packed off.
-void merge(const Job& job, int64_t pair) {
-    const Layer& layer = *job.layer;
-    const Partial* parts = job.partials->data() + pair * job.chunks;
-    const int64_t size = layer.value_size;
+void merge(const Job& job, int64_t item) {
+    const int64_t which = layer_of(job.first_pair, item), pair = item - job.first_pair[which];
+    const Layer& layer = *job.layers[which];
+    const int64_t chunks = job.chunks[which], size = layer.value_size;
+    const Partial* parts = job.partials->data() + job.first[which] + pair * chunks;
     for (int64_t g = 0; g < layer.group; ++g) {
         float most = NOWHERE, total = 0;
-        for (int64_t c = 0; c < job.chunks; ++c) most = std::max(most, parts[c].most[g]);
+        for (int64_t c = 0; c < chunks; ++c) most = std::max(most, parts[c].most[g]);
         float packed[SIZE] = {}, sum[SIZE] = {};
-        for (int64_t c = 0; c < job.chunks; ++c) {
+        for (int64_t c = 0; c < chunks; ++c) {
             if (parts[c].most[g] == NOWHERE) continue;
             const float part = std::exp(parts[c].most[g] - most);
             total += part * parts[c].total[g];
@@ -782,7 +673,7 @@ void merge(const Job& job, int64_t pair) {
         else
             for (int64_t d = 0; d < size; ++d)  // the transpose is the inverse
                 for (int64_t e = 0; e < size; ++e) sum[d] += packed[e] * layer.of_values[d * size + e];
-        const int64_t start = (pair * layer.group + g) * size;
+        const int64_t start = (first_query(layer, pair / layer.kv_heads, pair % layer.kv_heads) + g) * size;
         for (int64_t d = 0; d < size; ++d) put(layer.output, start + d, sum[d] / total, layer.dtype);
     }
 }
@@ -793,42 +684,42 @@ void work(void* data) {
     static thread_local std::vector<char> room;
     room.resize(sizeof(Worker) + 64);
     const auto start = (reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64;
-    Worker* worker = new (reinterpret_cast<void*>(start)) Worker(*job.layer);
-    for (int64_t item; (item = job.next++) < items;) attend_chunk(*worker, job, item);
+    Worker* worker = nullptr;
+    int64_t of = -1;
+    for (int64_t item; (item = job.next++) < items;) {
+        if (const int64_t number = layer_of(job.first, item); number != of)
+            of = number, worker = new (reinterpret_cast<void*>(start)) Worker(*job.layers[number]);
+        attend_chunk(*worker, job, of, item);
+    }
 }
 
 void work_merge(void* data) {
     Job& job = *static_cast<Job*>(data);
-    const int64_t pairs = job.layer->rows * job.layer->kv_heads;
-    for (int64_t pair; (pair = job.next_merge++) < pairs;) merge(job, pair);
-}
-
-void run(Work function, void* data, int64_t threads) {
-    if (threads <= 1) {
-        function(data);
-    } else if (parallel != nullptr) {
-        parallel(function, data, static_cast<unsigned>(threads), 0);
-    } else {
-        std::vector<std::thread> others;
-        for (int64_t i = 1; i < threads; ++i) others.emplace_back(function, data);
-        function(data);
-        for (auto& other : others) other.join();
-    }
+    for (int64_t item; (item = job.next_merge++) < job.first_pair.back();) merge(job, item);
 }
 
 }  // namespace
 
-extern "C" void attend(const Layer* layer) {
+extern "C" void attend(const Layer* const* layers, int64_t count) {
     static thread_local std::vector<Partial> partials;
-    const int64_t pairs = layer->rows * layer->kv_heads, threads = std::max<int64_t>(1, layer->threads);
-    int64_t tiles = 0;
-    for (int64_t b = 0; b <= layer->blocks; ++b) tiles += tiles_of(layer->block[b]);
-    // Some parts for each thread, so that none waits long for another, but none of less than two tiles.
-    int64_t chunks = threads == 1 ? 1 : (4 * threads + pairs - 1) / pairs;
-    chunks = std::max<int64_t>(1, std::min(chunks, tiles / 2));
-    partials.resize(pairs * chunks);
+    const int64_t threads = std::max<int64_t>(1, layers[0]->threads);
     Job job;
-    job.layer = layer, job.chunks = chunks, job.partials = &partials;
-    run(work, &job, std::min<int64_t>(threads, pairs * chunks));
-    run(work_merge, &job, pairs * layer->group * layer->value_size * layer->value_size > 200000 ? threads : 1);
+    job.layers = layers, job.partials = &partials;
+    int64_t all_tiles = 0, items = 0, pairs = 0, merging = 0;
+    for (int64_t i = 0; i < count; ++i) all_tiles += tiles_of(*layers[i]) * layers[i]->rows * layers[i]->kv_heads;
+    // Some parts for each thread, of about as many tiles each, so that none waits long for another.
+    const int64_t wanted = threads == 1 ? 1 : 4 * threads;
+    const int64_t together = std::max<int64_t>(2, (all_tiles + wanted - 1) / wanted);
+    for (int64_t i = 0; i < count; ++i) {
+        const Layer& layer = *layers[i];
+        const int64_t own = layer.rows * layer.kv_heads;
+        job.chunks.push_back(std::max<int64_t>(1, (tiles_of(layer) + together - 1) / together));
+        job.first.push_back(items), job.first_pair.push_back(pairs);
+        items += own * job.chunks.back(), pairs += own;
+        merging += own * layer.group * layer.value_size * layer.value_size;
+    }
+    job.first_pair.push_back(pairs);
+    partials.resize(items);
+    run(work, &job, std::min(threads, items));
+    run(work_merge, &job, merging > 200000 ? threads : 1);
 }

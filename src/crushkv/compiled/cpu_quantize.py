@@ -1,0 +1,55 @@
+"""Quantizing and packing on a CPU, by the compiled library (cpu_quantize.cpp).
+
+The functions are those of `gpu_quantize`, where their arguments are described.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .cpu_library import call
+
+
+def channel_codes(
+    x: Tensor, unit: Tensor, cost: Tensor, used: Tensor, last: Tensor, factors: Sequence[float], code: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    rows, heads, tokens, size = x.shape
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    scales = torch.empty((rows, heads, tokens, 1), dtype=torch.uint8)
+    given = [_floats(part) for part in (x, unit, cost, used, last, torch.tensor(factors))]
+    call(
+        "channel_codes", given[0], codes, scales, *given[1:], len(factors), *map(float, code),
+        rows * heads, heads, tokens, size,
+    )  # fmt: skip
+    return codes, scales
+
+
+def range_codes(x: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    x = _floats(x)
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    zeros, spans = (codes.new_empty((*x.shape[:-1], x.shape[-1] // length)) for _ in range(2))
+    call("range_codes", x, codes, zeros, spans, zeros.numel(), length)
+    return codes, zeros, spans
+
+
+def pack_channels(codes: Tensor, channels: Tensor, ups: Tensor, width: int, length: int) -> Tensor:
+    rows, heads, tokens, size = codes.shape
+    plane = codes.new_empty((rows, len(channels), length))
+    given = (codes.contiguous(), plane, channels, ups.contiguous())
+    call("pack_channels", *given, rows, heads, tokens, size, len(channels), width, length)
+    return plane
+
+
+def pack_tokens(codes: Tensor, up: int, width: int, length: int) -> Tensor:
+    *batch, tokens, size = codes.shape
+    plane = codes.new_empty((*batch, length, size))
+    count = plane.numel() // max(1, length * size)
+    call("pack_tokens", codes.contiguous(), plane, count, tokens, size, up, width, length)
+    return plane
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.float().contiguous()
