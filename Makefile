@@ -65,7 +65,9 @@ QUICK := $(patsubst %,tests/test_%.py,accuracy_tables config config_text core ex
 check: lint  ## lint, type check and the tests that run no model (under two minutes)
 	$(BIN)/pytest -m "not slow and not model" $(QUICK)
 
-# Test files are shared out over the cores, and run once more without what is compiled, as far as it matters.
+# Test files are shared out over the cores, with one thread for each: threads of two processes that wait for each other
+# take ten times as long. As far as it matters, they run once more without what is compiled.
+test test-transformers: export OMP_NUM_THREADS := 1
 test: lint  ## lint, type check and tests
 	@$(BIN)/python -c 'from crushkv.embedded import embedded_model_path as p; p()'  # before two want it at once
 	$(BIN)/pytest -m "" -n auto --dist loadfile --no-loadscope-reorder

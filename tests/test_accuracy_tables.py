@@ -20,10 +20,14 @@ def printed(*names: str) -> list[str]:
 
 def test_the_documentation_has_the_figures_of_the_results() -> None:
     tables = printed()
-    assert len(tables) >= 22
+    assert len(tables) >= 10
     page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
     for table in tables:
         assert table in page, table.splitlines()[0]
+
+
+def test_the_details_are_printed_when_asked_for() -> None:
+    assert len(printed("--details")) >= 22
 
 
 def test_the_readme_has_the_presets_in_short() -> None:

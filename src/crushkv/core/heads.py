@@ -14,7 +14,7 @@ MOST_GROUPS = 2
 ALIKE = 0.03
 """Heads are one group where that moves no more than this part of the tokens of a head."""
 WEIGHT = 0.5
-"""Of what a head needs; the rest of a budget goes to all heads alike. Chosen on two models (docs/accuracy.md)."""
+"""Of what a head needs; the rest of a budget goes to all heads alike. Chosen on two models (docs/heads.md)."""
 
 
 def levels() -> Tensor:

@@ -98,13 +98,13 @@ def runs_on(device: torch.device) -> bool:
 def refusal(queries: Tensor, store: TieredStorage) -> str | None:
     if not store.blocks:
         return "nothing is packed"
-    return _prepared(store).refusal or _of_queries(queries, store)
+    return _prepared(store).refusal or _of_queries(queries, store.dtype, store.kv_heads)
 
 
-def _of_queries(queries: Tensor, store: TieredStorage) -> str | None:
-    if queries.dtype not in DTYPES or queries.dtype != store.dtype:
-        return f"queries are {queries.dtype}, and what is held is {store.dtype}"
-    group = queries.shape[1] // store.kv_heads
+def _of_queries(queries: Tensor, held: torch.dtype, kv_heads: int) -> str | None:
+    if queries.dtype not in DTYPES or queries.dtype != held:
+        return f"queries are {queries.dtype}, and what is held is {held}"
+    group = queries.shape[1] // kv_heads
     return f"{group} query heads a KV head" if group > _HEADS else None
 
 
@@ -130,11 +130,12 @@ def attend_together(
 ) -> Tensor | None:
     """See `kernels.attend_together`."""
     all_heads = sum(map(len, heads))
-    group = queries.shape[1] // all_heads
-    if any(refusal(queries[:, : group * len(own)], store) for own, store in zip(heads, stores, strict=True)):
+    if not all(store.blocks for store in stores):
+        return None
+    prepared = [_prepared(store) for store in stores]
+    if any(of_store.refusal for of_store in prepared) or _of_queries(queries, stores[0].dtype, all_heads):
         return None
     queries = queries.contiguous()
-    prepared = [_prepared(store) for store in stores]
     output = prepared[0].output_of(queries)
     for of_store, own in zip(prepared, heads, strict=True):
         layer = of_store.layer
