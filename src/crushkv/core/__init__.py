@@ -2,7 +2,7 @@
 
 from .anchors import anchor_bits
 from .clock import Clock
-from .evictor import Evictor
+from .evictor import Evictor, Scored
 from .grouping import choose_representatives, signature_order
 from .heads import HeadNeeds
 from .query_tails import BatchTail, QueryTails
@@ -19,6 +19,7 @@ __all__ = [
     "HeadNeeds",
     "Kept",
     "QueryTails",
+    "Scored",
     "Selection",
     "Shares",
     "Split",

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ..config import CrushConfig
 from ..importance import GATHERED, LayerView, scores
 from .selection import Selection, select
 from .stages import stage
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Tokens of a layer, in the order of the text, and how important they are.
+
+    Attributes:
+        score: float32 `[B, H, S]`; see `Policy.score`.
+        real: bool `[B, S]`, False for padding. None: all tokens are real.
+        seed: of everything drawn at random.
+        slots: int64 `[B, Hkv, S]`, where the engine holds each token. None: in the order of the text.
+    """
+
+    score: Tensor
+    real: Tensor | None
+    seed: int
+    slots: Tensor | None = None
 
 
 class Evictor:
@@ -40,13 +59,20 @@ class Evictor:
         with stage("importance"):
             return self.policy.accumulate(view)
 
-    def select(self, view: LayerView, kv_heads: int, budget: Tensor) -> Selection:
-        """Which tokens of a view each of `kv_heads` heads keeps, where `budget [B]` is the most of each row.
+    def score(self, view: LayerView) -> Scored:
+        """The tokens of a view by importance.
+
+        Raises:
+            ScoreError: as `importance.scores`.
+        """
+        with stage("importance"):
+            return Scored(scores(self.policy, view), view.real, view.seed)
+
+    def select(self, tokens: Scored, kv_heads: int, budget: Tensor) -> Selection:
+        """Which tokens each of `kv_heads` heads keeps, where `budget [B]` is the most of each row.
 
         Raises:
             ScoreError: as `select`.
         """
-        with stage("importance"):
-            head_score = scores(self.policy, view)
         with stage("selection"):
-            return select(head_score, kv_heads, budget, self.config, view.real, view.seed)
+            return select(tokens.score, kv_heads, budget, self.config, tokens.real, tokens.seed)

@@ -122,7 +122,7 @@ def check_finite(finite: Later) -> None:
     Raises:
         ScoreError: a score is NaN or infinite.
     """
-    if not finite.read():
+    if not bool(finite.read()):
         raise ScoreError("scores hold NaN or infinite values: the importance policy cannot rank these tokens")
 
 

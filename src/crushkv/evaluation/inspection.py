@@ -12,12 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import CrushConfig
-from ..core import Tier
+from ..core import Scored, Tier
 from ..core.buckets import stands_for
 from ..hf import CacheReport, CrushCache, CrushLayer
 from ..hf.head_group import HeadGroup
 from ..hf.support import check_prompt
-from ..importance import LayerView, scores
 from ..prompts import read_prompt
 from .pages import environment
 from .token_text import TokenText
@@ -92,11 +91,12 @@ class _InspectedLayer(CrushLayer):
         super().reset()
         self._stand_for: dict[int, Tensor] = {}  # int32 [B, Hkv, S], by group
 
-    def evict_group(self, group: HeadGroup, view: LayerView, budget: Tensor) -> None:
-        score = scores(self.plan.evictor.policy, view)
+    def evict_group(self, group: HeadGroup, tokens: Scored, budget: Tensor) -> None:
         number = self.groups.index(group)
-        self._stand_for[number] = stands_for(score, group.storage.kv_heads, budget, self.plan.config, view.seed)
-        super().evict_group(group, view, budget)
+        self._stand_for[number] = stands_for(
+            tokens.score, group.storage.kv_heads, budget, self.plan.config, tokens.seed
+        )
+        super().evict_group(group, tokens, budget)
 
     @property
     def stands_for(self) -> Tensor:

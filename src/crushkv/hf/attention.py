@@ -178,13 +178,12 @@ class CrushAttention:
             shown = layer.shown(attention_mask, count)
             layer.check_shown(shown, count)
             _check_causal(module, layer, query, attention_mask, kwargs)
-            whole, parted = layer.groups[0], layer.parted  # before the heads part
             call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), None, kwargs.get("s_aux"))
             layer.before_attention(call)
         # Eager attention is each model's own function, which may do more than its arguments say.
         plain = not args and self.original is not None and not layer.plan.latent and is_plain(query, kwargs)
         asked = _Asked(module, attention_mask, shown, scaling, plain, args, kwargs)
-        if parted:
+        if layer.parted:
             output = self._attend_parted(layer, query, key, asked)
             found.attended = _Attended(module, None, None, None, parted=True)
         elif plain and count > 1 and attention_mask is None and self._can_give_mass(layer, query, key):
@@ -195,7 +194,7 @@ class CrushAttention:
             found.attended = _Attended(module, None, None, None)
         else:
             held = None if found.packed else (key, value)
-            output, found.attended = self._attend_group(whole, query, held, asked)
+            output, found.attended = self._attend_group(layer.groups[0], query, held, asked)
         if layer.plan.latent:
             call = replace(call, keys=key, values=value)
         with full_precision(query.device):

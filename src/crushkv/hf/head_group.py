@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Tier, count_real, stage
+from ..core import Scored, Tier, count_real, stage
 from ..errors import UnsupportedModelError
 from ..importance import LayerView, kept_mass
 from ..storage import LastQueries, TieredStorage
@@ -98,7 +98,8 @@ class HeadGroup:
 
     def parted(self, heads: Heads) -> HeadGroup:
         """Some of these heads as a group of their own, before anything was evicted."""
-        part = HeadGroup(self.plan, self.layer, self.storage.parted(heads.pick), heads)
+        _, forms = self.plan.key_formats(self.layer, heads.numbers, self.storage.device)
+        part = HeadGroup(self.plan, self.layer, self.storage.parted(heads.numbers, heads.pick, forms), heads)
         part.real, part.evicted = self.real, self.evicted
         part.mass = None if self.mass is None else heads.pick(self.mass)
         return part
@@ -259,18 +260,26 @@ class HeadGroup:
         last = None if limit is None else LastQueries(queries[:, :, -config.window :], call.scaling, limit, config.sink)
         storage.fit(self.real, rope, forms, energy, last)
 
-    def evict(self, view: LayerView, budget: Tensor) -> None:
-        """Scores what is held, keeps `budget [B]` tokens of it, and puts these into the formats of their tiers."""
+    def score(self, view: LayerView) -> Scored:
+        """What is held, by importance."""
+        if not self.storage.blocked:
+            return self.plan.evictor.score(view)
+        order = self._text_order()
+        return replace(self.plan.evictor.score(_ordered(view, order)), slots=order)
+
+    def own(self, tokens: Scored) -> Scored:
+        """The part of the scores of a whole layer that is about these heads."""
+        return tokens if self.heads is None else replace(tokens, score=self.heads.pick(tokens.score))
+
+    def evict(self, tokens: Scored, budget: Tensor) -> None:
+        """Keeps `budget [B]` of its scored tokens, and puts them into the formats of their tiers."""
         storage, plan = self.storage, self.plan
-        order = self._text_order() if storage.blocked else None
-        if order is not None:
-            view = _ordered(view, order)
         _, seen = self.real_tokens()
-        selection = plan.evictor.select(view, storage.kv_heads, budget)
+        selection = plan.evictor.select(tokens, storage.kv_heads, budget)
         plan.watch(selection.finite)
         with stage("gather"):
             kept = arrange(selection, plan.formats)
-            slots = kept.indices if order is None else order.gather(2, kept.indices)
+            slots = kept.indices if tokens.slots is None else tokens.slots.gather(2, kept.indices)
             self._tiers = kept.tiers
             storage.keep(slots, kept.lengths)
             if self.mass is not None:

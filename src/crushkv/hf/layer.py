@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..core import BatchTail
+from ..core import BatchTail, Scored
 from ..errors import UnsupportedModelError
-from ..importance import LayerView
 from ..storage import TieredStorage
 from .head_group import AttentionCall, HeadGroup, Heads
 from .plan import Plan
@@ -155,14 +154,20 @@ class CrushLayer(CacheLayerMixin):
         filled = [F.pad(x, (*(0, 0) * (x.ndim - 3), longest - x.shape[2], 0)) for x in parts]
         return self.joined(filled)
 
-    def _part(self) -> None:
-        """Parts the heads whose budgets differ, when something is evicted or packed for the first time."""
+    def _part(self) -> HeadGroup | None:
+        """Parts the heads whose budgets differ, when something is evicted or packed for the first time.
+
+        Returns:
+            What they were before, if they parted.
+        """
         if self.parted or self._any.kept or self.plan.shares.needs is None:
-            return
+            return None
         whole = self.groups[0]
         found = self.plan.shares.groups(self.index, int(whole.real_tokens()[1].max()), self._any.sizes())
-        if len(found) > 1:
-            self._set_groups([whole.parted(Heads(heads, self._any.kv_heads)) for heads in found])
+        if len(found) == 1:
+            return None
+        self._set_groups([whole.parted(Heads(heads, self._any.kv_heads)) for heads in found])
+        return whole
 
     # Around attention
 
@@ -194,7 +199,6 @@ class CrushLayer(CacheLayerMixin):
             energy = squares.sum((0, 2))
             self.query_energy = energy if self.query_energy is None else self.query_energy + energy
         if self._evicts_after(count) and not self._untouched:
-            self._part()
             for group in self.groups:
                 group.fit(call, self.query_energy)
             if self._any.bases is not None:
@@ -254,18 +258,26 @@ class CrushLayer(CacheLayerMixin):
         """Keeps the budget of what is held, and puts it into the formats of its tiers."""
         self.last_point = self.seen
         if not self._untouched:
-            budgets = [(group, group.budget()) for group in self.groups]
-            due = [(group, budget) for group, budget in budgets if budget is not None]
-            if due and self.streams:
+            if self.streams:
                 self._accumulate_gathered(call)
-            for group, budget in due:
-                self.evict_group(group, group.view(call, self.queries.queries, self.queries.real), budget)
+            whole = self._part()
+            budgets = [(group, group.budget()) for group in self.groups]
+            # Heads that part now are scored together.
+            of_all = None if whole is None else self._scored(whole, call)
+            for group, budget in budgets:
+                if budget is not None:
+                    self.evict_group(group, self._scored(group, call) if of_all is None else group.own(of_all), budget)
+                elif of_all is not None:
+                    group.storage.dense.copied()
         if self.index == self.plan.layers - 1:
             self.plan.look()
 
-    def evict_group(self, group: HeadGroup, view: LayerView, budget: Tensor) -> None:
+    def _scored(self, group: HeadGroup, call: AttentionCall) -> Scored:
+        return group.score(group.view(call, self.queries.queries, self.queries.real))
+
+    def evict_group(self, group: HeadGroup, tokens: Scored, budget: Tensor) -> None:
         """Keeps `budget [B]` tokens of what a group of heads holds."""
-        group.evict(view, budget)
+        group.evict(tokens, budget)
 
     # As data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,13 @@ class Basis:
             return self.coordinates(take(x, indices), positions)
         numbers: Tensor = compiled.coordinates(x, indices, positions, self.centre, _turns(self.rope))
         return numbers if self.rotation is None else numbers @ self.rotation
+
+    def parted(self, pick: Callable[[Tensor], Tensor]) -> Basis:
+        """The same for the heads that `pick` takes out of `[B, Hkv, ...]`."""
+        projection, centre, spread = (
+            None if tensor is None else pick(tensor) for tensor in (self.projection, self.centre, self.spread)
+        )
+        return Basis(self.rotation, projection, centre, self.rope, spread)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it."""

@@ -8,7 +8,7 @@ are tried, and the one that makes the error of the logits least is taken: a fixe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,6 +43,10 @@ class ChannelFormat:
 
     widths: Tensor
     weight: Tensor
+
+    def parted(self, heads: Sequence[int], pick: Callable[[Tensor], Tensor]) -> ChannelFormat:
+        """The same for some heads, which `pick` takes out of `[B, Hkv, ...]`."""
+        return ChannelFormat(self.widths[list(heads)], pick(self.weight[None])[0])
 
     @cached_property
     def planes_here(self) -> tuple[tuple[int, Tensor, Tensor], ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,18 @@ class DenseStorage:
         self._values = self._extended(self._values, values, end + reserve)
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def parted(self, pick: Callable[[Tensor], Tensor]) -> DenseStorage:
+        """The heads that `pick` takes out of `[B, Hkv, P, D]`, where they lie: to be kept from, or `copied`."""
+        assert self.keys is not None and self.values is not None, "nothing is held"
+        part = DenseStorage(self.growth)
+        part._keys, part._values, part.length = pick(self.keys), pick(self.values), self.length
+        return part
+
+    def copied(self) -> None:
+        """Holds its tokens in memory of its own."""
+        assert self.keys is not None and self.values is not None, "nothing is held"
+        self._keys, self._values = self.keys.clone(), self.values.clone()
 
     def _extended(self, buffer: Tensor | None, new: Tensor, capacity: int) -> Tensor:
         end = self.length + new.shape[2]

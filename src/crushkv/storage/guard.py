@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,11 +68,21 @@ class LogitGuard:
         places = sample.expand(*keys.shape[:2], -1)
         return cls(basis.taken(keys, places, positions[..., sample].expand_as(places)), basis.spread, last)
 
-    def error(self, form: ChannelFormat) -> Later:
-        """Its root mean square with a format, in nats."""
+    def parted(self, pick: Callable[[Tensor], Tensor]) -> LogitGuard:
+        """The same for the heads that `pick` takes out of `[B, Hkv, ...]`."""
+        part = copy(self)
+        part._numbers, part._spread, part._queries = map(pick, (self._numbers, self._spread, self._queries))
+        return part
+
+    def squared_error(self, form: ChannelFormat) -> Later:
+        """Its mean square with a format, of each KV head: `[Hkv]`, in squares of nats."""
         found = quantize(self._numbers, self._spread, form).numbers(self._spread, form)
         error = self._queries @ (found - self._numbers).transpose(-1, -2)
-        return Later(error.square().mean().sqrt())
+        return Later(error.square().mean((0, 2, 3)))
+
+    def allows(self, squared_error: Tensor) -> bool:
+        """Whether the error of heads, `[Hkv]` as above, is small enough for all of them together."""
+        return bool(squared_error.mean().sqrt() <= self.limit)
 
 
 def widened(formats: Formats, bits: int) -> Formats:

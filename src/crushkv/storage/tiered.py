@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,14 +35,23 @@ class KeyEnergy:
     keys: Tensor
     queries: Tensor
 
+    def parted(self, pick: Callable[[Tensor], Tensor]) -> KeyEnergy:
+        """The same for the heads that `pick` takes out of `[B, Hkv, ...]`."""
+        return KeyEnergy(pick(self.keys[None])[0], pick(self.queries[None])[0])
+
 
 @dataclass(frozen=True)
 class _Unsettled:
-    """What it takes to decide on the formats of the keys."""
+    """What it takes to decide on the formats of the keys of some heads.
+
+    error: that the present formats make in each head of the layer. heads: which of them these are, and how to pick
+    them; None: all.
+    """
 
     guard: LogitGuard
     energy: KeyEnergy
-    error: Later  # that the present formats make
+    error: Later
+    heads: tuple[Sequence[int], Callable[[Tensor], Tensor]] | None = None
 
 
 class TieredStorage:
@@ -77,14 +86,28 @@ class TieredStorage:
         self.blocks: list[tuple[Part, PackedTensor]] = []  # keys and values of each tier, packed
         self._positions: Tensor | None = None  # int32 [B, Hkv, slots of the last `keep`]
 
-    def parted(self, pick: Callable[[Tensor], Tensor]) -> TieredStorage:
-        """A storage of its own for the heads that `pick` takes out of `[B, Hkv, P, D]`, copied. Nothing was packed so
-        far."""
-        assert self.bases is None and self._positions is None, "tokens were kept already"
-        assert self.dense.keys is not None and self.dense.values is not None, "nothing is held"
+    def parted(
+        self,
+        heads: Sequence[int],
+        pick: Callable[[Tensor], Tensor],
+        forms: Sequence[ChannelFormat | None] = (),
+    ) -> TieredStorage:
+        """A storage for some heads, before anything is kept or packed. Its tokens are those of this one until `keep`.
+
+        Args:
+            pick: takes the heads out of `[B, Hkv, ...]`.
+            forms: as in `fit`, of these heads, where they are known already.
+        """
+        assert self._positions is None, "tokens were kept already"
         part = TieredStorage(self._formats, self.dense.growth, self._workspace)
-        part.append(pick(self.dense.keys), pick(self.dense.values))
-        part.seen = self.seen
+        part.dense, part.seen = self.dense.parted(pick), self.seen
+        if self.bases is not None:
+            keys, values = self.bases
+            part.bases = keys.parted(pick), values.parted(pick)
+            part.forms = forms or [None if form is None else form.parted(heads, pick) for form in self.forms]
+            part._own_forms = self._own_forms
+        if self._unsettled is not None:
+            part._unsettled = replace(self._unsettled, heads=(heads, pick))
         return part
 
     # Size
@@ -223,7 +246,7 @@ class TieredStorage:
             self.forms = forms or channel_formats(f, energy, keys.device)
             guard = None if last is None else LogitGuard.of(keys, positions, real, of_keys, last)
             if guard is not None and (form := self._first_form()) is not None:
-                self._unsettled = _Unsettled(guard, energy, guard.error(form))
+                self._unsettled = _Unsettled(guard, energy, guard.squared_error(form))
         else:
             of_keys = fit(keys, positions, real, centred=True, rotate=f.rotation, rank=f.rank, rope=rope)
         of_values = fit(values, positions, real, centred=False, rotate=f.rotation, rank=f.rank)
@@ -240,15 +263,22 @@ class TieredStorage:
         """
         if (of := self._unsettled) is None:
             return
-        self._unsettled, error = None, of.error
-        while error.read() > of.guard.limit and self.widened_by < WIDEST:
+        self._unsettled, guard, energy, error = None, of.guard, of.energy, of.error.read()
+        if of.heads is not None:
+            heads, pick = list(of.heads[0]), of.heads[1]
+            error = error[heads]
+        if guard.allows(error):
+            return
+        # The profile has not foreseen this layer: the prompt itself is asked.
+        if of.heads is not None:
+            guard, energy = guard.parted(pick), energy.parted(pick)
+        while not guard.allows(error) and self.widened_by < WIDEST:
             self.widened_by += 1
             self.formats = widened(self._formats, self.widened_by)
-            # The profile has not foreseen this layer: the prompt itself is asked.
-            self.forms, self._own_forms = channel_formats(self.formats, of.energy, self.device), True
+            self.forms, self._own_forms = channel_formats(self.formats, energy, self.device), True
             form = self._first_form()
             assert form is not None
-            error = of.guard.error(form)
+            error = guard.squared_error(form).read()
 
     @torch.no_grad()
     def keep(self, indices: Tensor, lengths: Sequence[int]) -> None:

@@ -267,7 +267,7 @@ class Compactor:
         elif self.evictor.tail:
             queries = self._tails.last(index, [request_id], eviction.seen, min(self.evictor.tail, eviction.seen))
         view = self._view(layer, tokens, queries, mass, eviction.seen)
-        selection = self.evictor.select(view, layer.kv_heads, torch.tensor([eviction.budget]))
+        selection = self.evictor.select(self.evictor.score(view), layer.kv_heads, torch.tensor([eviction.budget]))
         selection.check()
         if mass is not None:
             self._mass[request_id].layers[index] = kept_mass(mass, selection.kept.indices)
