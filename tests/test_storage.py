@@ -23,6 +23,7 @@ from crushkv.storage.rotation import rotation
 from crushkv.storage.widths import allocate, channel_bits
 from crushkv.storage.workspace import Workspace
 from reference import dequantized, quantized
+from stores import rope_of
 
 WIDTHS = sorted(PLANES)
 ODD = [1, 2, 3, 7, 8, 9, 64, 65]
@@ -305,6 +306,51 @@ def test_a_layer_that_the_profile_has_not_foreseen_gets_wider_channels() -> None
     # A layer as the profile has it is left as it was asked for.
     usual = held(LastQueries(torch.randn(1, 4, 8, 16), 16**-0.5, limit=1.0))
     assert usual.widened_by == 0 and usual.formats == formats
+
+
+@pytest.mark.parametrize("profile", [True, False])
+def test_heads_that_part_are_held_as_if_they_had_been_alone(profile: bool) -> None:
+    """Coordinates, widths, and whether these suffice: found once for a layer, they are those of each group of heads."""
+    torch.manual_seed(3)
+    keys, values = torch.randn(2, 4, 200, 16) * torch.rand(4, 1, 16), torch.randn(2, 4, 200, 16)
+    queries = torch.randn(2, 8, 8, 16)
+    queries[:, 6:, :, 3] = 40.0  # the last head's, where the profile has no energy
+    energy = torch.ones(4, 16)
+    energy[:, 3] = 1e-6
+    formats = Formats((2, 2), (2, 2), by_channel=True)
+
+    def fitted(heads: list[int]) -> TieredStorage:
+        of_queries = [2 * head + i for head in heads for i in range(2)]
+        storage = TieredStorage(formats)
+        storage.append(keys[:, heads], values[:, heads])
+        own = KeyEnergy(energy[heads], energy[heads])
+        forms = channel_formats(formats, own, keys.device) if profile else ()
+        squares = queries[:, of_queries].square().sum((0, 2))
+        last = LastQueries(queries[:, of_queries], 16**-0.5, limit=1.0, sink=4)
+        storage.fit(None, rope_of(16), forms, squares, last)
+        return storage
+
+    whole, widened = fitted([0, 1, 2, 3]), []
+    for heads in ([0, 2], [1, 3]):
+        alone, parted = fitted(heads), whole.parted(heads, lambda x, heads=heads: x[:, heads])
+        assert parted.seen == alone.seen and torch.equal(parted.positions, alone.positions)
+        for storage in (alone, parted):
+            storage.keep(torch.arange(0, 200, 2).expand(2, 2, -1), (80, 20))
+        one, other = alone.state(), parted.state()
+        assert one.keys() == other.keys() and alone.nbytes == parted.nbytes
+        assert alone.state_nbytes == parted.state_nbytes and alone.widened_by == parted.widened_by
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, other[name], msg=name)
+        widened.append(parted.widened_by)
+    assert not profile or (widened[0] == 0 and widened[1] > 0)
+
+
+def test_heads_that_part_and_stay_as_they_are_have_memory_of_their_own() -> None:
+    storage = TieredStorage(Formats())
+    storage.append(torch.randn(1, 4, 50, 16), torch.randn(1, 4, 50, 16))
+    part = storage.parted([0], lambda x: x[:, :1])
+    part.dense.copied()
+    assert part.nbytes * 4 == storage.nbytes and torch.equal(part.read()[0], storage.read()[0][:, :1])
 
 
 @settings(max_examples=50, deadline=None)

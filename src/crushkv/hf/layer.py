@@ -267,7 +267,7 @@ class CrushLayer(CacheLayerMixin):
             for group, budget in budgets:
                 if budget is not None:
                     self.evict_group(group, self._scored(group, call) if of_all is None else group.own(of_all), budget)
-                elif of_all is not None:
+                elif of_all is not None:  # what stays must not hold on to the memory of all heads
                     group.storage.dense.copied()
         if self.index == self.plan.layers - 1:
             self.plan.look()
