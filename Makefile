@@ -127,7 +127,7 @@ $(READY_VLLM): requirements-vllm.lock pyproject.toml $(COMPILED)
 
 # Two engines at a time, each on one thread. vLLM would bind the threads of both to the same cores.
 test-vllm: $(READY_VLLM)  ## tests of the vLLM plugin (longer soaks: ARGS=--soak-seconds=600)
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_ENV) $(BIN_VLLM)/pytest -n 2 --dist loadfile \
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_ENV) $(BIN_VLLM)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		tests/vllm tests/test_vllm_parts.py $(ARGS)
 
 serve: $(READY_VLLM)  ## OpenAI-compatible server with the embedded model and KVCrush at a quarter (PORT=8000)

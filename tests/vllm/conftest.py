@@ -18,6 +18,13 @@ from engines import Reference, small_model
 
 from crushkv.embedded import embedded_model_path
 
+LONGEST = ("test_server", "test_scale_out", "test_parity")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: two run at a time, and the last one would run alone."""
+    items.sort(key=lambda item: [item.path.stem == name for name in LONGEST], reverse=True)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak-seconds", type=float, default=15, help="how long each soak test keeps an engine busy")
