@@ -113,7 +113,10 @@ inline void put(void* to, int64_t at, float x, int32_t dtype) {
 struct Tables {
     float width[256], scale[256];
     Tables() {
-        for (int i = 0; i < 256; ++i) width[i] = std::exp2((i - 128.0f) / 8.0f), scale[i] = std::exp2((i - 128.0f) / 16.0f);
+        for (int i = 0; i < 256; ++i) {
+            width[i] = std::exp2((i - 128.0f) / 8.0f);
+            scale[i] = std::exp2((i - 128.0f) / 16.0f);
+        }
     }
 };
 const Tables tables;

@@ -189,7 +189,8 @@ template <class T>
 void add_values(const T* numbers, int64_t stride, int64_t channels, int tokens, const float* w, int64_t heads,
                 float* sum, int64_t apart) {
     by_heads(
-        heads, [&](int64_t g) { add_tokens<1>(numbers, stride, channels, tokens, w + g * TILE, sum + g * apart, apart); },
+        heads,
+        [&](int64_t g) { add_tokens<1>(numbers, stride, channels, tokens, w + g * TILE, sum + g * apart, apart); },
         [&](int64_t g) { add_tokens<2>(numbers, stride, channels, tokens, w + g * TILE, sum + g * apart, apart); },
         [&](int64_t g) { add_tokens<3>(numbers, stride, channels, tokens, w + g * TILE, sum + g * apart, apart); },
         [&](int64_t g) { add_tokens<4>(numbers, stride, channels, tokens, w + g * TILE, sum + g * apart, apart); });
@@ -326,7 +327,8 @@ struct Worker {
         const uint8_t* from[3];
         for (int plane = 0; plane < 3; ++plane)
             from[plane] = block.keys.planes[plane] +
-                          (row * block.keys.plane_rows[plane] + block.plane_row[plane][at]) * eighth * (4 >> plane) + start;
+                          (row * block.keys.plane_rows[plane] + block.plane_row[plane][at]) * eighth * (4 >> plane) +
+                          start;
         if (width & 4) add_plane<4>(from[0], eighth, count, width & 3, found);
         if (width & 2) add_plane<2>(from[1], eighth, count, width & 1, found);
         if (width & 1) add_plane<1>(from[2], eighth, count, 0, found);
@@ -379,7 +381,8 @@ struct Worker {
                 std::fill_n(folded[g], padded * groups, 0.0f);
                 for (int64_t d = 0; d < size; ++d) folded[g][d / length * padded + d % length] = turned[g][d];
                 for (int64_t group = 0; group < groups; ++group)
-                    sums_of[g][group] = std::accumulate(turned[g] + group * length, turned[g] + (group + 1) * length, 0.0f);
+                    sums_of[g][group] =
+                        std::accumulate(turned[g] + group * length, turned[g] + (group + 1) * length, 0.0f);
             }
         }
     }
@@ -427,7 +430,8 @@ struct Worker {
         }
     }
 
-    static void unpack_line(const uint8_t* from, uint8_t* to, int64_t length, int down, uint8_t mask, int up, bool add) {
+    static void unpack_line(const uint8_t* from, uint8_t* to, int64_t length, int down, uint8_t mask, int up,
+                            bool add) {
         int64_t d = 0;
         for (; d + 32 <= length; d += 32) {
             words x = (load<words>(from + d) >> down & wide(mask)) << up;
@@ -455,7 +459,8 @@ struct Worker {
             return;
         }
         const int64_t padded = filled(size / keys.groups), stride = padded * keys.groups;
-        for (int k = 0; k < RUNS; ++k) unpack_run(keys, block.tokens, token[k], count[k], size, padded, rows + k * RUN * stride);
+        for (int k = 0; k < RUNS; ++k)
+            unpack_run(keys, block.tokens, token[k], count[k], size, padded, rows + k * RUN * stride);
         for (int64_t group = 0; group < keys.groups; ++group) {
             for (int k = 0; k < RUNS; ++k)
                 ranges(keys, block.tokens, token[k], count[k], group, low + k * RUN, step + k * RUN);
@@ -472,8 +477,8 @@ struct Worker {
         }
     }
 
-    // Adds the products of eight tokens, which stand in `real` from `first` on, with each query head's weights; of codes,
-    // whose group is given, in the ranges of the tokens.
+    // Adds the products of eight tokens, which stand in `real` from `first` on, with each query head's weights. Codes,
+    // whose group is given, are multiplied in the ranges of their tokens.
     void add_products(int first, int64_t size, const float* with, int t, int64_t group = -1) {
         const float* lines[8];
         for (int n = 0; n < 8; ++n) lines[n] = real + (first + n) * size;
@@ -560,7 +565,10 @@ void attend_tile(Worker& w, const Block& block, int64_t number, int64_t first, b
         int64_t end = std::min<int64_t>(token[k] + RUN, block.tokens);
         if (by_channel) end = std::min<int64_t>(end, (k + 1) * eighth);
         count[k] = static_cast<int>(std::max<int64_t>(0, end - token[k]));
-        for (int t = 0; t < count[k]; ++t) slots[all_count] = static_cast<int32_t>(first + token[k] + t), at[all_count++] = k * RUN + t;
+        for (int t = 0; t < count[k]; ++t, ++all_count) {
+            slots[all_count] = static_cast<int32_t>(first + token[k] + t);
+            at[all_count] = k * RUN + t;
+        }
     }
     if (by_channel) {
         w.channel_logits(block, eighth, number * RUN,

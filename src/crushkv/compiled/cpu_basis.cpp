@@ -57,9 +57,9 @@ void coordinates(const void* x, float* out, const int64_t* indices, const int64_
     });
 }
 
-// Sums over `TOGETHER` tokens each of `x` before RoPE, at `positions [tokens]`: `out [rows, heads, parts, size]`. Given a
-// `centre [rows * heads, size]`, of the squares of what is left without it. `real [rows, tokens]` or null: which tokens
-// count.
+// Sums over `TOGETHER` tokens each of `x` before RoPE, at `positions [tokens]`: `out [rows, heads, parts, size]`. Given
+// a `centre [rows * heads, size]`, of the squares of what is left without it. `real [rows, tokens]` or null: which
+// tokens count.
 void sums(const void* x, float* out, const int64_t* positions, const uint8_t* real, const float* centre,
           const int64_t* partner, const float* coarse, const float* fine, int64_t dtype, int64_t rows, int64_t heads,
           int64_t tokens, int64_t size, int64_t of_row, int64_t of_head, int64_t of_token, int64_t threads) {

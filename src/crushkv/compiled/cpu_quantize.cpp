@@ -35,8 +35,8 @@ extern "C" {
 // Codes [pairs, tokens, size] and codes of scales [pairs, tokens] of keys `x`, likewise; see `channel_codes` in Python.
 // unit, cost: [pairs, size]. used, last: [heads, size]. factors: log2 of the scales that are tried.
 void channel_codes(const float* x, uint8_t* codes, uint8_t* scales, const float* unit, const float* cost,
-                   const float* used, const float* last, const float* factors, int64_t count, float octave, float middle,
-                   int64_t pairs, int64_t heads, int64_t tokens, int64_t size, int64_t threads) {
+                   const float* used, const float* last, const float* factors, int64_t count, float octave,
+                   float middle, int64_t pairs, int64_t heads, int64_t tokens, int64_t size, int64_t threads) {
     const int64_t parts = parts_of(tokens);
     for_each(pairs * parts, threads, [=](int64_t item) {
         const int64_t pair = item / parts, head = pair % heads, begin = item % parts * TOGETHER;
