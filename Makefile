@@ -67,7 +67,7 @@ check: lint  ## lint, type check and the tests that run no model (under two minu
 
 # Test files are shared out over the cores, with one thread for each: threads of two processes that wait for each other
 # take ten times as long. As far as it matters, they run once more without what is compiled.
-test test-transformers: export OMP_NUM_THREADS := 1
+test test-transformers test-vllm: export OMP_NUM_THREADS := 1
 test: lint  ## lint, type check and tests
 	@$(BIN)/python -c 'from crushkv.embedded import embedded_model_path as p; p()'  # before two want it at once
 	$(BIN)/pytest -m "" -n auto --dist loadfile --no-loadscope-reorder
@@ -125,9 +125,9 @@ $(READY_VLLM): requirements-vllm.lock pyproject.toml $(COMPILED)
 	@$(BIN_VLLM)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Two engines at a time, each on one thread. vLLM would bind the threads of both to the same cores.
+# Two engines at a time. vLLM would bind the threads of both to the same cores.
 test-vllm: $(READY_VLLM)  ## tests of the vLLM plugin (longer soaks: ARGS=--soak-seconds=600)
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_ENV) $(BIN_VLLM)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_ENV) $(BIN_VLLM)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		tests/vllm tests/test_vllm_parts.py $(ARGS)
 
 serve: $(READY_VLLM)  ## OpenAI-compatible server with the embedded model and KVCrush at a quarter (PORT=8000)

@@ -72,6 +72,7 @@ def test_attention_is_that_of_the_reference(formats: str, dtype: torch.dtype, bu
 def test_heads_that_hold_different_numbers_of_tokens(threads: int, build: str) -> None:
     """They are attended to at once, in the model's order of heads, whatever their formats."""
     torch.manual_seed(0)
+    torch.set_num_threads(threads)
     heads, group, size = [(1, 4), (0,), (2, 3)], 3, 32
     shapes = [
         Shape(rows=2, kv_heads=len(own), group=group, size=size, seen=900, kept=kept, since=5)
@@ -84,10 +85,7 @@ def test_heads_that_hold_different_numbers_of_tokens(threads: int, build: str) -
         for own, store in zip(heads, stores, strict=True):
             mine = [head * group + i for head in own for i in range(group)]
             expected[:, mine] = plain.attend(queries[:, mine], store, size**-0.5, None)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
         found = cpu.attend_together(queries, stores, heads, size**-0.5)
-        torch.set_num_threads(before)
         assert found is not None and float((found - expected).norm() / expected.norm()) < 1e-5
     stores[1] = store_of(Formats(), shapes[1])
     assert cpu.attend_together(queries, stores, heads, 0.1) is None, "nothing is packed in one of them"

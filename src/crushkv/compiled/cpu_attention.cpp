@@ -619,7 +619,7 @@ struct Job {
     const Layer* const* layers;
     std::vector<int64_t> chunks, first, first_pair;  // of each: parts of a row and KV head; its first item and pair
     std::vector<Partial>* partials;
-    std::atomic<int64_t> next{0}, next_merge{0};
+    std::atomic<int64_t> next{0};
 };
 
 int64_t tiles_of(const Layer& layer) {
@@ -701,11 +701,6 @@ void work(void* data) {
     }
 }
 
-void work_merge(void* data) {
-    Job& job = *static_cast<Job*>(data);
-    for (int64_t item; (item = job.next_merge++) < job.first_pair.back();) merge(job, item);
-}
-
 }  // namespace
 
 extern "C" void attend(const Layer* const* layers, int64_t count) {
@@ -726,8 +721,7 @@ extern "C" void attend(const Layer* const* layers, int64_t count) {
         items += own * job.chunks.back(), pairs += own;
         merging += own * layer.group * layer.value_size * layer.value_size;
     }
-    job.first_pair.push_back(pairs);
     partials.resize(items);
     run(work, &job, std::min(threads, items));
-    run(work_merge, &job, merging > 200000 ? threads : 1);
+    for_each(pairs, merging > 200000 ? threads : 1, [&](int64_t item) { merge(job, item); });
 }

@@ -18,6 +18,11 @@ inline floats limited(floats x, floats low, floats high) {
     return x < high ? x : high;
 }
 
+// The codes of numbers in steps, of which `top` is the greatest.
+inline ints levels(floats y, floats top) {
+    return __builtin_convertvector(limited(y + (top + 1.0f) / 2.0f, all(0), top), ints);
+}
+
 // What belongs to one row and head: one number for each channel, filled up to whole vectors.
 struct Channels {
     std::vector<float> unit, cost, used, last, z;
@@ -65,8 +70,7 @@ void channel_codes(const float* x, uint8_t* codes, uint8_t* scales, const float*
                 floats sum{};
                 for (int64_t d = 0; d < of.padded; d += LANES) {
                     const floats y = load<floats>(z + d) / scale, top = load<floats>(&of.last[d]);
-                    const ints level = __builtin_convertvector(limited(y + (top + 1.0f) / 2.0f, all(0), top), ints);
-                    const floats off = __builtin_convertvector(level, floats) - top / 2.0f - y;
+                    const floats off = __builtin_convertvector(levels(y, top), floats) - top / 2.0f - y;
                     sum += off * off * load<floats>(&of.cost[d]);
                 }
                 const float error = sum_of(sum) * (scale * scale);
@@ -74,8 +78,7 @@ void channel_codes(const float* x, uint8_t* codes, uint8_t* scales, const float*
             }
             scales[pair * tokens + token] = static_cast<uint8_t>(best);
             for (int64_t d = 0; d < of.padded; d += LANES) {
-                const floats y = load<floats>(z + d) / tables.scale[best], top = load<floats>(&of.last[d]);
-                const ints level = __builtin_convertvector(limited(y + (top + 1.0f) / 2.0f, all(0), top), ints);
+                const ints level = levels(load<floats>(z + d) / tables.scale[best], load<floats>(&of.last[d]));
                 for (int64_t l = 0; l < std::min<int64_t>(LANES, size - d); ++l)
                     codes[at + d + l] = static_cast<uint8_t>(level[l]);
             }

@@ -99,7 +99,7 @@ class HeadGroup:
     def parted(self, heads: Heads) -> HeadGroup:
         """Some of these heads as a group of their own, before anything was evicted."""
         _, forms = self.plan.key_formats(self.layer, heads.numbers, self.storage.device)
-        part = HeadGroup(self.plan, self.layer, self.storage.parted(heads.numbers, heads.pick, forms), heads)
+        part = HeadGroup(self.plan, self.layer, self.storage.parted(heads.pick, forms), heads)
         part.real, part.evicted = self.real, self.evicted
         part.mass = None if self.mass is None else heads.pick(self.mass)
         return part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..compiled import centring
 from ..rope import Rope
-from .buffers import take
+from .buffers import Pick, take
 from .rotation import rotation
 
 
@@ -69,10 +68,10 @@ class Basis:
         numbers: Tensor = compiled.coordinates(x, indices, positions, self.centre, _turns(self.rope))
         return numbers if self.rotation is None else numbers @ self.rotation
 
-    def parted(self, pick: Callable[[Tensor], Tensor]) -> Basis:
-        """The same for the heads that `pick` takes out of `[B, Hkv, ...]`."""
+    def parted(self, pick: Pick) -> Basis:
+        """The same for some heads."""
         projection, centre, spread = (
-            None if tensor is None else pick(tensor) for tensor in (self.projection, self.centre, self.spread)
+            None if tensor is None else pick(tensor, 1) for tensor in (self.projection, self.centre, self.spread)
         )
         return Basis(self.rotation, projection, centre, self.rope, spread)
 

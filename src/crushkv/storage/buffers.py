@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Pick = Callable[[Tensor, int], Tensor]
+"""Takes some KV heads out of a tensor that has all of a layer at a dimension, `pick(x, dim)`."""
 
 
 def writable(buffer: Tensor) -> bool:

@@ -8,7 +8,7 @@ are tried, and the one that makes the error of the logits least is taken: a fixe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compiled import quantizer
-from .buffers import take
+from .buffers import Pick, take
 from .widths import STEPS
 
 # Scales that are tried, as parts of the token's root mean square.
@@ -44,9 +44,9 @@ class ChannelFormat:
     widths: Tensor
     weight: Tensor
 
-    def parted(self, heads: Sequence[int], pick: Callable[[Tensor], Tensor]) -> ChannelFormat:
-        """The same for some heads, which `pick` takes out of `[B, Hkv, ...]`."""
-        return ChannelFormat(self.widths[list(heads)], pick(self.weight[None])[0])
+    def parted(self, pick: Pick) -> ChannelFormat:
+        """The same for some heads."""
+        return ChannelFormat(pick(self.widths, 0), pick(self.weight, 0))
 
     @cached_property
     def planes_here(self) -> tuple[tuple[int, Tensor, Tensor], ...]:

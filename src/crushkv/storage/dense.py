@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .buffers import take, writable
+from .buffers import Pick, take, writable
 
 
 class DenseStorage:
@@ -59,11 +57,11 @@ class DenseStorage:
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
-    def parted(self, pick: Callable[[Tensor], Tensor]) -> DenseStorage:
-        """The heads that `pick` takes out of `[B, Hkv, P, D]`, where they lie: to be kept from, or `copied`."""
+    def parted(self, pick: Pick) -> DenseStorage:
+        """Some heads where they lie: to be kept from, or `copied`."""
         assert self.keys is not None and self.values is not None, "nothing is held"
         part = DenseStorage(self.growth)
-        part._keys, part._values, part.length = pick(self.keys), pick(self.values), self.length
+        part._keys, part._values, part.length = pick(self.keys, 1), pick(self.values, 1), self.length
         return part
 
     def copied(self) -> None:

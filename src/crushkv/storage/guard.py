@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..later import Later
 from .basis import Basis
+from .buffers import Pick
 from .channels import ChannelFormat, quantize
 from .formats import Formats
 from .widths import WIDEST
@@ -68,10 +68,10 @@ class LogitGuard:
         places = sample.expand(*keys.shape[:2], -1)
         return cls(basis.taken(keys, places, positions[..., sample].expand_as(places)), basis.spread, last)
 
-    def parted(self, pick: Callable[[Tensor], Tensor]) -> LogitGuard:
-        """The same for the heads that `pick` takes out of `[B, Hkv, ...]`."""
+    def parted(self, pick: Pick) -> LogitGuard:
+        """The same for some heads."""
         part = copy(self)
-        part._numbers, part._spread, part._queries = map(pick, (self._numbers, self._spread, self._queries))
+        part._numbers, part._spread, part._queries = (pick(x, 1) for x in (self._numbers, self._spread, self._queries))
         return part
 
     def squared_error(self, form: ChannelFormat) -> Later:

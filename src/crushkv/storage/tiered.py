@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from ..rope import Rope
 from . import channels
 from .basis import Basis, fit, fit_channels
 from .block import Coordinates, PackedTensor
-from .buffers import take
+from .buffers import Pick, take
 from .channels import ChannelFormat, ChannelTensor
 from .dense import DenseStorage
 from .formats import RAW, Formats, LayerSizes
@@ -35,23 +35,22 @@ class KeyEnergy:
     keys: Tensor
     queries: Tensor
 
-    def parted(self, pick: Callable[[Tensor], Tensor]) -> KeyEnergy:
-        """The same for the heads that `pick` takes out of `[B, Hkv, ...]`."""
-        return KeyEnergy(pick(self.keys[None])[0], pick(self.queries[None])[0])
+    def parted(self, pick: Pick) -> KeyEnergy:
+        """The same for some heads."""
+        return KeyEnergy(pick(self.keys, 0), pick(self.queries, 0))
 
 
 @dataclass(frozen=True)
 class _Unsettled:
     """What it takes to decide on the formats of the keys of some heads.
 
-    error: that the present formats make in each head of the layer. heads: which of them these are, and how to pick
-    them; None: all.
+    error: that the present formats make in each head of the layer. pick: which of them these are; None: all.
     """
 
     guard: LogitGuard
     energy: KeyEnergy
     error: Later
-    heads: tuple[Sequence[int], Callable[[Tensor], Tensor]] | None = None
+    pick: Pick | None = None
 
 
 class TieredStorage:
@@ -86,17 +85,10 @@ class TieredStorage:
         self.blocks: list[tuple[Part, PackedTensor]] = []  # keys and values of each tier, packed
         self._positions: Tensor | None = None  # int32 [B, Hkv, slots of the last `keep`]
 
-    def parted(
-        self,
-        heads: Sequence[int],
-        pick: Callable[[Tensor], Tensor],
-        forms: Sequence[ChannelFormat | None] = (),
-    ) -> TieredStorage:
+    def parted(self, pick: Pick, forms: Sequence[ChannelFormat | None] = ()) -> TieredStorage:
         """A storage for some heads, before anything is kept or packed. Its tokens are those of this one until `keep`.
 
-        Args:
-            pick: takes the heads out of `[B, Hkv, ...]`.
-            forms: as in `fit`, of these heads, where they are known already.
+        forms: as in `fit`, of these heads, where they are known already.
         """
         assert self._positions is None, "tokens were kept already"
         part = TieredStorage(self._formats, self.dense.growth, self._workspace)
@@ -104,10 +96,10 @@ class TieredStorage:
         if self.bases is not None:
             keys, values = self.bases
             part.bases = keys.parted(pick), values.parted(pick)
-            part.forms = forms or [None if form is None else form.parted(heads, pick) for form in self.forms]
+            part.forms = forms or [None if form is None else form.parted(pick) for form in self.forms]
             part._own_forms = self._own_forms
         if self._unsettled is not None:
-            part._unsettled = replace(self._unsettled, heads=(heads, pick))
+            part._unsettled = replace(self._unsettled, pick=pick)
         return part
 
     # Size
@@ -264,14 +256,13 @@ class TieredStorage:
         if (of := self._unsettled) is None:
             return
         self._unsettled, guard, energy, error = None, of.guard, of.energy, of.error.read()
-        if of.heads is not None:
-            heads, pick = list(of.heads[0]), of.heads[1]
-            error = error[heads]
+        if of.pick is not None:
+            error = of.pick(error, 0)
         if guard.allows(error):
             return
         # The profile has not foreseen this layer: the prompt itself is asked.
-        if of.heads is not None:
-            guard, energy = guard.parted(pick), energy.parted(pick)
+        if of.pick is not None:
+            guard, energy = guard.parted(of.pick), energy.parted(of.pick)
         while not guard.allows(error) and self.widened_by < WIDEST:
             self.widened_by += 1
             self.formats = widened(self._formats, self.widened_by)
