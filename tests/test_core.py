@@ -198,7 +198,8 @@ def test_a_selection_keeps_as_many_as_its_zones_say(
     config = CrushConfig(budget=budget, min_tokens=0, sink=4, window=8, page_size=page_size)
     held = max(1, seen - dropped)
     share = torch.tensor([Shares(config, layers=1).alike(seen, bytes_per_token=2)])
-    kept = int(divide(torch.tensor([held]), share, config).kept)
+    kept = divide(held, int(share), config).kept
+    assert divide(torch.tensor([held]), share, config).kept.tolist() == [kept]  # of several rows, as of one
     selection = select(torch.rand(1, 2, held), 2, share, config)
     assert selection.counts.tolist() == [kept] and selection.kept.indices.shape == (1, 2, kept)
     assert min(held, 12) <= kept <= held and kept <= max(int(share), 12)

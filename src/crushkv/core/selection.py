@@ -20,7 +20,7 @@ from ..later import Later
 from .grouping import Groups, choose_representatives, position_order, random_order, signature_order
 from .signatures import token_bits, top_mask, unit_signatures
 from .stages import stage
-from .zones import Zones, count_real, divide
+from .zones import Count, Zones, count_real, divide
 
 
 class Tier(IntEnum):
@@ -168,7 +168,8 @@ def select(
     by_rank = config.grouping == "score" or not bool(represented.any())
     # Of many units, a CPU finds the best by a threshold in half of the time.
     few = config.page_size > 1 or head_score.device.type != "cpu"
-    if real is None and by_rank and few and zones.alike:
+    # Rows that hold as many tokens, and keep as many, are divided alike.
+    if real is None and by_rank and few and bool((zones.kept == zones.kept[0]).all()):
         return Selection(_ranked(head_score, kv_heads, zones, int(represented[0]), config), by_tier, finite)
 
     compact = None
@@ -187,7 +188,9 @@ def select(
         return Selection(Kept(indices, tiers, zones.kept), by_tier, finite)
 
 
-def _ranked(head_score: Tensor, kv_heads: int, zones: Zones, represented: int, config: CrushConfig) -> dict[Tier, Kept]:
+def _ranked(
+    head_score: Tensor, kv_heads: int, zones: Zones[Tensor], represented: int, config: CrushConfig
+) -> dict[Tier, Kept]:
     """The tokens of each tier where all rows are alike and both contested tiers take the best scores.
 
     A few operations instead of some dozens: on a GPU, each of them costs the host as much as a long one.
@@ -246,7 +249,7 @@ def _places(members: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
     return places[..., :most].contiguous(), empty
 
 
-def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, config: CrushConfig, seed: int) -> Tensor:
+def _tiers(head_score: Tensor, kv_heads: int, zones: Zones[Tensor], config: CrushConfig, seed: int) -> Tensor:
     """Tier of every token, uint8 `[B, Hkv, S]`, with PADDING for what is dropped."""
     rows, _, tokens = head_score.shape
     page = config.page_size
@@ -268,7 +271,7 @@ def _tiers(head_score: Tensor, kv_heads: int, zones: Zones, config: CrushConfig,
 
 
 def contest(
-    middle: Tensor, kv_heads: int, zones: Zones, config: CrushConfig, seed: int
+    middle: Tensor, kv_heads: int, zones: Zones[Tensor], config: CrushConfig, seed: int
 ) -> tuple[Tensor, Groups | None]:
     """Important and representative units among the contested ones, uint8 `[B, Hkv, U]`, and how they were grouped.
 
@@ -309,9 +312,9 @@ def _unit_scores(middle: Tensor, kv_heads: int, config: CrushConfig) -> Tensor:
     return by_head.mean(-1).float()
 
 
-def representative_units(keep: Tensor, share: float) -> Tensor:
+def representative_units(keep: Count, share: float) -> Count:
     """How many of `keep` units are representatives, rounded half up."""
-    return (keep * share + 0.5).long()
+    return int(keep * share + 0.5) if isinstance(keep, int) else (keep.double() * share + 0.5).long()
 
 
 def _order(middle: Tensor, real: Tensor, alike: bool, important: Tensor, config: CrushConfig, seed: int) -> Tensor:

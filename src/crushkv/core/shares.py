@@ -240,10 +240,10 @@ def _by_need(
 
 def split_tokens(budget: int, held: int, config: CrushConfig, sizes: LayerSizes) -> Split:
     """What `core.select` makes of `budget` tokens when a row holds `held` real ones."""
-    zones = divide(torch.tensor([held]), torch.tensor([budget]), config)
+    zones = divide(held, budget, config)
     units = representative_units(zones.keep, config.representative_share)
-    sink, recent = int(zones.sink), int(zones.recent)
-    important, representative = (int(part) * config.page_size for part in (zones.keep - units, units))
+    sink, recent = zones.sink, zones.recent
+    important, representative = (part * config.page_size for part in (zones.keep - units, units))
     # Where nothing is contested yet, nothing is quantized either.
     untouched = held <= config.sink + config.window
     nbytes = sizes.raw(held) if untouched else sizes.tiers(sink + recent, important, representative)

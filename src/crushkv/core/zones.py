@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..config import CrushConfig
 
+Count = TypeVar("Count", int, Tensor)
+"""Numbers of tokens: of one row, or `[B]` of several, in main memory."""
+
 
 @dataclass(frozen=True)
-class Zones:
-    """The layout of each row's real tokens, counted from its first one; every tensor is `[B]`, in main memory.
+class Zones(Generic[Count]):
+    """The layout of each row's real tokens, counted from its first one.
 
     A row reads: `sink` tokens | `units` whole pages | rest | `recent` tokens. The rest is what the recent zone
     could not take of a last page that is not whole; it is empty wherever the budget has room for a page.
     """
 
-    real: Tensor  # real tokens
-    sink: Tensor
-    recent: Tensor  # at least the window: it takes in what would be a broken last page
-    units: Tensor  # contested units (pages; tokens with a page size of 1)
-    keep: Tensor  # how many of the units are kept
+    real: Count  # real tokens
+    sink: Count
+    recent: Count  # at least the window: it takes in what would be a broken last page
+    units: Count  # contested units (pages; tokens with a page size of 1)
+    keep: Count  # how many of the units are kept
     page_size: int  # tokens of a unit
 
     @property
-    def alike(self) -> bool:
-        """Whether all rows are divided alike."""
-        return all(bool((x == x[0]).all()) for x in (self.sink, self.recent, self.units, self.keep))
-
-    @property
-    def kept(self) -> Tensor:
-        """Tokens kept of each row, `[B]`."""
+    def kept(self) -> Count:
+        """Tokens kept of each row."""
         return self.sink + self.keep * self.page_size + self.recent
 
 
@@ -44,7 +43,7 @@ def count_real(rows: int, tokens: int, real: Tensor | None) -> Tensor:
     return torch.full((rows,), tokens) if real is None else real.sum(-1).cpu()
 
 
-def divide(real: Tensor, budget: Tensor, config: CrushConfig) -> Zones:
+def divide(real: Count, budget: Count, config: CrushConfig) -> Zones[Count]:
     """Divides rows of `real` tokens so that at most `budget` and more than `budget - page_size` are kept.
 
     All of a row is kept that has fewer tokens than its budget.
@@ -54,11 +53,19 @@ def divide(real: Tensor, budget: Tensor, config: CrushConfig) -> Zones:
     `budget` must be at least `min(real, sink + window)`.
     """
     page_size = config.page_size
-    sink = real.clamp(max=config.sink)
-    window = (real - sink).clamp(max=config.window)
+    sink = _at_most(real, config.sink)
+    window = _at_most(real - sink, config.window)
     middle = real - sink - window
-    contested = (budget.minimum(real) - sink - window).clamp(min=0)
-    rest = (middle % page_size).minimum(contested)
+    contested = _at_least(_at_most(budget, real) - sink - window, 0)
+    rest = _at_most(middle % page_size, contested)
     units = middle // page_size
-    keep = ((contested - rest) // page_size).minimum(units)
+    keep = _at_most((contested - rest) // page_size, units)
     return Zones(real=real, sink=sink, recent=window + rest, units=units, keep=keep, page_size=page_size)
+
+
+def _at_most(count: Count, limit: Count | int) -> Count:
+    return min(count, limit) if isinstance(count, int) else count.clamp(max=limit)
+
+
+def _at_least(count: Count, limit: int) -> Count:
+    return max(count, limit) if isinstance(count, int) else count.clamp(min=limit)

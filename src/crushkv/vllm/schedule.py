@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..config import CrushConfig
 from ..core import Clock, Shares
 from ..core.zones import divide
@@ -55,7 +53,7 @@ class EvictionSchedule:
         budget = min(shares.alike(seen, self.bytes_per_token) for shares in self.shares)
         if self.shares[0].nothing_to_do(held, budget):
             return None
-        kept = int(divide(torch.tensor([held]), torch.tensor([budget]), self.config).kept)
+        kept = divide(held, budget, self.config).kept
         if -(-kept // self.block_size) == -(-held // self.block_size):
             return None  # tokens would be lost, and no block would come free
         return Eviction(seen, held, budget, kept)
