@@ -880,15 +880,15 @@ def test_interrupt_ends_cleanly(tiny: Path) -> None:
 
 def test_bench(crushkv: Callable[..., Outcome], tiny: Path, tmp_path: Path) -> None:
     results, plots = tmp_path / "results.jsonl", tmp_path / "plots"
-    asked = ["--tokens", "300,500", "--batch", "1,2", "--new-tokens", 3, "--repeats", 2, "--budgets", "0.5,0.25"]
+    asked = ["--tokens", "300,500", "--batch", 2, "--new-tokens", 3, "--repeats", 2, "--budgets", "0.5,0.25"]
     asked += ["--method", "full", "--method", "snapkv:window=8", "--method", "balanced", "-o", results]
     done = crushkv("bench", "--model", tiny, *asked, "--plots", plots)
     assert done.code == 0, done.err
     assert "500 tokens, batch of 2" in done.out and "of full" in done.out
-    assert "[32/32] 500 tokens" in done.err
+    assert "[16/16] 500 tokens" in done.err
     assert (plots / "benchmark.png").is_file()
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["machine"] + 32 * ["request"]
+    assert [line["kind"] for line in lines] == ["machine"] + 16 * ["request"]
     assert lines[0]["model"]["type"] == "llama" and lines[0]["versions"]["crushkv"]
     made = {(line["method"], line["budget"]) for line in lines[1:]}
     assert made == {("full", None), ("snapkv:window=8", 0.5), ("snapkv:window=8", 0.25), ("balanced", 0.25)}
