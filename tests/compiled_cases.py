@@ -50,6 +50,24 @@ def test_keys_by_channel_are_quantized_as_plainly(
         assert torch.equal(plane, planes[name]), name
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_spread_of_channels_is_fitted_as_plainly(
+    known: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    forms = [ChannelFormat(torch.randint(0, 7, (2, 20)), torch.rand(2, 20, device=device)) for _ in range(2)]
+    parts = [random(2, 2, tokens, 20, device=device) ** 3 for tokens in (70, 0, 9)]
+    attended = torch.rand(2, 2, 79, device=device) if known else None
+    spread = torch.rand(2, 2, 1, 20, device=device).half() + 0.1
+
+    def run() -> Tensor:
+        return channels.fitted_spread(spread, parts, [forms[0], forms[0], forms[1]], attended)
+
+    found, expected = both(monkeypatch, run)
+    assert (found != expected).float().mean() < 0.02
+    assert (found != spread).any()
+
+
 @pytest.mark.parametrize(
     "rope", [None, rope_of(32, base=100.0), rope_of(32, base=100.0, turned=20)], ids=["still", "all", "part"]
 )

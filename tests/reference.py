@@ -200,11 +200,46 @@ def widths(energy: Sequence[float], bits: int) -> list[int]:
     return found
 
 
+STEPS = (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041)
+
+
+def level(y: float, width: int) -> float:
+    """The nearest of `2 ** width` levels to a number, in steps of its channel."""
+    return min(2**width - 1, max(0, math.floor(y + 2**width / 2))) - (2**width - 1) / 2
+
+
+SPREADS = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+
+
+def spread_errors(
+    parts: Sequence[tuple[torch.Tensor, Sequence[float], Sequence[int]]], rms: torch.Tensor
+) -> torch.Tensor:
+    """The weighted squared error of each channel with each of `SPREADS`, as parts of its root mean square: `[6, D]`.
+
+    parts: the keys `[P, D]` of each format less their centre, the attention that they receive (-1: no key), and the
+        bits of each channel.
+    """
+    errors = torch.zeros(len(SPREADS), len(rms))
+    for numbers, attended, widths in parts:
+        there = [i for i, weight in enumerate(attended) if weight >= 0]
+        mean = sum(attended[i] for i in there) / len(there)
+        for i in there:
+            steps = [float(r) * STEPS[width] for r, width in zip(rms, widths, strict=True)]
+            z = [float(x) / step for x, step in zip(numbers[i], steps, strict=True)]
+            used = [(y * STEPS[width]) ** 2 for y, width in zip(z, widths, strict=True) if width]
+            size = math.sqrt(sum(used) / max(1, len(used)))
+            for f, factor in enumerate(SPREADS):
+                for d, width in enumerate(widths):
+                    scale = size * factor
+                    off = (level(z[d] / scale, width) * scale - z[d]) * steps[d]
+                    errors[f, d] += (attended[i] + 3 * mean) * off**2
+    return errors
+
+
 def rounded_channels(
     numbers: torch.Tensor, spread: torch.Tensor, widths: Sequence[int], weight: torch.Tensor
 ) -> torch.Tensor:
     """What channels of so many bits and one scale say of a key `[D]` less its centre."""
-    steps = (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041)
     z = (numbers / spread).tolist()
     costs = (weight * spread.square()).tolist()
     used = [z[channel] ** 2 for channel, width in enumerate(widths) if width]
@@ -215,8 +250,7 @@ def rounded_channels(
         scale, error, values = 2.0 ** ((code - 128) / 16), 0.0, []
         for channel, width in enumerate(widths):
             y = z[channel] / scale
-            level = min(2**width - 1, max(0, math.floor(y / steps[width] + 2**width / 2)))
-            value = (level - (2**width - 1) / 2) * steps[width]
+            value = level(y / STEPS[width], width) * STEPS[width]
             error += costs[channel] * (value - y) ** 2 * scale**2
             values.append(value * scale)
         if best is None or error < best[0]:

@@ -223,7 +223,8 @@ ROPE = Rope(
 
 
 @pytest.mark.parametrize("rope", [None, ROPE], ids=["no RoPE", "RoPE"])
-def test_keys_with_widths_by_channel_equal_the_plain_rounding(rope: Rope | None) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["attention is known", "unknown"])
+def test_keys_with_widths_by_channel_equal_the_plain_rounding(rope: Rope | None, known: bool) -> None:
     torch.manual_seed(1)
     keys = torch.randn(2, 3, 40, 16) * torch.linspace(0.2, 4, 16)
     if rope is not None:
@@ -233,7 +234,9 @@ def test_keys_with_widths_by_channel_equal_the_plain_rounding(rope: Rope | None)
     storage = TieredStorage(formats)
     storage.append(keys, keys)
     storage.fit(None, rope, query_energy=queries.square().sum((0, 2)))
-    storage.keep(torch.arange(40).expand(2, 3, -1), (20, 16, 4))
+    attended = torch.rand(2, 3, 40) ** 8
+    attended[1, :, 3] = -1  # an empty slot
+    storage.keep(torch.arange(40).expand(2, 3, -1), (20, 16, 4), attended if known else None)
     (basis, _), (found, _) = storage.bases or (), storage.read()
     assert basis.centre is not None and basis.spread is not None
     for row, head in itertools.product(range(2), range(3)):
@@ -243,8 +246,18 @@ def test_keys_with_widths_by_channel_equal_the_plain_rounding(rope: Rope | None)
         rest = keys[row, head] - centre
         energy = rest.square().mean(0)
         energy = energy if rope is None else (energy + energy[rope.partner]) / 2
-        assert torch.allclose(spread, energy.sqrt(), rtol=2e-3)
-        for form, tokens in zip(storage.forms, (range(20), range(20, 36)), strict=True):
+        ranges = (range(20), range(20, 36))
+        counted = attended[row, head].tolist() if known else [1.0] * 40
+        parts = [
+            (rest[tokens], counted[tokens.start : tokens.stop], form.widths[head].tolist())
+            for form, tokens in zip(storage.forms, ranges, strict=True)
+            if form is not None
+        ]
+        chosen = (spread / energy.sqrt() - torch.tensor(reference.SPREADS)[:, None]).abs().min(0)
+        assert (chosen.values < 5e-3).all()
+        errors = reference.spread_errors(parts, energy.sqrt())
+        assert (errors.gather(0, chosen.indices[None]) <= 1.01 * errors.amin(0)).all()
+        for form, tokens in zip(storage.forms, ranges, strict=True):
             assert form is not None
             for token in tokens:
                 numbers = reference.rounded_channels(rest[token], spread, form.widths[head].tolist(), form.weight[head])

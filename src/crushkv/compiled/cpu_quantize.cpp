@@ -31,6 +31,18 @@ struct Channels {
         for (auto* each : {&unit, &cost, &used, &last, &z}) each->assign(padded, 0);
         std::fill(unit.begin(), unit.end(), 1.0f);
     }
+
+    // Takes in the numbers of a token, in steps (`z`); returns their size.
+    float take(const float* from) {
+        std::copy_n(from, size, z.data());
+        floats squares{};
+        for (int64_t d = 0; d < padded; d += LANES) {
+            const floats y = load<floats>(&z[d]) / load<floats>(&unit[d]);
+            squares += y * y * load<floats>(&used[d]);
+            std::memcpy(&z[d], &y, sizeof y);
+        }
+        return std::max(std::sqrt(sum_of(squares)), 1e-6f);
+    }
 };
 
 }  // namespace
@@ -53,15 +65,7 @@ void channel_codes(const float* x, uint8_t* codes, uint8_t* scales, const float*
         std::copy_n(last + head * size, size, of.last.data());
         for (int64_t token = begin; token < end; ++token) {
             const int64_t at = (pair * tokens + token) * size;
-            float* z = of.z.data();
-            std::copy_n(x + at, size, z);
-            floats squares{};
-            for (int64_t d = 0; d < of.padded; d += LANES) {
-                const floats y = load<floats>(z + d) / load<floats>(&of.unit[d]);
-                squares += y * y * load<floats>(&of.used[d]);
-                std::memcpy(z + d, &y, sizeof y);
-            }
-            const float base = std::log2(std::max(std::sqrt(sum_of(squares)), 1e-6f));
+            const float base = std::log2(of.take(x + at)), *z = of.z.data();
             int best = 0;
             float least = std::numeric_limits<float>::infinity();
             for (int64_t f = 0; f < count; ++f) {
@@ -83,6 +87,34 @@ void channel_codes(const float* x, uint8_t* codes, uint8_t* scales, const float*
                     codes[at + d + l] = static_cast<uint8_t>(level[l]);
             }
         }
+    });
+}
+
+// The squared errors of each channel, in squares of its steps, if its steps were larger by each of some factors: `errors
+// [count, pairs, size]`; see `spread_errors` in Python. weight: [pairs, tokens].
+void spread_errors(float* errors, const float* x, const float* weight, const float* unit, const float* used,
+                   const float* last, const float* factors, int64_t count, int64_t pairs, int64_t heads, int64_t tokens,
+                   int64_t size, int64_t threads) {
+    for_each(count * pairs, threads, [=](int64_t item) {
+        const int64_t pair = item % pairs, head = pair % heads;
+        Channels of(size);
+        std::copy_n(unit + pair * size, size, of.unit.data());
+        std::copy_n(used + head * size, size, of.used.data());
+        std::copy_n(last + head * size, size, of.last.data());
+        std::vector<float> sums(of.padded, 0);
+        for (int64_t token = 0; token < tokens; ++token) {
+            const float counts = weight[pair * tokens + token];
+            if (counts == 0) continue;
+            const float base = of.take(x + (pair * tokens + token) * size);
+            const float scale = base * factors[item / pairs], share = counts * scale * scale;
+            for (int64_t d = 0; d < of.padded; d += LANES) {
+                const floats y = load<floats>(&of.z[d]) / scale, top = load<floats>(&of.last[d]);
+                const floats off = __builtin_convertvector(levels(y, top), floats) - top / 2.0f - y;
+                const floats sum = load<floats>(&sums[d]) + off * off * share;
+                std::memcpy(&sums[d], &sum, sizeof sum);
+            }
+        }
+        std::copy_n(sums.data(), size, errors + item * size);
     });
 }
 

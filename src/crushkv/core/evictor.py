@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..config import CrushConfig
-from ..importance import GATHERED, LayerView, scores
+from ..importance import GATHERED, LayerView, scores, window_mass
 from .selection import Selection, select
 from .stages import stage
+
+LOOKED_AT = 8
+"""Of the last queries: so many say which tokens are attended to as well as more of them do."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Scored:
         real: bool `[B, S]`, False for padding. None: all tokens are real.
         seed: of everything drawn at random.
         slots: int64 `[B, Hkv, S]`, where the engine holds each token. None: in the order of the text.
+        attended: float32 `[B, H, S]`, see `Evictor.attended`, where it was asked for.
     """
 
     score: Tensor
     real: Tensor | None
     seed: int
     slots: Tensor | None = None
+    attended: Tensor | None = None
 
 
 class Evictor:
@@ -67,6 +72,16 @@ class Evictor:
         """
         with stage("importance"):
             return Scored(scores(self.policy, view), view.real, view.seed)
+
+    def attended(self, view: LayerView) -> Tensor | None:
+        """The attention that tokens receive, float32 `[B, H, S]`: what the policy has gathered, or that of the last
+        queries. None: the policy sees no queries.
+        """
+        if view.mass is not None or view.queries is None:
+            return view.mass
+        last = slice(-LOOKED_AT, None)
+        real = None if view.queries_real is None else view.queries_real[:, last]
+        return window_mass(replace(view, queries=view.queries[:, :, last], queries_real=real))
 
     def select(self, tokens: Scored, kv_heads: int, budget: Tensor) -> Selection:
         """Which tokens each of `kv_heads` heads keeps, where `budget [B]` is the most of each row.

@@ -15,7 +15,7 @@ from ..errors import UnsupportedModelError
 from ..importance import LayerView, kept_mass
 from ..storage import LastQueries, TieredStorage
 from ..storage.buffers import take
-from .arrangement import arrange
+from .arrangement import Arrangement, arrange
 from .masks import Slots, physical_mask
 from .plan import Plan
 
@@ -263,13 +263,17 @@ class HeadGroup:
     def score(self, view: LayerView) -> Scored:
         """What is held, by importance."""
         if not self.storage.blocked:
-            return self.plan.evictor.score(view)
+            scored = self.plan.evictor.score(view)
+            return replace(scored, attended=self.plan.evictor.attended(view)) if self.storage.fits_spread else scored
         order = self._text_order()
         return replace(self.plan.evictor.score(_ordered(view, order)), slots=order)
 
     def own(self, tokens: Scored) -> Scored:
         """The part of the scores of a whole layer that is about these heads."""
-        return tokens if self.heads is None else replace(tokens, score=self.heads.pick(tokens.score))
+        if self.heads is None:
+            return tokens
+        attended = None if tokens.attended is None else self.heads.pick(tokens.attended)
+        return replace(tokens, score=self.heads.pick(tokens.score), attended=attended)
 
     def evict(self, tokens: Scored, budget: Tensor) -> None:
         """Keeps `budget [B]` of its scored tokens, and puts them into the formats of their tiers."""
@@ -281,11 +285,18 @@ class HeadGroup:
             kept = arrange(selection, plan.formats)
             slots = kept.indices if tokens.slots is None else tokens.slots.gather(2, kept.indices)
             self._tiers = kept.tiers
-            storage.keep(slots, kept.lengths)
+            storage.keep(slots, kept.lengths, self._attended(tokens, kept))
             if self.mass is not None:
                 self.mass = kept_mass(self.mass, slots)
         self.evicted = seen - selection.counts
         self.real = None if kept.full else kept.tiers[:, 0] != Tier.PADDING
+
+    def _attended(self, tokens: Scored, kept: Arrangement) -> Tensor | None:
+        """The attention that each slot of what is kept receives, float32 `[B, Hkv, P]`; -1 where it is empty."""
+        if tokens.attended is None:
+            return None
+        of_head = tokens.attended.unflatten(1, (self.storage.kv_heads, -1)).mean(2)
+        return of_head.gather(2, kept.indices).masked_fill(kept.tiers == Tier.PADDING, -1)
 
     def _text_order(self) -> Tensor:
         """The slots in the order of the text, `[B, Hkv, P]`, those that hold no token first."""

@@ -1,6 +1,6 @@
 """Importance policies: which cached tokens matter, judged from queries, keys and values."""
 
-from .attention import attention_mass, attention_with_mass, greatest_attention
+from .attention import attention_mass, attention_with_mass, greatest_attention, window_mass
 from .base import GATHERED, LayerView, Policy, kept_mass, scores
 from .expected_attention import ExpectedAttention
 from .h2o import H2O
@@ -38,4 +38,5 @@ __all__ = [
     "policies",
     "register",
     "scores",
+    "window_mass",
 ]

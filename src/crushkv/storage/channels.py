@@ -8,7 +8,7 @@ are tried, and the one that makes the error of the logits least is taken: a fixe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compiled import quantizer
+from .basis import LEAST_SPREAD, MOST_SPREAD
 from .buffers import Pick, take
 from .widths import STEPS
 
@@ -25,6 +26,12 @@ _FACTORS = (0.8, 1.0, 1.25, 1.6, 2.2)
 # A scale is a power of 2 ** (1 / 16) in eight bits: finer than what the search is about.
 _OCTAVE, _UNIT = 16, 128
 _LEAST = 1e-6
+# Spreads of a channel that are tried, as parts of its root mean square.
+_SPREADS = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+# The tokens that are attended to most show how a channel is used. So many of them are looked at.
+_LOOKED_AT = 512
+# Beside the attention that a token receives, so many times the mean counts: others will be attended to later.
+_EVERY_TOKEN = 3.0
 # Tokens that are quantized at a time on a CPU: few enough for the numbers to stay in its cache. Elsewhere so many
 # numbers: each step of the search is a pass over them, of which few and long ones are wanted, in bounded memory.
 _TOGETHER = 512
@@ -68,6 +75,11 @@ class ChannelFormat:
     def steps(self) -> Tensor:
         """Distance of the levels, float32 `[Hkv, 1, D]`."""
         return self._moved(self._steps)
+
+    @cached_property
+    def used(self) -> Tensor:
+        """Which channels have bits, bool `[Hkv, 1, D]`."""
+        return self._moved(self.widths[:, None] > 0)
 
     @property
     def _steps(self) -> Tensor:
@@ -135,6 +147,61 @@ def quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
     together = _TOGETHER if x.device.type == "cpu" else max(_TOGETHER, _NUMBERS_TOGETHER // (rows * heads * size))
     parts = [_quantize(part, spread.float(), form) for part in x.split(together, dim=2)]
     return ChannelCodes(*(torch.cat([getattr(p, name) for p in parts], dim=2) for name in ("codes", "scale")))
+
+
+def fitted_spread(
+    spread: Tensor, parts: Sequence[Tensor], forms: Sequence[ChannelFormat | None], attended: Tensor | None
+) -> Tensor:
+    """The spread of each channel that makes the error of its keys least, where attention counts: float16, as `spread`.
+
+    The root mean square of a channel says little about the tokens that are attended to: these have some of the largest
+    numbers, which would be clipped.
+
+    Args:
+        spread: `[B, Hkv, 1, D]`, the root mean square of each channel.
+        parts: keys less their centre in each format, float32 `[B, Hkv, P, D]` each; those without one do not count.
+        attended: float32 `[B, Hkv, sum of P]` or more, as in `TieredStorage.keep`.
+    """
+    total, start = None, 0
+    used = torch.zeros((), dtype=torch.bool, device=spread.device)
+    for x, form in zip(parts, forms, strict=True):
+        weight = None if attended is None else attended[..., start : start + x.shape[2]]
+        start += x.shape[2]
+        if form is not None and x.shape[2]:
+            error = _spread_errors(x, weight, spread.float(), form)
+            total = error if total is None else total + error
+            used = used | form.used
+    if total is None:
+        return spread
+    # A channel without bits has the same error whatever its spread.
+    factors = torch.tensor(_SPREADS, device=spread.device)[total.argmin(0)].masked_fill(~used, 1)
+    return (spread.float() * factors).clamp(LEAST_SPREAD, MOST_SPREAD).half()
+
+
+def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: ChannelFormat) -> Tensor:
+    """The weighted squared error of each channel with each of `_SPREADS`: float32 `[F, B, Hkv, 1, D]`."""
+    if weight is None:
+        weight = torch.ones_like(x[..., 0])
+    else:
+        # Slots that are empty do not count, so that a row does not depend on the others.
+        real = (weight >= 0).float()
+        weight = weight * real
+        mean = weight.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
+        weight = weight + _EVERY_TOKEN * mean * real
+        if x.shape[2] > _LOOKED_AT:
+            weight, most = weight.topk(_LOOKED_AT, dim=-1)
+            x = take(x, most)
+    unit = spread * form.steps
+    if (compiled := quantizer(x.device)) is not None:
+        errors: Tensor = compiled.spread_errors(x, weight, unit, form.size_weights, form.last, _SPREADS)
+    else:
+        z = x / unit
+        size = (z.square() @ form.size_weights.transpose(-1, -2)).sqrt().clamp(min=_LEAST)
+        scale = size * torch.tensor(_SPREADS, device=x.device).view(-1, 1, 1, 1, 1)
+        y = z / scale
+        off = _levels(y, form).sub_(form.last / 2).sub_(y).mul_(scale)
+        errors = (off.square_() * weight[..., None]).sum(-2, keepdim=True)
+    return errors * unit.square()
 
 
 def _write(codes: Tensor, scale: Tensor, spread: Tensor, form: ChannelFormat, out: Tensor) -> Tensor:

@@ -271,29 +271,36 @@ class TieredStorage:
             assert form is not None
             error = guard.squared_error(form).read()
 
+    @property
+    def fits_spread(self) -> bool:
+        """Whether the next `keep` asks which tokens are attended to."""
+        return self.formats.by_channel and not self.blocks
+
     @torch.no_grad()
-    def keep(self, indices: Tensor, lengths: Sequence[int]) -> None:
+    def keep(self, indices: Tensor, lengths: Sequence[int], attended: Tensor | None = None) -> None:
         """Keeps the tokens in some slots, in a new order, and frees the rest.
 
         Args:
             indices: int64 `[B, Hkv, P]`, the slots that they lie in now: first those of each block, then those that
                 stay as they are.
             lengths: how many slots each of these parts has.
+            attended: float32 `[B, Hkv, P]`, the attention that they receive, or -1 where a slot stays empty: an error
+                in a key counts as much. None: it is not known, and all count alike.
         """
         self.settle()
         *blocks, stays = indices.split(list(lengths), dim=2)
         # What only fills rows up may point into a block.
         dense = (stays - self.blocked).clamp(min=0)
         positions = self.positions.gather(2, indices).to(torch.int32)
-        self.blocks = list(zip(self._moved_keys(blocks), self._moved(1, blocks), strict=True))
+        self.blocks = list(zip(self._moved_keys(blocks, attended), self._moved(1, blocks), strict=True))
         self._positions = positions
         self.dense.keep(dense)
         if not self.blocked:
             self.blocks, self.bases, self.forms = [], None, ()
             self.formats, self.widened_by = self._formats, 0
 
-    def _moved_keys(self, parts: Sequence[Tensor]) -> Sequence[Part]:
-        return self._recoded(parts) if self.formats.by_channel else self._moved(0, parts)
+    def _moved_keys(self, parts: Sequence[Tensor], attended: Tensor | None) -> Sequence[Part]:
+        return self._recoded(parts, attended) if self.formats.by_channel else self._moved(0, parts)
 
     def _moved(self, which: int, parts: Sequence[Tensor]) -> list[PackedTensor]:
         """Keys (0) or values (1) of the tokens in the slots of each part, in the format of its block."""
@@ -319,7 +326,7 @@ class TieredStorage:
         assert x is not None
         return x, self.bases[which]
 
-    def _recoded(self, parts: Sequence[Tensor]) -> list[Part]:
+    def _recoded(self, parts: Sequence[Tensor], attended: Tensor | None) -> list[Part]:
         """Keys of the tokens in the slots of each part, in the format of its block.
 
         A token that stays in its block keeps its codes. One that moves to another is coded from what its codes stand
@@ -329,10 +336,13 @@ class TieredStorage:
             return []
         _, basis = self._source(0)
         assert basis.spread is not None
+        all_numbers = self._numbers(parts)
+        if not self.blocks:
+            basis.spread = channels.fitted_spread(basis.spread, all_numbers, self.forms, attended)
         start, result = 0, list[Part]()
         before: list[Part | None] = [keys for keys, _ in self.blocks]
         before += [None] * (len(parts) - len(before))
-        of_parts = zip(parts, self._numbers(parts), before, self.formats.blocks, self.forms, strict=True)
+        of_parts = zip(parts, all_numbers, before, self.formats.blocks, self.forms, strict=True)
         for part, numbers, old, bits, form in of_parts:
             end = start + (0 if old is None else old.tokens)
             stays = (part >= start) & (part < end) if end > start else None
