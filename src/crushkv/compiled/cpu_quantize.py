@@ -27,12 +27,10 @@ def channel_codes(
     return codes, scales
 
 
-def spread_errors(
-    x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Sequence[float]
-) -> Tensor:
+def spread_errors(x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Tensor) -> Tensor:
     rows, heads, tokens, size = x.shape
     errors = torch.empty((len(factors), rows, heads, 1, size))
-    given = [_floats(part) for part in (x, weight, unit, used, last, torch.tensor(factors))]
+    given = [_floats(part) for part in (x, weight, unit, used, last, factors)]
     call("spread_errors", errors, *given, len(factors), rows * heads, heads, tokens, size)
     return errors
 

@@ -91,45 +91,42 @@ def channel_codes(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _spread_errors(
-    errors, x, weight, unit, used, last, tokens, pairs, heads, least,
-    D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, FACTORS: tl.constexpr,
+    errors, x, weight, unit, used, last, factors, tokens, pairs, heads, least,
+    D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Program: row and head. See `storage.channels.fitted_spread`."""
-    pair = tl.program_id(0).to(tl.int64)
+    """Program: (row and head, factor). See `storage.channels.fitted_spread`."""
+    pair, f = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, D_FILLED)
     real, of_head = d < D, (pair % heads) * D + d
     step = tl.load(unit + pair * D + d, mask=real, other=1.0)[None, :]
     share = tl.load(used + of_head, mask=real, other=0.0)[None, :]
     top = tl.load(last + of_head, mask=real, other=0.0)[None, :]
-    for i in tl.static_range(len(FACTORS)):
-        total = tl.zeros([D_FILLED], tl.float32)
-        for start in range(0, tokens, TOKENS):
-            t = start + tl.arange(0, TOKENS)
-            at = (pair * tokens + t)[:, None] * D + d[None, :]
-            z = tl.load(x + at, mask=(t < tokens)[:, None] & real[None, :], other=0.0).to(tl.float32) / step
-            scale = tl.maximum(tl.sqrt(tl.sum(z * z * share, 1)), least)[:, None] * FACTORS[i]
-            y = z / scale
-            off = tl.minimum(tl.maximum(tl.floor(y + (top + 1) / 2), 0.0), top) - top / 2 - y
-            counts = tl.load(weight + pair * tokens + t, mask=t < tokens, other=0.0)[:, None]
-            total += tl.sum(off * off * (counts * scale * scale), 0)
-        tl.store(errors + (i * pairs + pair) * D + d, total, mask=real)
+    factor = tl.load(factors + f)
+    total = tl.zeros([D_FILLED], tl.float32)
+    for start in range(0, tokens, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        at = (pair * tokens + t)[:, None] * D + d[None, :]
+        z = tl.load(x + at, mask=(t < tokens)[:, None] & real[None, :], other=0.0).to(tl.float32) / step
+        scale = tl.maximum(tl.sqrt(tl.sum(z * z * share, 1)), least)[:, None] * factor
+        y = z / scale
+        off = tl.minimum(tl.maximum(tl.floor(y + (top + 1) / 2), 0.0), top) - top / 2 - y
+        counts = tl.load(weight + pair * tokens + t, mask=t < tokens, other=0.0)[:, None]
+        total += tl.sum(off * off * (counts * scale * scale), 0)
+    tl.store(errors + (f * pairs + pair) * D + d, total, mask=real)
 
 
 @on_its_device
-def spread_errors(
-    x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Sequence[float]
-) -> Tensor:
+def spread_errors(x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Tensor) -> Tensor:
     """The squared errors of each channel of keys `x [B, Hkv, P, D]`, in squares of its steps, if these were larger by
-    each of some factors: float32 `[F, B, Hkv, 1, D]`.
+    each of `factors [F]`: float32 `[F, B, Hkv, 1, D]`.
 
     Args: weight: float32 `[B, Hkv, P]`, how much a token counts. The others are those of `channel_codes`.
     """
     rows, heads, tokens, size = x.shape
     errors = torch.empty((len(factors), rows, heads, 1, size), device=x.device)
-    _spread_errors[(rows * heads,)](
-        errors, x.contiguous(), weight.contiguous(), unit.contiguous(), used.contiguous(), last.contiguous(),
-        tokens, rows * heads, heads, 1e-6,
-        D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, FACTORS=tuple(factors),
+    _spread_errors[(rows * heads, len(factors))](
+        errors, x.contiguous(), weight.contiguous(), unit.contiguous(), used.contiguous(), last.contiguous(), factors,
+        tokens, rows * heads, heads, 1e-6, D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS,
     )  # fmt: skip
     return errors
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -162,20 +162,25 @@ def fitted_spread(
         parts: keys less their centre in each format, float32 `[B, Hkv, P, D]` each; those without one do not count.
         attended: float32 `[B, Hkv, sum of P]` or more, as in `TieredStorage.keep`.
     """
-    total, start = None, 0
-    used = torch.zeros((), dtype=torch.bool, device=spread.device)
+    total, used, start = None, None, 0
     for x, form in zip(parts, forms, strict=True):
         weight = None if attended is None else attended[..., start : start + x.shape[2]]
         start += x.shape[2]
         if form is not None and x.shape[2]:
             error = _spread_errors(x, weight, spread.float(), form)
             total = error if total is None else total + error
-            used = used | form.used
-    if total is None:
+            used = form.used if used is None else used | form.used
+    if total is None or used is None:
         return spread
     # A channel without bits has the same error whatever its spread.
-    factors = torch.tensor(_SPREADS, device=spread.device)[total.argmin(0)].masked_fill(~used, 1)
+    factors = _spreads(spread.device)[total.argmin(0)].masked_fill(~used, 1)
     return (spread.float() * factors).clamp(LEAST_SPREAD, MOST_SPREAD).half()
+
+
+@lru_cache
+def _spreads(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(_SPREADS).to(device, non_blocking=True)
 
 
 def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: ChannelFormat) -> Tensor:
@@ -193,11 +198,11 @@ def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: Chann
             x = take(x, most)
     unit = spread * form.steps
     if (compiled := quantizer(x.device)) is not None:
-        errors: Tensor = compiled.spread_errors(x, weight, unit, form.size_weights, form.last, _SPREADS)
+        errors: Tensor = compiled.spread_errors(x, weight, unit, form.size_weights, form.last, _spreads(x.device))
     else:
         z = x / unit
         size = (z.square() @ form.size_weights.transpose(-1, -2)).sqrt().clamp(min=_LEAST)
-        scale = size * torch.tensor(_SPREADS, device=x.device).view(-1, 1, 1, 1, 1)
+        scale = size * _spreads(x.device).view(-1, 1, 1, 1, 1)
         y = z / scale
         off = _levels(y, form).sub_(form.last / 2).sub_(y).mul_(scale)
         errors = (off.square_() * weight[..., None]).sum(-2, keepdim=True)
