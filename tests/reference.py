@@ -232,7 +232,7 @@ def spread_errors(
                 for d, width in enumerate(widths):
                     scale = size * factor
                     off = (level(z[d] / scale, width) * scale - z[d]) * steps[d]
-                    errors[f, d] += (attended[i] + 3 * mean) * off**2
+                    errors[f, d] += (attended[i] + 9 * mean) * off**2
     return errors
 
 

@@ -1,4 +1,4 @@
-"""A plain Llama decoder that follows an answer behind given keys and values, and the prompts that `record.py` wrote."""
+"""A plain decoder that follows an answer behind given keys and values, and the prompts that `record.py` reads."""
 
 from __future__ import annotations
 
@@ -33,10 +33,7 @@ class Held:
 class Prompt:
     """One recorded prompt, and what several variants need of it."""
 
-    def __init__(self, path: Path) -> None:
-        self.task, _, number = path.stem.rpartition("-")
-        self.number = int(number)
-        found: dict[str, Tensor] = torch.load(path)
+    def __init__(self, found: dict[str, Tensor]) -> None:
         self.keys, self.values, self.queries = found["keys"], found["values"], found["queries"]
         self.query_square, self.answer, self.logits = found["query_square"], found["answer"], found["logits"]
         self.layers, self.kv_heads, self.tokens, self.size = self.keys.shape
@@ -44,6 +41,10 @@ class Prompt:
         self.group = self.heads // self.kv_heads
         self._attention: dict[int, Tensor] = {}
         self._rounded: dict[tuple[str, int, str], Tensor] = {}
+
+    @classmethod
+    def read(cls, path: Path) -> Prompt:
+        return cls(torch.load(path))
 
     def attention(self, queries: int) -> Tensor:
         """Causal attention of the last queries, `[L, Hq, queries, S]`."""
@@ -86,10 +87,14 @@ def round_to(x: Tensor, bits: int, centred: bool, scale: Tensor | None = None) -
 
 
 class Follower:
-    """Logits along an answer: Llama's forward pass, written out, with a bias for each entry of the cache."""
+    """Logits along an answer: the forward pass of Llama and Qwen2, written out, with a bias for each entry of a cache.
 
-    def __init__(self) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_path(), dtype=torch.float32).eval()
+    model: one of these, in float32; None: the embedded one.
+    """
+
+    def __init__(self, model: Any = None) -> None:
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(embedded_model_path(), dtype=torch.float32).eval()
         self.model, self.config = model.model, model.config
         self.head = model.lm_head
 

@@ -49,10 +49,10 @@ def chosen(task: Any, name: str, tokenizer: Any, limits: tuple[int, int], count:
                 return
 
 
-def record(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+def record(model: Any, ids: torch.Tensor, answer: int = ANSWER) -> dict[str, Any]:
     with torch.no_grad():
         recording = Recording(model, ids)
-        reference = Reference(model, recording, None, ANSWER)
+        reference = Reference(model, recording, None, answer)
         layers: Any = recording._source.layers
         return {
             "keys": torch.stack([layer.keys[0] for layer in layers]),  # [L, Hkv, S, D]

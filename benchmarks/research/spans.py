@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     found: dict[str, list[list[float]]] = {}
     for path in sorted(parser.parse_args().folder.glob("*.pt"))[::20]:
-        prompt = Prompt(path)
+        prompt = Prompt.read(path)
         for x in (prompt.keys - prompt.keys.mean(2, keepdim=True), prompt.values):
             turned = (x @ rotation(prompt.size, x.device))[:, :, ::4]
             for name, (low, span) in spans(turned).items():

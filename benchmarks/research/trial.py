@@ -58,7 +58,7 @@ def run(arguments: Any) -> None:
             missing = [name for name in names if path.stem not in known.get(name, {})]
             if not missing:
                 continue
-            prompt = Prompt(path)
+            prompt = Prompt.read(path)
             for start in range(0, len(missing), BATCH):
                 batch = missing[start : start + BATCH]
                 with torch.no_grad():

@@ -292,11 +292,17 @@ class HeadGroup:
         self.real = None if kept.full else kept.tiers[:, 0] != Tier.PADDING
 
     def _attended(self, tokens: Scored, kept: Arrangement) -> Tensor | None:
-        """The attention that each slot of what is kept receives, float32 `[B, Hkv, P]`; -1 where it is empty."""
-        if tokens.attended is None:
+        """The attention that each slot of what is kept receives, where the storage asks for it, float32 `[B, Hkv, P]`.
+
+        1 where it is not known, and -1 where the slot is empty.
+        """
+        if not self.storage.fits_spread:
             return None
-        of_head = tokens.attended.unflatten(1, (self.storage.kv_heads, -1)).mean(2)
-        return of_head.gather(2, kept.indices).masked_fill(kept.tiers == Tier.PADDING, -1)
+        if tokens.attended is None:
+            attended = torch.ones_like(kept.indices, dtype=torch.float32)
+        else:
+            attended = tokens.attended.unflatten(1, (self.storage.kv_heads, -1)).mean(2).gather(2, kept.indices)
+        return attended.masked_fill(kept.tiers == Tier.PADDING, -1)
 
     def _text_order(self) -> Tensor:
         """The slots in the order of the text, `[B, Hkv, P]`, those that hold no token first."""

@@ -28,7 +28,8 @@ class Basis:
         projection: `[B, Hkv, D, R]`, or None; a basis has one of them at most.
         centre: `[B, Hkv, 1, D]`, subtracted first, or None.
         rope: how the centre turns; None: it stays as it is.
-        spread: float16 `[B, Hkv, 1, D]`, root mean square of each channel, where channels have widths of their own.
+        spread: float16 `[B, Hkv, 1, D]`, where channels have widths of their own: the root mean square of each, or once
+            tokens are packed, what `channels.fitted_spread` has made of it.
     """
 
     rotation: Tensor | None = None
