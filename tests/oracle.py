@@ -195,7 +195,7 @@ class Rounding:
     widths of their own, a token that moves to another format is coded once more from what its codes stood for.
 
     Args:
-        layer: at the end: how its keys turn, and the widths of its channels.
+        layer: at the end: how its keys turn, and the widths and spreads of its channels, which have tests of their own.
         real: `[B, S]`, False for padding.
     """
 
@@ -203,15 +203,16 @@ class Rounding:
         storages = [group.storage for group in layer.groups]
         self.formats, self.real = storages[0].formats, real
         assert all(storage.formats == self.formats for storage in storages)
-        bases = next((storage.bases for storage in storages if storage.bases), None)
-        self.rope = None if bases is None else bases[0].rope
+        bases = [storage.bases[0] for storage in storages if storage.bases]
+        self.rope = bases[0].rope if bases else None
+        spreads = [basis.spread for basis in bases if basis.spread is not None]
+        self.spreads = layer.joined(spreads)[:, :, 0].float() if len(spreads) == len(storages) else None  # [B, Hkv, D]
         self.forms: list[ChannelFormat | None] = []
         for forms in zip(*(storage.forms for storage in storages), strict=True):
             widths = [form.widths for form in forms if form is not None]
             weights = [form.weight for form in forms if form is not None]
             self.forms.append(ChannelFormat(layer.joined(widths, 0), layer.joined(weights, 0)) if widths else None)
         self.centres: list[Tensor] = []  # a row: [Hkv, S, D]
-        self.spreads: list[Tensor] = []  # a row: [Hkv, D]
         self.narrowest: dict[tuple[int, int, int, int], int] = {}
         self.known: dict[tuple[int, ...], Tensor] = {}
         self.coded: dict[tuple[int, int, int], tuple[int, Tensor]] = {}  # block and numbers of a key
@@ -257,8 +258,10 @@ class Rounding:
             numbers = key[place].float() - centre if before is None else before[1]
             form, bits = self.forms[block], self.formats.blocks[block][0]
             if form is not None:
-                spread = self.spreads[row][head]
-                numbers = rounded_channels(numbers, spread, form.widths[head].tolist(), form.weight[head])
+                assert self.spreads is not None
+                numbers = rounded_channels(
+                    numbers, self.spreads[row, head], form.widths[head].tolist(), form.weight[head]
+                )
             elif bits != RAW:
                 numbers = rounded_token(numbers, int(bits), int(bits), self.formats.group_size)
             self.coded[place] = block, numbers
@@ -267,20 +270,12 @@ class Rounding:
     def _centre(self, key: Tensor, seen: int) -> None:
         """The mean of the first prompt's keys before RoPE, turned to every position."""
         if not self.centres:
-            self.means, self.spreads = [], []
+            self.means = []
             for row in range(key.shape[0]):
                 real = torch.ones(seen, dtype=torch.bool) if self.real is None else self.real[row, :seen]
                 positions = real.nonzero()[:, 0].tolist()
                 keys = key[row, :, :seen].float()[:, real]
-                means = torch.stack([turned(k, positions, self.rope, -1).mean(0) for k in keys])
-                rest = torch.stack(
-                    [k - turned(m.expand_as(k), positions, self.rope) for k, m in zip(keys, means, strict=True)]
-                )
-                energy = rest.square().mean(1)
-                if self.rope is not None:
-                    energy = (energy + energy[:, self.rope.partner]) / 2
-                self.means.append(means)
-                self.spreads.append(energy.sqrt().half().float())
+                self.means.append(torch.stack([turned(k, positions, self.rope, -1).mean(0) for k in keys]))
             self.centres = [mean.new_zeros(len(mean), 0, mean.shape[-1]) for mean in self.means]
         for row, (means, known) in enumerate(zip(self.means, self.centres, strict=True)):
             new = range(known.shape[1], key.shape[2])

@@ -15,6 +15,7 @@ from crushkv.config import Anchor, CrushConfig
 from crushkv.core import (
     BatchTail,
     Clock,
+    Evictor,
     Shares,
     anchor_bits,
     choose_representatives,
@@ -28,6 +29,7 @@ from crushkv.core import (
 )
 from crushkv.core.zones import divide
 from crushkv.errors import ConfigError
+from crushkv.importance import LayerView
 
 
 @pytest.mark.parametrize(
@@ -235,3 +237,20 @@ def test_the_tail_of_a_batch_keeps_the_last_queries_and_which_are_real() -> None
             tail.show(flags[:, -tail.count :])
         assert tail.queries is not None and torch.equal(tail.queries, history[:, :, -5:])
         assert torch.equal(flags[:, -5:], torch.ones_like(flags[:, -5:]) if tail.real is None else tail.real)
+
+
+def test_the_attention_that_tokens_receive_is_that_of_the_last_queries_or_what_was_gathered() -> None:
+    torch.manual_seed(4)
+    keys, queries = torch.randn(2, 2, 30, 8), torch.randn(2, 4, 20, 8)
+    view = LayerView(keys, keys, queries, 0.3, queries_real=torch.ones(2, 20, dtype=torch.bool))
+    found = Evictor(CrushConfig(policy="snapkv")).attended(view)
+    assert found is not None
+    logits = queries[:, :, -8:] @ keys.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    future = torch.arange(30) > torch.arange(22, 30)[:, None]
+    expected = logits.masked_fill(future, -torch.inf).softmax(-1).mean(2)
+    torch.testing.assert_close(found, expected)
+
+    h2o = Evictor(CrushConfig(policy="h2o"))
+    gathered = h2o.gather(view)
+    assert h2o.attended(LayerView(keys, keys, None, 0.3, mass=gathered)) is gathered
+    assert Evictor(CrushConfig(policy="key_norm")).attended(LayerView(keys, keys, None, 0.3)) is None

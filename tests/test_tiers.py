@@ -16,6 +16,8 @@ from crushkv.evaluation.stacking import stack
 from crushkv.fingerprint import fingerprint
 from crushkv.hf import CrushCache
 from crushkv.profile import Profile
+from crushkv.storage.basis import fit_channels
+from crushkv.storage.channels import fitted_spread
 
 CHURN: dict[str, Any] = {"min_tokens": 0, "logit_limit": None, "sink": 2, "window": 8, "page_size": 4, "interval": 8}
 TIERS: dict[str, dict[str, Any]] = {
@@ -85,6 +87,32 @@ def test_bytes_are_planned_and_within_the_budget(
     for layer, split in zip(cache.crushed_layers, plan.layers, strict=True):
         found = torch.bincount(layer.tiers[0, 0].long(), minlength=5).tolist()
         assert found == [0, split.sink, split.important, split.representative, split.recent]
+
+
+def test_the_spread_of_channels_is_fitted_to_what_the_last_queries_attend_to() -> None:
+    model = small_model(attention="eager")
+    batch = prompts([300])
+    differ = 0
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.q_proj.weight *= 30  # so that single tokens get most of the attention
+        full = model(**batch, output_attentions=True)
+    cache = read(model, CrushConfig(budget=1.0, bits=(3, 3), **CHURN), batch)
+    for layer, keys, weights in zip(cache.crushed_layers, full.past_key_values, full.attentions, strict=True):
+        storage = layer.storage
+        assert storage.bases is not None and storage.bases[0].rope is not None
+        positions = storage.positions[..., : storage.blocked]
+        plain = fit_channels(keys[0], torch.arange(300)[None, None], None, storage.bases[0].rope)
+        numbers = plain.coordinates(keys[0], torch.arange(300)[None, None])
+        numbers = numbers.gather(2, positions[..., None].expand(-1, -1, -1, numbers.shape[-1]))
+        attended = weights[:, :, -8:].mean(2).unflatten(1, (positions.shape[1], -1)).mean(2).gather(2, positions)
+        assert plain.spread is not None
+        expected = fitted_spread(plain.spread, [numbers], storage.forms, attended)
+        other = fitted_spread(plain.spread, [numbers], storage.forms, None)
+        found = storage.bases[0].spread
+        assert (found != expected).float().mean() < 0.03
+        differ += int((found != other).sum())
+    assert differ
 
 
 def test_fewer_bits_keep_more_tokens_of_the_same_bytes() -> None:
