@@ -62,6 +62,8 @@ def test_full_is_no_configuration() -> None:
         ("snapkv:budget=7", "budget"),
         ("snapkv:anchor=mode", "mode"),
         ("snapkv:kernel=4", "odd"),
+        ("snapkv:policy_options=0,kernel=5", "name the options themselves"),
+        ("snapkv:policy_options=0", "policy_options"),
         ("", "unknown policy"),
     ],
 )

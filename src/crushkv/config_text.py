@@ -57,7 +57,10 @@ def parse_config(text: str) -> CrushConfig | None:
             else:
                 raise ConfigError(f"unknown field {field!r}.{nearest(field, [*_FIELDS, *options])}")
         if own:
-            values["policy_options"] = {**values.get("policy_options", base.get("policy_options", {})), **own}
+            given = values.get("policy_options", base.get("policy_options", {}))
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"policy_options={given}: name the options themselves, such as {next(iter(own))}=...")
+            values["policy_options"] = {**given, **own}
         return CrushConfig.from_dict({**base, **values})
     except ConfigError as error:
         raise ConfigError(f"configuration {quoted(text)}: {error}") from None
