@@ -214,13 +214,15 @@ SPREADS = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 def spread_errors(
     parts: Sequence[tuple[torch.Tensor, Sequence[float], Sequence[int]]], rms: torch.Tensor
 ) -> torch.Tensor:
-    """The weighted squared error of each channel with each of `SPREADS`, as parts of its root mean square: `[6, D]`.
+    """The logarithm of each channel's weighted squared error with each of `SPREADS`, as parts of its root mean square,
+    summed over the formats: `[6, D]`.
 
     parts: the keys `[P, D]` of each format less their centre, the attention that they receive (-1: no key), and the
         bits of each channel.
     """
-    errors = torch.zeros(len(SPREADS), len(rms))
+    total = torch.zeros(len(SPREADS), len(rms))
     for numbers, attended, widths in parts:
+        errors = torch.zeros_like(total)
         there = [i for i, weight in enumerate(attended) if weight >= 0]
         mean = sum(attended[i] for i in there) / len(there)
         for i in there:
@@ -233,7 +235,8 @@ def spread_errors(
                     scale = size * factor
                     off = (level(z[d] / scale, width) * scale - z[d]) * steps[d]
                     errors[f, d] += (attended[i] + 9 * mean) * off**2
-    return errors
+        total += errors.clamp(min=1e-30).log()
+    return total
 
 
 def rounded_channels(

@@ -1,11 +1,12 @@
 """Keys with a scale for each token, or with a range for each channel of a page, at equal bytes: KL to the full cache.
 
-    python benchmarks/accuracy/key_ranges.py --data-dir DIR [--model FOLDER --chat] [--prompts 3] [-o results.jsonl]
+    python benchmarks/research/key_ranges.py --data-dir DIR [--model FOLDER --chat] [--prompts 3] [-o results.jsonl]
 
-Every token is kept, and only keys are rounded; sink and window are left alone. Both forms take off the mean before RoPE
-and give the channels the same kind of widths, by the model's profile. A scale a token is the library's own format: one
-byte for each token and head. A range a channel and page is two bytes for each channel of so many tokens; the levels
-lie evenly between its ends, and a channel without bits is held as the middle of its range.
+Every token is kept, and only keys are rounded; sink and window are left alone. All forms take off the mean before RoPE
+and give the channels widths by the profile. A scale a token is the library's own format: one byte for each token and
+head, and the spread of each channel, which is fitted to the tokens that are attended to. A range a channel and page
+is two bytes for each channel of so many tokens; the levels lie evenly between its ends, and a channel without bits is
+held as the middle of its range.
 """
 
 from __future__ import annotations
@@ -21,22 +22,27 @@ from torch import Tensor
 from crushkv import CrushConfig
 from crushkv.cli.models import load
 from crushkv.cli.options import ModelOptions
+from crushkv.core import Evictor
 from crushkv.evaluation.fidelity import Reference
 from crushkv.evaluation.recording import Recording
 from crushkv.evaluation.runner import _chat, _encode
 from crushkv.evaluation.statistics import macro_mean
 from crushkv.evaluation.tasks import TaskSource, load_tasks, prompts
 from crushkv.hf import CrushCache
+from crushkv.importance import LayerView
 from crushkv.rope import Rope
 from crushkv.storage import KeyEnergy
 from crushkv.storage.basis import fit_channels
-from crushkv.storage.channels import ChannelFormat, quantize
+from crushkv.storage.channels import ChannelFormat, fitted_spread, quantize
 from crushkv.storage.widths import allocate
 
 TASKS = ("trec_short_1k", "samsum_short_1k", "multi_news", "qasper", "lcc", "retrieval_multikey_2k")
 SINK, WINDOW = 4, 32
 BITS = (3.5, 2.5)  # a number, ranges or scales included
 PAGES = (32, 64, 128)
+
+
+FITTED, BY_SQUARES = "a scale a token", "the same, spreads by mean square"
 
 
 def by_token(x: Tensor, spread: Tensor, form: ChannelFormat) -> Tensor:
@@ -56,10 +62,11 @@ def by_page(x: Tensor, spread: Tensor, widths: Tensor, page: int) -> Tensor:
     return torch.cat(found, dim=2)
 
 
-def rounded(keys: Tensor, rope: Rope | None, energy: KeyEnergy, bits: float, page: int | None) -> Tensor:
-    """`keys [1, Hkv, S, D]` of a whole prompt, as the format would give them back."""
+def rounded(layer: Any, rope: Rope | None, energy: KeyEnergy, bits: float, form: str | int) -> Tensor:
+    """The keys `[1, Hkv, S, D]` of a layer that has read a whole prompt, as a form would give them back."""
+    keys = layer.keys
     size = keys.shape[-1]
-    added = 8 / size if page is None else 16 / page
+    added = 8 / size if isinstance(form, str) else 16 / form
     widths = allocate(energy.keys * energy.queries, bits - added)
     positions = torch.arange(keys.shape[2])[None, None]
     basis = fit_channels(keys, positions, None, rope)
@@ -67,16 +74,28 @@ def rounded(keys: Tensor, rope: Rope | None, energy: KeyEnergy, bits: float, pag
     x = basis.coordinates(keys, positions)
     middle = slice(SINK, keys.shape[2] - WINDOW)
     part = x[:, :, middle]
-    if page is None:
-        made = by_token(part, basis.spread, ChannelFormat(widths, energy.queries))
+    if isinstance(form, int):
+        made = by_page(part, basis.spread, widths, form)
     else:
-        made = by_page(part, basis.spread, widths, page)
+        of_channels = ChannelFormat(widths, energy.queries)
+        if form == FITTED:
+            attended = attention(layer)[..., middle]
+            basis.spread = fitted_spread(basis.spread, [part], [of_channels], attended)
+        made = by_token(part, basis.spread, of_channels)
     centre = basis.centre_at(positions)
     found = keys.clone()
     found[:, :, middle] = (made + (0 if centre is None else centre[:, :, middle if rope else slice(None)])).to(
         keys.dtype
     )
     return found
+
+
+def attention(layer: Any) -> Tensor:
+    """What each token receives in each KV head, `[1, Hkv, S]`, as the library asks for it."""
+    view = LayerView(layer.keys, layer.values, layer.call.queries[:, :, -WINDOW:], layer.call.scaling)
+    attended = Evictor(CrushConfig()).attended(view)
+    assert attended is not None
+    return attended.unflatten(1, (layer.keys.shape[1], -1)).mean(2)
 
 
 @torch.no_grad()
@@ -86,14 +105,15 @@ def measure(model: Any, ids: Tensor) -> dict[str, float]:
     reference = Reference(model, recording, None, 24)
     plan = CrushCache(model, CrushConfig(bits=(2.25, 2))).plan
     assert plan.profile is not None
+    read: Any = recording._source.layers
     found = {}
     for bits in BITS:
-        for page in (None, *PAGES):
+        for form in (FITTED, BY_SQUARES, *PAGES):
             cache: Any = recording.branch(None)
             for index, layer in enumerate(cache.layers):
                 energy = KeyEnergy(plan.profile.keys[index], plan.profile.queries[index])
-                layer.keys = rounded(layer.keys, plan.ropes[index], energy, bits, page)
-            name = "a scale a token" if page is None else f"a range a channel, pages of {page}"
+                layer.keys = rounded(read[index], plan.ropes[index], energy, bits, form)
+            name = form if isinstance(form, str) else f"a range a channel, pages of {form}"
             found[f"{name}; {bits}"] = reference.compare(cache).kl
     return found
 
@@ -131,7 +151,7 @@ def main() -> None:
         "\n|---|---:|---:|---:|"
     )
     for form, by_task in found.items():
-        base = found[f"a scale a token; {form.rpartition(' ')[2]}"]
+        base = found[f"{FITTED}; {form.rpartition(' ')[2]}"]
         less = {task: [a - b for a, b in zip(values, base[task], strict=True)] for task, values in by_task.items()}
         mean, gain = macro_mean(by_task), macro_mean(less)
         worst = max(kl for values in by_task.values() for kl in values)

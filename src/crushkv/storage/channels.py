@@ -33,6 +33,7 @@ _ALL_OF, _STEP = 256, 4
 # Beside the attention that a token receives, so many times the mean counts: others will be attended to later. With less
 # of it, the error of all other keys grows (measured on two models).
 _EVERY_TOKEN = 9.0
+_LEAST_ERROR = 1e-30
 # Tokens that are quantized at a time on a CPU: few enough for the numbers to stay in its cache. Elsewhere so many
 # numbers: each step of the search is a pass over them, of which few and long ones are wanted, in bounded memory.
 _TOGETHER = 512
@@ -153,10 +154,10 @@ def quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
 def fitted_spread(
     spread: Tensor, parts: Sequence[Tensor], forms: Sequence[ChannelFormat | None], attended: Tensor | None
 ) -> Tensor:
-    """The spread of each channel that makes the error of its keys least, where attention counts: float16, as `spread`.
+    """The spread of each channel that makes the product of its errors in all formats least: float16, as `spread`.
 
-    The root mean square of a channel says little about the tokens that are attended to: these have some of the largest
-    numbers, which would be clipped.
+    An error in a key counts as much as the key is attended to. The root mean square of a channel says little about the
+    keys that are: they have some of the largest numbers, which would be clipped.
 
     Args:
         spread: `[B, Hkv, 1, D]`, the root mean square of each channel.
@@ -168,7 +169,8 @@ def fitted_spread(
         weight = None if attended is None else attended[..., start : start + x.shape[2]]
         start += x.shape[2]
         if form is not None and x.shape[2]:
-            error = _spread_errors(x, weight, spread.float(), form)
+            # In logarithms, the format with few bits does not decide alone.
+            error = _spread_errors(x, weight, spread.float(), form).clamp_(min=_LEAST_ERROR).log_()
             total = error if total is None else total + error
             used = form.used if used is None else used | form.used
     if total is None or used is None:
