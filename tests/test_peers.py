@@ -141,15 +141,35 @@ def test_the_table() -> None:
     ]
 
 
-@pytest.mark.parametrize(("results", "page_name"), [(PEERS, "peers.md"), (PEERS.parent, "performance.md")])
-def test_the_documentation_has_the_figures_of_the_results(results: Path, page_name: str) -> None:
+def tables(results: Path) -> list[str]:
+    """Rows of the tables that the records in a folder make."""
     command = [sys.executable, str(PEERS / "compare.py"), "--show", *map(str, sorted(results.glob("results/*.jsonl")))]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-    rows = [line.strip() for line in shown.splitlines() if line.startswith("| ")]
+    return [line.strip() for line in shown.splitlines() if line.startswith("| ")]
+
+
+def page(name: str) -> str:
+    return (PEERS.parents[1] / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_the_comparison_of_peers_has_the_figures_of_the_results() -> None:
+    rows = tables(PEERS)
     assert len(rows) > 20
-    page = (PEERS.parents[1] / "docs" / page_name).read_text(encoding="utf-8")
-    for row in rows:
-        assert row in page
+    assert [row for row in rows if row not in page("peers.md")] == []
+
+
+def test_the_requests_of_the_documentation_are_those_of_the_results() -> None:
+    """A row for each method and budget, with the ratios of TTFT and TPOT at each number of tokens."""
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in tables(PEERS.parent)]
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    for name, budget, _, ttft, _, tpot, *_ in cells:
+        if "full" not in name and ttft.endswith(("x", ")")):
+            key = f"{name} {budget} {'batch' if '(' not in ttft else ''}"
+            for ratios, ratio in zip(found.setdefault(key, ([], [])), (ttft, tpot), strict=True):
+                ratios.append(ratio.split(" ")[0])
+    assert len(found) == 5
+    for ttft_ratios, tpot_ratios in found.values():
+        assert f"| {' | '.join(ttft_ratios + tpot_ratios)} |" in page("performance.md")
 
 
 def driver(*options: str) -> list[str]:
