@@ -155,7 +155,9 @@ def test_rows_are_selected_and_repeated(fields: dict[str, Any]) -> None:
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
     repeated = expected.repeat_interleave(2, dim=1)
-    assert torch.allclose(go_on(model, cache, [77, 77, 120, 120])[:, [2, 3, 0, 1]], repeated, atol=1e-3)
+    errors = (go_on(model, cache, [77, 77, 120, 120])[:, [2, 3, 0, 1]] - repeated).abs().amax(-1)
+    # With other numbers of rows, a number on the border of two cells may fall into either.
+    assert errors.median() < 1e-4 and errors.max() < 0.005 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
