@@ -96,8 +96,10 @@ def test_soak(soaked: Server) -> None:
     for seed in range(3):
         draw = random.Random(seed)
         prompts = random_prompts([draw.randint(20, 900) for _ in range(200)], seed)
-        patience = [draw.uniform(0.02, 1.5) if draw.random() < 0.25 else None for _ in prompts]
-        new = [draw.randint(1, 80) for _ in prompts]
+        patience = [draw.uniform(0.02, 0.7) if draw.random() < 0.25 else None for _ in prompts]
+        # Whoever goes away has asked for more than a fast machine makes until then.
+        asked_for = zip(prompts, patience, strict=True)
+        new = [draw.randint(1, 80) if seconds is None else 1000 - len(prompt) for prompt, seconds in asked_for]
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda *job: complete_or_abort(soaked, *job), prompts, new, patience))
         # Counted, not read: one token of a random model may have no text (a control token, a part of a letter).
