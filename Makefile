@@ -60,7 +60,7 @@ lint: $(READY)
 
 # These run no model: core, policies, storage, configuration, statistics, text, documentation.
 QUICK := $(patsubst %,tests/test_%.py,accuracy_tables config config_text core examples importance \
-	selection statistics storage structure text timing)
+	selection statistics storage storage_steps structure text timing)
 
 check: lint  ## lint, type check and the tests that run no model (under two minutes)
 	$(BIN)/pytest -m "not slow and not model" $(QUICK)
