@@ -27,9 +27,12 @@ inline ints levels(floats y, floats top) {
 struct Channels {
     std::vector<float> unit, cost, used, last, z;
     int64_t size, padded;
-    explicit Channels(int64_t n) : size(n), padded(filled(n)) {
+    Channels(int64_t n, const float* units, const float* uses, const float* lasts) : size(n), padded(filled(n)) {
         for (auto* each : {&unit, &cost, &used, &last, &z}) each->assign(padded, 0);
         std::fill(unit.begin(), unit.end(), 1.0f);
+        std::copy_n(units, size, unit.data());
+        std::copy_n(uses, size, used.data());
+        std::copy_n(lasts, size, last.data());
     }
 
     // Takes in the numbers of a token, in steps (`z`); returns their size.
@@ -58,11 +61,8 @@ void channel_codes(const float* x, uint8_t* codes, uint8_t* scales, const float*
     for_each(pairs * parts, threads, [=](int64_t item) {
         const int64_t pair = item / parts, head = pair % heads, begin = item % parts * TOGETHER;
         const int64_t end = std::min(begin + TOGETHER, tokens);
-        Channels of(size);
-        std::copy_n(unit + pair * size, size, of.unit.data());
+        Channels of(size, unit + pair * size, used + head * size, last + head * size);
         std::copy_n(cost + pair * size, size, of.cost.data());
-        std::copy_n(used + head * size, size, of.used.data());
-        std::copy_n(last + head * size, size, of.last.data());
         for (int64_t token = begin; token < end; ++token) {
             const int64_t at = (pair * tokens + token) * size;
             const float base = std::log2(of.take(x + at)), *z = of.z.data();
@@ -97,10 +97,7 @@ void spread_errors(float* errors, const float* x, const float* weight, const flo
                    int64_t size, int64_t threads) {
     for_each(count * pairs, threads, [=](int64_t item) {
         const int64_t pair = item % pairs, head = pair % heads;
-        Channels of(size);
-        std::copy_n(unit + pair * size, size, of.unit.data());
-        std::copy_n(used + head * size, size, of.used.data());
-        std::copy_n(last + head * size, size, of.last.data());
+        Channels of(size, unit + pair * size, used + head * size, last + head * size);
         std::vector<float> sums(of.padded, 0);
         for (int64_t token = 0; token < tokens; ++token) {
             const float counts = weight[pair * tokens + token];

@@ -24,6 +24,12 @@ _VARYING = ["tokens"]
 # Keys with a width for each channel
 
 
+@triton.jit
+def _levels(y, top):
+    """The codes of numbers in steps, of which `top` is the greatest, as float32."""
+    return tl.minimum(tl.maximum(tl.floor(y + (top + 1) / 2), 0.0), top)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _channel_codes(
     codes, scales, x, unit, cost, used, last, tokens, heads, octave, middle, least,
@@ -49,13 +55,13 @@ def _channel_codes(
         code = tl.minimum(tl.maximum(code, 0.0), 255.0)
         scale = tl.exp2((code - middle) / octave)
         y = z / scale[:, None]
-        level = tl.minimum(tl.maximum(tl.floor(y + (top + 1) / 2), 0.0), top)
+        level = _levels(y, top)
         off = level - top / 2 - y
         error = tl.sum(off * off * price[None, :], 1) * scale * scale
         better = error < best
         best, best_code = tl.where(better, error, best), tl.where(better, code, best_code)
     y = z / tl.exp2((best_code - middle) / octave)[:, None]
-    level = tl.minimum(tl.maximum(tl.floor(y + (top + 1) / 2), 0.0), top)
+    level = _levels(y, top)
     tl.store(codes + at, level.to(tl.uint8), mask=inside)
     tl.store(scales + pair * tokens + t, best_code.to(tl.uint8), mask=t < tokens)
 
@@ -109,7 +115,7 @@ def _spread_errors(
         z = tl.load(x + at, mask=(t < tokens)[:, None] & real[None, :], other=0.0).to(tl.float32) / step
         scale = tl.maximum(tl.sqrt(tl.sum(z * z * share, 1)), least)[:, None] * factor
         y = z / scale
-        off = tl.minimum(tl.maximum(tl.floor(y + (top + 1) / 2), 0.0), top) - top / 2 - y
+        off = _levels(y, top) - top / 2 - y
         counts = tl.load(weight + pair * tokens + t, mask=t < tokens, other=0.0)[:, None]
         total += tl.sum(off * off * (counts * scale * scale), 0)
     tl.store(errors + (f * pairs + pair) * D + d, total, mask=real)

@@ -105,12 +105,17 @@ def fit_channels(keys: Tensor, positions: Tensor, real: Tensor | None, rope: Rop
         energy = _mean(basis.coordinates(keys, positions).square_(), weight)
     if rope is not None:
         energy = rope.averaged(energy)
-    basis.spread = energy.sqrt().clamp(LEAST_SPREAD, MOST_SPREAD).half()
+    basis.spread = as_spread(energy.sqrt())
     return basis
 
 
 # What float16 holds, with room for the scales of single tokens.
-LEAST_SPREAD, MOST_SPREAD = 2.0**-14, 2.0**15
+_LEAST_SPREAD, _MOST_SPREAD = 2.0**-14, 2.0**15
+
+
+def as_spread(x: Tensor) -> Tensor:
+    """Spreads as they are held."""
+    return x.clamp(_LEAST_SPREAD, _MOST_SPREAD).half()
 
 
 def _weight(real: Tensor | None) -> Tensor | None:

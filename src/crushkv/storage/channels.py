@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compiled import quantizer
-from .basis import LEAST_SPREAD, MOST_SPREAD
+from .basis import as_spread
 from .buffers import Pick, take
 from .widths import STEPS
 
@@ -177,7 +177,7 @@ def fitted_spread(
         return spread
     # A channel without bits has the same error whatever its spread.
     factors = _spreads(spread.device)[total.argmin(0)].masked_fill(~used, 1)
-    return (spread.float() * factors).clamp(LEAST_SPREAD, MOST_SPREAD).half()
+    return as_spread(spread.float() * factors)
 
 
 @lru_cache
@@ -194,11 +194,8 @@ def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: Chann
     weight = weight * real
     mean = weight.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
     weight, order = (weight + _EVERY_TOKEN * mean * real).sort(dim=-1, descending=True, stable=True)
-    if x.shape[2] > _ALL_OF:
-        weight = torch.cat([weight[..., :_ALL_OF], _STEP * weight[..., _ALL_OF::_STEP]], dim=-1)
-        x = take(x, torch.cat([order[..., :_ALL_OF], order[..., _ALL_OF::_STEP]], dim=-1))
-    else:
-        x = take(x, order)
+    weight = torch.cat([weight[..., :_ALL_OF], _STEP * weight[..., _ALL_OF::_STEP]], dim=-1)
+    x = take(x, torch.cat([order[..., :_ALL_OF], order[..., _ALL_OF::_STEP]], dim=-1))
     unit = spread * form.steps
     if (compiled := quantizer(x.device)) is not None:
         errors: Tensor = compiled.spread_errors(x, weight, unit, form.size_weights, form.last, _spreads(x.device))

@@ -274,7 +274,7 @@ class TieredStorage:
     @property
     def fits_spread(self) -> bool:
         """Whether the next `keep` asks which tokens are attended to."""
-        return self.formats.by_channel and not self.blocks
+        return not self.blocks and self._first_form() is not None
 
     @torch.no_grad()
     def keep(self, indices: Tensor, lengths: Sequence[int], attended: Tensor | None = None) -> None:
