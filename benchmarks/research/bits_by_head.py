@@ -50,12 +50,15 @@ def of_preset(config: CrushConfig) -> Pair:
 
 
 class Options:
-    """What each head may hold of a prompt: bytes `[O]`, errors `[L, Hkv, O]`, pairs and numbers of pages `[O]`."""
+    """What each head may hold of a prompt: bytes `[O]`, errors `[L, Hkv, O]`, pairs and numbers of pages `[O]`.
 
-    def __init__(self, pairs: list[Pair], counts: Tensor, nbytes: Tensor, errors: Tensor) -> None:
-        self.pairs, self.nbytes, self.errors = pairs, nbytes.flatten(), errors.flatten(2)
-        self.pair = torch.arange(len(pairs)).repeat_interleave(len(counts))
-        self.counts = counts.repeat(len(pairs))
+    pair: the number of the pair of formats.
+    """
+
+    def __init__(self, counts: Tensor, nbytes: Tensor, errors: Tensor) -> None:
+        self.nbytes, self.errors = nbytes.flatten(), errors.flatten(2)
+        self.pair = torch.arange(len(nbytes)).repeat_interleave(len(counts))
+        self.counts = counts.repeat(len(nbytes))
 
     def best(self, limits: Tensor) -> Tensor:
         """The option of least error within the bytes of each head, `limits [L, Hkv]`."""
@@ -131,7 +134,7 @@ class Formatted:
             *(self._errors(layer, pairs, recent, counts) for layer in range(self.prompt.layers)), strict=True
         )
         nbytes = torch.stack([self.nbytes(pair, recent, counts) for pair in pairs])
-        return Options(pairs, counts, nbytes, torch.stack(errors).double()), torch.stack(norms).double()
+        return Options(counts, nbytes, torch.stack(errors).double()), torch.stack(norms).double()
 
     def _errors(self, layer: int, pairs: list[Pair], recent: int, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Errors of a layer's options, `[Hkv, F, N]`, and the mean squared norm of its output."""

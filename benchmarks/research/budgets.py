@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import gzip
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from crushkv.cli.models import load
 from crushkv.cli.options import ModelOptions
 from crushkv.core import HeadNeeds
 from crushkv.evaluation import TaskSource
+from crushkv.evaluation.data import read_lines
 from crushkv.evaluation.results import prompt_hash
 from crushkv.evaluation.runner import _chat
 from crushkv.evaluation.statistics import macro_mean
@@ -40,11 +39,6 @@ from crushkv.hf.profiling import profile_of
 
 BUDGETS = {"tokens": (0.25, 0.125, 0.0625), "bytes": (0.125, 0.0625)}
 BATCH = 8  # caches in one forward pass
-
-
-def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    texts = (gzip.decompress(p.read_bytes()).decode() if p.suffix == ".gz" else p.read_text() for p in paths)
-    return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 @torch.no_grad()
@@ -57,8 +51,8 @@ def run(arguments: Any) -> None:
     tasks = load_tasks(TASKS, TaskSource(arguments.data_dir, arguments.haystack, seed=7), tokenizer)
     limits = tuple(arguments.tokens)
     streams = [chosen(task, name, tokenizer, chat, limits, arguments.per_task) for name, task in tasks.items()]
-    known = read_results([arguments.output]) if arguments.output.exists() else []
-    done = {(entry["prompt"], entry["kind"], entry["budget"]) for entry in known}
+    known = read_lines(arguments.output) if arguments.output.exists() else ()
+    done = {(entry["prompt"], entry["kind"], entry["budget"]) for _, entry in known}
     cases = [(kind, budget) for kind in arguments.kinds for budget in BUDGETS[kind]]
     with arguments.output.open("a") as file:
         for given, ids in filter(None, (found for turn in zip_longest(*streams) for found in turn)):
@@ -90,7 +84,7 @@ def show(arguments: Any) -> None:
     All prompts count alike, whatever their task: there are too few of a task to draw them within it.
     """
     tables: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
-    for entry in read_results(arguments.results):
+    for _, entry in (line for path in arguments.results for line in read_lines(path)):
         tables[entry["model"], entry["kind"], entry["budget"]][entry["form"]][entry["prompt"]] = entry
     for (model, kind, budget), forms in tables.items():
         base = forms[arguments.base]

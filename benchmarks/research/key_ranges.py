@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scores import chosen
 from torch import Tensor
 
 from crushkv import CrushConfig
@@ -25,9 +26,9 @@ from crushkv.cli.options import ModelOptions
 from crushkv.core import Evictor
 from crushkv.evaluation.fidelity import Reference
 from crushkv.evaluation.recording import Recording
-from crushkv.evaluation.runner import _chat, _encode
+from crushkv.evaluation.runner import _chat
 from crushkv.evaluation.statistics import macro_mean
-from crushkv.evaluation.tasks import TaskSource, load_tasks, prompts
+from crushkv.evaluation.tasks import TaskSource, load_tasks
 from crushkv.hf import CrushCache
 from crushkv.importance import LayerView
 from crushkv.rope import Rope
@@ -40,8 +41,6 @@ TASKS = ("trec_short_1k", "samsum_short_1k", "multi_news", "qasper", "lcc", "ret
 SINK, WINDOW = 4, 32
 BITS = (3.5, 2.5)  # a number, ranges or scales included
 PAGES = (32, 64, 128)
-
-
 FITTED, BY_SQUARES = "a scale a token", "the same, spreads by mean square"
 
 
@@ -130,14 +129,7 @@ def main() -> None:
     chat = _chat(loaded.tokenizer) if arguments.chat else None
     found: dict[str, dict[str, list[float]]] = {}
     for name, task in load_tasks(TASKS, TaskSource(arguments.data_dir), loaded.tokenizer).items():
-        taken = 0
-        for prompt in prompts(task, name, chat, True):
-            ids = _encode(loaded.tokenizer, prompt.text, chat is not None)
-            if taken == arguments.prompts:
-                break
-            if not 900 <= ids.shape[1] <= 1900:
-                continue
-            taken += 1
+        for prompt, ids in chosen(task, name, loaded.tokenizer, chat, (900, 1900), arguments.prompts, first=True):
             figures = measure(loaded.model, ids)
             print(name, prompt.id, {form: round(kl, 4) for form, kl in figures.items()}, flush=True)
             if arguments.output:

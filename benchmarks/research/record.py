@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scores import chosen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crushkv.embedded import embedded_model_path
 from crushkv.evaluation.fidelity import Reference
 from crushkv.evaluation.recording import Recording
-from crushkv.evaluation.tasks import TaskSource, load_tasks, prompts
+from crushkv.evaluation.tasks import TaskSource, load_tasks
 
 TASKS = (
     "trec_short_1k",
@@ -37,16 +38,10 @@ QUERIES = 128  # of the end of the prompt
 ANSWER = 21  # tokens, the first of which is not measured
 
 
-def chosen(task: Any, name: str, tokenizer: Any, limits: tuple[int, int], count: int) -> Iterator[tuple[str, Any]]:
+def named(task: Any, name: str, tokenizer: Any, limits: tuple[int, int], count: int) -> Iterator[tuple[str, Any]]:
     """The first prompts of a fitting length, with a name for each that says its half: even or odd."""
-    taken = 0
-    for prompt in prompts(task, name, None, True):
-        ids = tokenizer(prompt.text, return_tensors="pt", verbose=False).input_ids
-        if limits[0] <= ids.shape[1] <= limits[1]:
-            yield f"{name}-{taken:02}", ids
-            taken += 1
-            if taken == count:
-                return
+    for number, (_, ids) in enumerate(chosen(task, name, tokenizer, None, limits, count, first=True)):
+        yield f"{name}-{number:02}", ids
 
 
 def record(model: Any, ids: torch.Tensor, answer: int = ANSWER) -> dict[str, Any]:
@@ -77,7 +72,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     tasks = load_tasks(TASKS, TaskSource(arguments.data_dir), tokenizer)
     streams = [
-        chosen(task, name, tokenizer, tuple(arguments.tokens), arguments.per_task) for name, task in tasks.items()
+        named(task, name, tokenizer, tuple(arguments.tokens), arguments.per_task) for name, task in tasks.items()
     ]
     for found in zip_longest(*streams):
         for name, ids in filter(None, found):

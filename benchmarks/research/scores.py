@@ -218,13 +218,16 @@ def read_lists(paths: list[Path]) -> dict[str, CrushConfig]:
 
 
 def chosen(
-    task: Any, name: str, tokenizer: Any, chat: Any, limits: tuple[int, int], count: int
+    task: Any, name: str, tokenizer: Any, chat: Any, limits: tuple[int, int], count: int, first: bool = False
 ) -> Iterator[tuple[Prompt, Tensor]]:
-    """The last prompts of a fitting length, the last first."""
+    """The last prompts of a fitting length, the last first; or the first ones, the first first."""
+    given = prompts(task, name, chat, True)
     taken = 0
-    for prompt in reversed(list(prompts(task, name, chat, True))):
+    for prompt in given if first else reversed(list(given)):
+        if taken == count:
+            return
         ids = _encode(tokenizer, prompt.text, chat is not None)
-        if taken < count and limits[0] <= ids.shape[1] <= limits[1]:
+        if limits[0] <= ids.shape[1] <= limits[1]:
             taken += 1
             yield prompt, ids
 

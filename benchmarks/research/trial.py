@@ -9,7 +9,6 @@ FOLDER holds what `record.py` wrote. LIST is a file with a variant a line (`vari
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from follower import Follower, Prompt
 from variants import Variant, hold
 
 from crushkv.config_text import expand
+from crushkv.evaluation.data import read_lines
 from crushkv.evaluation.statistics import macro_mean
 
 BATCH = 7  # variants in one forward pass
@@ -35,11 +35,8 @@ def read_lists(paths: list[Path]) -> list[str]:
 def read_results(paths: list[Path]) -> dict[str, dict[str, tuple[float, float]]]:
     """KL and bytes by variant and prompt."""
     found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
-    for path in paths:
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
-        for line in text.splitlines():
-            entry = json.loads(line)
-            found[entry["variant"]][entry["prompt"]] = entry["kl"], entry["bytes"]
+    for _, entry in (line for path in paths for line in read_lines(path)):
+        found[entry["variant"]][entry["prompt"]] = entry["kl"], entry["bytes"]
     return found
 
 
