@@ -1,6 +1,7 @@
 """The compiled code; pyproject.toml has the rest. Where they cannot be built, crushkv is installed without them."""
 
 import platform
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -24,7 +25,7 @@ setup(
         Extension(
             f"crushkv.compiled._cpu_{name}",
             [f"{FOLDER}/{file}.cpp" for file in ("cpu", "cpu_attention", "cpu_basis", "cpu_quantize")],
-            depends=[f"{FOLDER}/cpu.h"],
+            depends=glob(f"{FOLDER}/*.h"),
             extra_compile_args=[*FLAGS, "-Wno-psabi", *flags],
             optional=True,
         )

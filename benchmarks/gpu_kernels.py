@@ -64,7 +64,9 @@ def packed(keys: Tensor, values: Tensor, rope: Rope, config: CrushConfig) -> Tie
     contested = split.important + split.representative
     middle = tokens - split.sink - split.recent
     place = torch.arange(tokens, device=keys.device)
-    chosen = split.sink + place[:contested] * middle // max(contested, 1)  # evenly over the text
+    # Pages evenly over the text.
+    page = place[:contested] // config.page_size * (config.page_size * middle // max(contested, 1))
+    chosen = split.sink + (page + place[:contested] % config.page_size).clamp(max=middle - 1)
     indices = torch.cat([chosen, place[: split.sink], place[tokens - split.recent :]])
     two = len(config.formats.contested) == 2
     lengths = [split.important, split.representative] if two else [contested]

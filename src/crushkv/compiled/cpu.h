@@ -13,21 +13,25 @@
 #include <thread>
 #include <vector>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
 constexpr int LANES = 8;
-constexpr int64_t FINE = 32;      // positions of the fine table of angles
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int64_t FILLED = 16;    // numbers of a row are filled up to a multiple of this
+constexpr int64_t INTERVAL = 32;  // positions between two of the coarse table of angles
 constexpr int64_t TOGETHER = 64;  // tokens, groups or bytes that a thread takes at a time
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint8_t bytes8 __attribute__((vector_size(LANES)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
-typedef uint16_t shorts __attribute__((vector_size(16)));
-typedef uint16_t words __attribute__((vector_size(32)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
 enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -38,23 +42,62 @@ inline V load(const T* from) {
     return v;
 }
 
+template <class V, class T>
+inline void store(T* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+// Fetches what the next tile reads. Runs of tokens are too short for a processor to see that coming.
+inline void soon(const void* from) { __builtin_prefetch(from); }
+
 inline floats widened(const float* from) { return load<floats>(from); }
 inline floats widened(const uint8_t* from) {
-#if defined(__AVX2__)  // what GCC makes of the line below takes an instruction a lane
+    // What GCC makes of the last line takes an instruction a lane.
+#if defined(__AVX512F__)
+    return floats(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__AVX2__)
     return floats(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__SSE2__)
+    const __m128i zero = _mm_setzero_si128(), x = _mm_cvtsi32_si128(load<int32_t>(from));
+    return floats(_mm_cvtepi32_ps(_mm_unpacklo_epi16(_mm_unpacklo_epi8(x, zero), zero)));
 #else
-    return __builtin_convertvector(__builtin_convertvector(load<bytes8>(from), ints), floats);
+    return __builtin_convertvector(__builtin_convertvector(load<bytes>(from), ints), floats);
 #endif
 }
 
-inline int64_t filled(int64_t size) { return (size + LANES - 1) / LANES * LANES; }  // up to whole vectors
+inline int64_t filled(int64_t size) { return (size + FILLED - 1) / FILLED * FILLED; }
 
 inline floats all(float x) { return floats{} + x; }
 
+// The lanes of a vector in other places: lane l is what was lane `place(l)`.
+template <class F>
+inline floats placed(floats x, F place) {
+#if defined(__clang__)
+    floats y;
+    for (int l = 0; l < LANES; ++l) y[l] = x[place(l)];
+    return y;
+#else
+    ints places;
+    for (int l = 0; l < LANES; ++l) places[l] = place(l);
+    return __builtin_shuffle(x, places);
+#endif
+}
+
+// `merge` of all lanes, of those that lie N apart first.
+template <int N, class F>
+inline float reduced(floats x, F merge) {
+    if constexpr (N == 0)
+        return x[0];
+    else
+        return reduced<N / 2>(merge(x, placed(x, [](int l) { return l ^ N; })), merge);
+}
+
 inline float sum_of(floats x) {
-    float sum = 0;
-    for (int l = 0; l < LANES; ++l) sum += x[l];
-    return sum;
+    return reduced<LANES / 2>(x, [](floats a, floats b) { return a + b; });
+}
+
+inline float greatest_of(floats x) {
+    return reduced<LANES / 2>(x, [](floats a, floats b) { return a > b ? a : b; });
 }
 
 inline float number(const void* from, int64_t at, int32_t dtype) {
@@ -77,6 +120,19 @@ inline float number(const void* from, int64_t at, int32_t dtype) {
     rest |= sign;
     std::memcpy(&x, &rest, 4);
     return x;
+}
+
+// So many numbers of any dtype as floats.
+inline void widen(const void* from, int64_t at, int64_t count, int32_t dtype, float* to) {
+    if (dtype == FLOAT32) {
+        std::memcpy(to, static_cast<const float*>(from) + at, count * sizeof(float));
+    } else if (dtype == BFLOAT16) {
+        const uint16_t* bits = static_cast<const uint16_t*>(from) + at;
+        uint32_t* out = reinterpret_cast<uint32_t*>(to);
+        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint32_t>(bits[i]) << 16;
+    } else {
+        for (int64_t i = 0; i < count; ++i) to[i] = number(from, at + i, dtype);
+    }
 }
 
 inline void put(void* to, int64_t at, float x, int32_t dtype) {

@@ -7,13 +7,13 @@ namespace {
 // How channels turn, or not at all: R_p x has x[d] cos(p f[d]) + x[partner[d]] sin(p f[d]) in channel d.
 struct Turns {
     const int64_t* partner;      // [size] or null
-    const float *coarse, *fine;  // cosines and sines: [reach / FINE, 2, padded], [FINE, 2, padded]
+    const float *coarse, *fine;  // cosines and sines: see `angle_tables` in Python
     int64_t size;
 
     // Cosines and sines at a position.
     void at(int64_t position, float* cosine, float* sine) const {
         const int64_t padded = filled(size);
-        const float *far = coarse + position / FINE * 2 * padded, *near = fine + position % FINE * 2 * padded;
+        const float *far = coarse + position / INTERVAL * 2 * padded, *near = fine + position % INTERVAL * 2 * padded;
         for (int64_t d = 0; d < padded; ++d) {
             cosine[d] = far[d] * near[d] - far[padded + d] * near[padded + d];
             sine[d] = far[padded + d] * near[d] + far[d] * near[padded + d];

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .cpu_library import DTYPES, FINE, LANES, TOGETHER, call
+from .cpu_library import DTYPES, FILLED, INTERVAL, TOGETHER, call
 
 
 def coordinates(
@@ -57,18 +57,39 @@ def _tables_of(turns: tuple[Tensor, Tensor] | None, positions: Tensor) -> tuple[
 
 
 def angle_tables(frequencies: tuple[float, ...], reach: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines at every `FINE`-th position up to `reach` and beyond, and at those between: float32
-    `[positions, 2, D]` each, with D filled up to whole vectors.
+    """Cosines and sines where each interval of positions begins, up to `reach` and beyond, `[intervals, 2, D]`, and
+    from there on, `[INTERVAL, 2, D]`: float32, with D filled up to whole vectors.
 
     Any angle is the sum of one of either. Angles are exact (float64), so that far positions lose nothing.
     """
-    return _angle_tables(frequencies, 1 << max(reach // FINE, 1).bit_length())
+    return _angle_tables(frequencies, _intervals(reach))
+
+
+def interval_tables(frequencies: tuple[float, ...], reach: int) -> tuple[Tensor, Tensor]:
+    """The same from the middle of each interval, which lies between two positions: `[intervals, 2, D]`, and from there
+    to the positions of its second half, `[2, D, INTERVAL / 2]`. Those of the first half lie as far the other way."""
+    return _interval_tables(frequencies, _intervals(reach))
+
+
+def _intervals(reach: int) -> int:
+    return 1 << max(reach // INTERVAL, 1).bit_length()
 
 
 @lru_cache(maxsize=8)
 def _angle_tables(frequencies: tuple[float, ...], intervals: int) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
-        each = torch.tensor([*frequencies, *[0.0] * (-len(frequencies) % LANES)]).double()
-        turned = (torch.arange(n)[:, None] * step * each for n, step in ((intervals, FINE), (FINE, 1)))
-        coarse, fine = (torch.stack([angles.cos(), angles.sin()], dim=1).float() for angles in turned)
-    return coarse, fine
+        return _turns(torch.arange(intervals) * INTERVAL, frequencies), _turns(torch.arange(INTERVAL), frequencies)
+
+
+@lru_cache(maxsize=8)
+def _interval_tables(frequencies: tuple[float, ...], intervals: int) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        middles = torch.arange(intervals) * INTERVAL + (INTERVAL - 1) / 2
+        beside = _turns(torch.arange(INTERVAL // 2) + 0.5, frequencies)
+        return _turns(middles, frequencies), beside.permute(1, 2, 0).contiguous()
+
+
+def _turns(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
+    each = torch.tensor([*frequencies, *[0.0] * (-len(frequencies) % FILLED)]).double()
+    angles = positions[:, None] * each
+    return torch.stack([angles.cos(), angles.sin()], dim=1).float()

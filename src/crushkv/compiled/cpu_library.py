@@ -18,7 +18,7 @@ BUILDS = ("avx512", "avx2", "portable")
 """Sets of instructions, the best first."""
 # As in cpu.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LANES, FINE, TOGETHER = 8, 32, 64
+FILLED, INTERVAL, TOGETHER = 16, 32, 64
 
 
 @lru_cache

@@ -42,7 +42,7 @@ struct Channels {
         for (int64_t d = 0; d < padded; d += LANES) {
             const floats y = load<floats>(&z[d]) / load<floats>(&unit[d]);
             squares += y * y * load<floats>(&used[d]);
-            std::memcpy(&z[d], &y, sizeof y);
+            store(&z[d], y);
         }
         return std::max(std::sqrt(sum_of(squares)), 1e-6f);
     }
@@ -108,7 +108,7 @@ void spread_errors(float* errors, const float* x, const float* weight, const flo
                 const floats y = load<floats>(&of.z[d]) / scale, top = load<floats>(&of.last[d]);
                 const floats off = __builtin_convertvector(levels(y, top), floats) - top / 2.0f - y;
                 const floats sum = load<floats>(&sums[d]) + off * off * share;
-                std::memcpy(&sums[d], &sum, sizeof sum);
+                store(&sums[d], sum);
             }
         }
         std::copy_n(sums.data(), size, errors + item * size);

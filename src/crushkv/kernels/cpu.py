@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..compiled import cpu_library
-from ..compiled.cpu_basis import angle_tables
-from ..compiled.cpu_library import DTYPES, LANES
+from ..compiled.cpu_basis import interval_tables
+from ..compiled.cpu_library import DTYPES, FILLED
 from ..rope import Rope, pairs_of
 from ..storage import RAW, TieredStorage
 from ..storage.block import PackedTensor
@@ -60,7 +60,7 @@ class _Layer(ctypes.Structure):
         *((name, _long) for name in ("kept", "slots", "blocks", "pairs", "padded")),
         *((name, _pointer) for name in ("block", "positions", "centre", "first", "second", "still")),
         ("still_count", _long),
-        *((name, _pointer) for name in ("coarse", "fine", "of_keys", "of_values")),
+        *((name, _pointer) for name in ("middle", "beside", "of_keys", "of_values")),
         ("dtype", _int),
         ("threads", _int),
         *((name, _pointer) for name in ("queries", "output")),
@@ -252,12 +252,12 @@ class _Prepared:
             first, second = [a for a, _ in pairs], [b for _, b in pairs]
             # R_p x has x[a] cos(p f[a]) + x[b] sin(p f[a]) in channel a.
             frequencies = rope.frequencies[first]
-        layer.pairs, layer.padded = len(first), -(-len(first) // LANES) * LANES
+        layer.pairs, layer.padded = len(first), -(-len(first) // FILLED) * FILLED
         layer.first, layer.second = (self._pointer(torch.tensor(x, dtype=torch.int32)) for x in (first, second))
         layer.still, layer.still_count = self._pointer(torch.tensor(still, dtype=torch.int32)), len(still)
         if first:
-            coarse, fine = angle_tables(tuple(frequencies.tolist()), seen)
-            layer.coarse, layer.fine = self._pointer(coarse), self._pointer(fine)
+            tables = interval_tables(tuple(frequencies.tolist()), seen)
+            layer.middle, layer.beside = map(self._pointer, tables)
 
     def see_dense(self, store: TieredStorage) -> None:
         """Tells the library where the tokens are that came since."""
@@ -291,6 +291,6 @@ def _refusal(store: TieredStorage) -> str | None:
     packed: Sequence[PackedTensor] = [p for pair in store.blocks for p in pair if isinstance(p, PackedTensor)]
     for tensor, size in ((t, t.tensors["zero"]) for t in packed if t.bits != RAW):
         groups, channels = size.shape[-1], tensor.tensors["plane0"].shape[-1]
-        if groups > 1 and channels // groups % LANES:
-            return f"groups of {channels // groups} numbers"
+        if groups * -(-channels // groups // FILLED) * FILLED > _SIZE:
+            return f"{groups} groups of {channels // groups} numbers"
     return None
