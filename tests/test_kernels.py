@@ -105,6 +105,21 @@ def test_hidden_slots_are_not_attended_to(formats: str) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("ascending", [True, False])
+def test_tokens_in_pages(ascending: bool, build: str) -> None:
+    """What the mean of the keys gives is computed for stretches of positions, wherever pages begin and end."""
+    torch.manual_seed(5)
+    shape = Shape(rows=2, seen=900, kept=900, size=32, group=7)
+    for page, first in ((16, 4), (5, 0), (40, 3)):
+        pages = torch.randperm((shape.seen - first) // page)[:15]
+        pages = pages.sort().values if ascending else pages
+        kept = (first + pages[:, None] * page + torch.arange(page)).flatten()
+        store = store_of(FORMATS["small"], shape, rope=rope_of(32))
+        store.keep(kept.expand(2, 2, -1), lengths_of(store.formats, len(kept)))
+        assert error(store, shape.queries(torch.float32)) < 1e-5, page
+
+
+@needs_library
 def test_far_positions() -> None:
     """Angles of far positions are put together from two tables."""
     torch.manual_seed(2)
