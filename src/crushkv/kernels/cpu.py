@@ -18,7 +18,6 @@ from ..rope import Rope, pairs_of
 from ..storage import RAW, TieredStorage
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
-from .blocks import BlockTensors
 
 _RAW, _BY_TOKEN, _BY_CHANNEL = range(3)
 # As in cpu_attention.cpp.
@@ -170,8 +169,8 @@ class _Prepared:
     """What stays the same from one eviction to the next, as the library reads it."""
 
     def __init__(self, store: TieredStorage) -> None:
-        self.made_for = BlockTensors(store)
-        self.held: list[Tensor] = []  # made here, and referred to by pointers alone
+        self.version = store.version
+        self.held: list[Tensor] = []  # referred to by pointers alone
         self.refusal = _refusal(store)
         self.layer = _Layer()
         if self.refusal is None:
@@ -200,35 +199,36 @@ class _Prepared:
                 self._channels(block, of_block, of_keys.spread)
             else:
                 self._packed(block.keys, of_block)
-        layer.positions = self._pointer(store.kept_positions)
-        layer.of_keys, layer.of_values = self._pointer(of_keys.rotation), self._pointer(of_values.rotation)
+        layer.positions = self._held(store.kept_positions)
+        layer.of_keys, layer.of_values = self._held(of_keys.rotation), self._held(of_values.rotation)
         if of_keys.centre is not None:
-            layer.centre = self._pointer(of_keys.centre.float())
+            layer.centre = self._held(of_keys.centre.float())
             self._turns(of_keys.rope, layer.size, store.seen)
 
-    def _pointer(self, tensor: Tensor | None) -> int | None:
-        """Of a tensor that is made here, or of one of the storage's."""
+    def _held(self, tensor: Tensor | None) -> int | None:
+        """Where a tensor lies, which is kept as long as this is."""
         if tensor is None:
             return None
         contiguous = tensor.contiguous()
-        if contiguous not in self.made_for:
-            self.held.append(contiguous)
+        self.held.append(contiguous)
         return contiguous.data_ptr()
+
+    def _of_block(self, tensor: Tensor) -> int | None:
+        """Where a tensor of a block lies, which the storage keeps: an eviction has to free it."""
+        return tensor.data_ptr() if tensor.is_contiguous() else self._held(tensor)
 
     def _packed(self, numbers: _Numbers, tensor: PackedTensor) -> None:
         held = tensor.tensors
         numbers.bits = tensor.bits
         if tensor.bits == RAW:
-            self._raw(numbers, held["raw"].contiguous())
+            numbers.raw = self._of_block(held["raw"])
+            numbers.kind = _RAW
+            numbers.row_stride, numbers.head_stride = held["raw"].contiguous().stride()[:2]
             return
         numbers.kind, numbers.groups = _BY_TOKEN, held["zero"].shape[-1]
         for i, name in enumerate(name for name in held if name.startswith("plane")):
-            numbers.planes[i] = self._pointer(held[name])
-        numbers.zero, numbers.span = self._pointer(held["zero"]), self._pointer(held["span"])
-
-    def _raw(self, numbers: _Numbers, tensor: Tensor) -> None:
-        numbers.kind, numbers.raw = _RAW, self._pointer(tensor)
-        numbers.row_stride, numbers.head_stride = tensor.stride()[:2]
+            numbers.planes[i] = self._of_block(held[name])
+        numbers.zero, numbers.span = self._of_block(held["zero"]), self._of_block(held["span"])
 
     def _channels(self, block: _Block, keys: ChannelTensor, spread: Tensor | None) -> None:
         assert spread is not None
@@ -237,11 +237,11 @@ class _Prepared:
         for i, (width, channels, _) in enumerate(form.planes):
             row = torch.full((form.widths.numel(),), -1, dtype=torch.int32)
             row[channels] = torch.arange(len(channels), dtype=torch.int32)
-            block.plane_row[i] = self._pointer(row)
-            numbers.planes[i], numbers.plane_rows[i] = self._pointer(keys.tensors[f"plane{width}"]), len(channels)
-        numbers.span = self._pointer(keys.tensors["scale"])
-        block.width = self._pointer(form.widths.to(torch.uint8))
-        block.unit = self._pointer((form.steps * spread.float())[:, :, 0])
+            block.plane_row[i] = self._held(row)
+            numbers.planes[i], numbers.plane_rows[i] = self._of_block(keys.tensors[f"plane{width}"]), len(channels)
+        numbers.span = self._of_block(keys.tensors["scale"])
+        block.width = self._held(form.widths.to(torch.uint8))
+        block.unit = self._held((form.steps * spread.float())[:, :, 0])
 
     def _turns(self, rope: Rope | None, size: int, seen: int) -> None:
         layer = self.layer
@@ -253,17 +253,18 @@ class _Prepared:
             # R_p x has x[a] cos(p f[a]) + x[b] sin(p f[a]) in channel a.
             frequencies = rope.frequencies[first]
         layer.pairs, layer.padded = len(first), -(-len(first) // FILLED) * FILLED
-        layer.first, layer.second = (self._pointer(torch.tensor(x, dtype=torch.int32)) for x in (first, second))
-        layer.still, layer.still_count = self._pointer(torch.tensor(still, dtype=torch.int32)), len(still)
+        layer.first, layer.second = (self._held(torch.tensor(x, dtype=torch.int32)) for x in (first, second))
+        layer.still, layer.still_count = self._held(torch.tensor(still, dtype=torch.int32)), len(still)
         if first:
             tables = interval_tables(tuple(frequencies.tolist()), seen)
-            layer.middle, layer.beside = map(self._pointer, tables)
+            layer.middle, layer.beside = map(self._held, tables)
 
     def see_dense(self, store: TieredStorage) -> None:
         """Tells the library where the tokens are that came since."""
-        block, keys, values = self.block_array[self.layer.blocks], store.dense.keys, store.dense.values
+        block, dense = self.block_array[self.layer.blocks], store.dense
+        keys, values = dense.keys_buffer, dense.values_buffer
         assert keys is not None and values is not None
-        block.tokens = store.dense.length
+        block.tokens = dense.length
         for numbers, tensor in ((block.keys, keys), (block.values, values)):
             numbers.kind, numbers.raw = _RAW, tensor.data_ptr()
             numbers.row_stride, numbers.head_stride = tensor.stride()[:2]
@@ -274,7 +275,7 @@ _prepared_stores: WeakKeyDictionary[TieredStorage, _Prepared] = WeakKeyDictionar
 
 def _prepared(store: TieredStorage) -> _Prepared:
     found = _prepared_stores.get(store)
-    if found is None or not found.made_for.are_of(store):
+    if found is None or found.version != store.version:
         found = _prepared_stores[store] = _Prepared(store)
     return found
 

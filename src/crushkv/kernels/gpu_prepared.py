@@ -18,7 +18,6 @@ from ..storage.basis import Basis
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
 from ..storage.packing import PLANES
-from .blocks import BlockTensors
 
 CHUNK = 64
 """Rows of a plane of channels that are multiplied at a time."""
@@ -223,7 +222,7 @@ class Prepared:
     """What is needed of a layer until its blocks change.
 
     Attributes:
-        made_for: all tensors of its blocks, whose addresses launches have.
+        version: of the storage whose addresses launches have.
         positions: `store.kept_positions`, contiguous.
         walks: of the blocks.
         slots: of the blocks whose keys have widths by channel, by the block's number.
@@ -232,7 +231,7 @@ class Prepared:
         key_groups, value_groups: the most that a block has, see `groups_of`.
     """
 
-    made_for: BlockTensors
+    version: int
     positions: Tensor
     walks: list[Walk]
     centre: Centre
@@ -264,11 +263,10 @@ class Prepared:
             stacked = {
                 name: torch.stack([getattr(s, name) for s in slots.values()]) for name in ("channels", "middles")
             } | {"units": torch.stack(units)}
-        made_for = BlockTensors(store)
         centre = Centre.of(basis, store.seen)
         key_groups, value_groups = (max(groups_of(block[i]) for block in store.blocks) for i in range(2))
         return cls(
-            made_for, store.kept_positions.contiguous(), walks, centre, slots, key_groups, value_groups, **stacked
+            store.version, store.kept_positions.contiguous(), walks, centre, slots, key_groups, value_groups, **stacked
         )
 
 
@@ -281,7 +279,7 @@ def prepared(store: TieredStorage) -> Prepared | None:
         _prepared.pop(store, None)
         return None
     found = _prepared.get(store)
-    if found is None or not found.made_for.are_of(store):
+    if found is None or found.version != store.version:
         found = _prepared[store] = Prepared.of(store)
     return found
 

@@ -65,6 +65,7 @@ class PackedTensor:
     def __init__(self, bits: int, tensors: Mapping[str, Tensor]) -> None:
         self.bits = bits
         self.tensors = dict(tensors)
+        self.tokens = self.tensors["raw" if bits == RAW else "zero"].shape[2]
 
     @classmethod
     def of(cls, coordinates: Coordinates, bits: int) -> PackedTensor:
@@ -75,10 +76,6 @@ class PackedTensor:
         return cls(
             bits, {**{f"plane{i}": plane for i, plane in enumerate(planes)}, "zero": values.zero, "span": values.span}
         )
-
-    @property
-    def tokens(self) -> int:
-        return self.tensors["raw" if self.bits == RAW else "zero"].shape[2]
 
     @property
     def nbytes(self) -> int:

@@ -252,6 +252,7 @@ class ChannelTensor:
     def __init__(self, form: ChannelFormat, tensors: Mapping[str, Tensor]) -> None:
         self.form = form
         self.tensors = dict(tensors)
+        self.tokens = self.tensors["scale"].shape[2]
 
     @classmethod
     def of(cls, codes: ChannelCodes, form: ChannelFormat) -> ChannelTensor:
@@ -273,10 +274,6 @@ class ChannelTensor:
                 plane |= stretch << (k * width)
             tensors[f"plane{width}"] = plane
         return cls(form, tensors)
-
-    @property
-    def tokens(self) -> int:
-        return self.tensors["scale"].shape[2]
 
     @property
     def nbytes(self) -> int:

@@ -38,6 +38,10 @@ class DenseStorage:
         return self._keys
 
     @property
+    def values_buffer(self) -> Tensor | None:
+        return self._values
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, room to grow included."""
         return sum(t.untyped_storage().nbytes() for t in (self._keys, self._values) if t is not None)

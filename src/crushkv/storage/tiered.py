@@ -65,15 +65,20 @@ class TieredStorage:
         formats: of the tiers.
         growth: see `DenseStorage`.
         workspace: shared by the layers of a cache: only one of them is unpacked at a time.
+
+    Attributes:
+        version: another one whenever packed tokens lie elsewhere than before. Kernels remember where they lie.
     """
 
     def __init__(self, formats: Formats, growth: int = 64, workspace: Workspace | None = None) -> None:
         self._formats = formats
         self.dense = DenseStorage(growth)
         self._workspace = workspace or Workspace()
+        self.version = 0
         self.clear()
 
     def clear(self) -> None:
+        self.version += 1
         self.dense.clear()
         self.formats = self._formats
         self.widened_by = 0  # bits a key's number more than was asked for
@@ -288,6 +293,7 @@ class TieredStorage:
                 in a key counts as much. None: it is not known, and all count alike.
         """
         self.settle()
+        self.version += 1
         *blocks, stays = indices.split(list(lengths), dim=2)
         # What only fills rows up may point into a block.
         dense = (stays - self.blocked).clamp(min=0)
@@ -445,6 +451,7 @@ class TieredStorage:
 
     def select_rows(self, rows: Tensor) -> None:
         """Replaces the batch by the given rows of it, which may repeat."""
+        self.version += 1
         self.dense.select_rows(rows)
         for part in (part for pair in self.blocks for part in pair):
             part.select_rows(rows)
