@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..storage.buffers import writable
 
+# Single queries are copied so many at a time: a copy takes longer than what it moves.
+_TOGETHER = 8
+
 
 class QueryTails:
     """Rings of `length` queries, one for each stream (a row of a batch, or a request) that is near an eviction.
@@ -99,6 +102,7 @@ class BatchTail:
 
     def clear(self) -> None:
         self._tails = QueryTails(1, self.length)
+        self._waiting = list[Tensor]()  # the last ones, not copied yet
         self._rows = 0
         self._end = 0  # queries that were appended
         self.count = 0  # of these, those that are held
@@ -107,11 +111,13 @@ class BatchTail:
     @property
     def queries(self) -> Tensor | None:
         """`[B, Hq, count, D]`; None: there are none."""
+        self._copy()
         return self._tails.last(0, range(self._rows), self._end, self.count) if self.count else None
 
     @property
     def nbytes(self) -> int:
-        return self._tails.nbytes + (0 if self.real is None else self.real.nbytes)
+        waiting = sum(queries.nbytes for queries in self._waiting)
+        return self._tails.nbytes + waiting + (0 if self.real is None else self.real.nbytes)
 
     def append(self, queries: Tensor, real: Tensor | None) -> None:
         """Adds queries `[B, Hq, q, D]` (`real [B, q]`; None: all are), in the place of the oldest."""
@@ -122,11 +128,20 @@ class BatchTail:
                 self._tails.places(row, 0, 0)
         self.real = self._joined_real(real, rows, new, queries.device)
         self._end += new
-        kept = min(new, self.length)
-        self._tails.record_rows(0, queries[:, :, new - kept :], self._end - kept)
+        self._waiting.append(queries.detach())
+        if new > 1 or len(self._waiting) >= min(_TOGETHER, self.length):
+            self._copy()
         self.count = min(self.length, self.count + new)
         if self.real is not None:
             self.real = self.real[:, -self.count :]
+
+    def _copy(self) -> None:
+        """Copies the queries that wait to the place of the oldest."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            queries = torch.cat(waiting, dim=2) if len(waiting) > 1 else waiting[0]
+            queries = queries[:, :, -self.length :]
+            self._tails.record_rows(0, queries, self._end - queries.shape[2])
 
     def joined(self, queries: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What is held, and queries behind it, with which of all of them are real; nothing is stored."""

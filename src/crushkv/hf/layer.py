@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..core import BatchTail, Scored
 from ..errors import UnsupportedModelError
 from ..storage import TieredStorage
+from ..storage.buffers import no_grad
 from .head_group import AttentionCall, HeadGroup, Heads
 from .plan import Plan
 
@@ -186,7 +187,7 @@ class CrushLayer(CacheLayerMixin):
         """Whether the policy is shown every query."""
         return self.plan.evictor.streams
 
-    @torch.no_grad()
+    @no_grad
     def before_attention(self, call: AttentionCall) -> None:
         """Puts to the device what decides on formats, where it is time to evict: it is known when attention is done."""
         count = call.queries.shape[2]
@@ -204,7 +205,7 @@ class CrushLayer(CacheLayerMixin):
             if self._any.bases is not None:
                 self.query_energy = None
 
-    @torch.no_grad()
+    @no_grad
     def after_attention(self, call: AttentionCall) -> None:
         """Scores are gathered from the queries, and where it is time, tokens are evicted."""
         count = call.queries.shape[2]

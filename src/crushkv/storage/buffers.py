@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 Pick = Callable[[Tensor, int], Tensor]
 """Takes some KV heads out of a tensor that has all of a layer at a dimension, `pick(x, dim)`."""
+
+
+def no_grad(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`torch.no_grad()`, at less cost where gradients are off already, as while decoding."""
+
+    @wraps(function)
+    def without(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return without
 
 
 def writable(buffer: Tensor) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .buffers import Pick, take, writable
+from .buffers import Pick, no_grad, take, writable
 
 
 class DenseStorage:
@@ -52,7 +51,7 @@ class DenseStorage:
         used = (t[:, :, : self.length] for t in (self._keys, self._values) if t is not None)
         return self.nbytes - sum(t.numel() * t.element_size() for t in used)
 
-    @torch.no_grad()
+    @no_grad
     def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> tuple[Tensor, Tensor]:
         """Adds tokens at the end, with room for `reserve` more; returns all keys and values."""
         end = self.length + keys.shape[2]
@@ -87,7 +86,7 @@ class DenseStorage:
         buffer[:, :, self.length : end] = new
         return buffer
 
-    @torch.no_grad()
+    @no_grad
     def keep(self, indices: Tensor) -> None:
         """Keeps the tokens at `indices [B, Hkv, K]` of each head, in that order, and frees the rest."""
         assert self._keys is not None and self._values is not None
