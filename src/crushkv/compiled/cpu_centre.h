@@ -10,10 +10,11 @@ constexpr int64_t HALF = INTERVAL / 2;
 
 // Of one row and KV head at a time. All positions of an interval are computed at once, since pages have most of them.
 // Seen from its middle, they lie at -δ and δ: the cosines are the same and the sines opposite, so that half of the
-// products do. Tokens of a run lie close together in the text, so each run keeps what was found for its last interval.
+// products are enough. Tokens of a run lie close together in the text, so each run keeps what was found for its last
+// interval.
 class Centre {
-    static constexpr int AT_ONCE = LANES / 2;          // rows of sums that there are registers for
-    static constexpr int64_t APART = SIZE + LANES;     // from row to row of weights: not the same lines of the cache
+    static constexpr int AT_ONCE = LANES / 2;       // rows of sums that there are registers for
+    static constexpr int64_t APART = SIZE + LANES;  // from row to row of weights: not the same lines of the cache
 
     const Layer& layer;
     const int32_t* positions;
