@@ -24,7 +24,7 @@ struct Turns {
 // The numbers of a token as float32: where they lie, or written to `room`.
 const float* token(const void* x, int64_t at, int64_t size, int32_t dtype, float* room) {
     if (dtype == FLOAT32) return static_cast<const float*>(x) + at;
-    for (int64_t d = 0; d < size; ++d) room[d] = number(x, at + d, dtype);
+    widen(x, at, size, dtype, room);
     return room;
 }
 

@@ -21,14 +21,14 @@ class Centre {
     float constant[HEADS];                        // of the channels that are not turned
     alignas(64) float about[2][HEADS][SIZE / 2];  // weights of cosines and sines
     int64_t interval[RUNS];
-    alignas(64) float found[RUNS][HEADS][INTERVAL + RUN] = {};  // what is behind has no meaning
+    alignas(64) float found[RUNS][HEADS][INTERVAL + RUN];  // what is behind has no meaning
     // Of the intervals that are new: the weights as seen from their middles, and what cosines and sines give.
-    alignas(64) float near[RUNS * HEADS + AT_ONCE][APART] = {};
+    alignas(64) float near[RUNS * HEADS + AT_ONCE][APART];
     alignas(64) float even[RUNS * HEADS + AT_ONCE][HALF], odd[RUNS * HEADS + AT_ONCE][HALF];
     float* target[RUNS * HEADS];
 
    public:
-    alignas(64) float logits[HEADS][RUNS][2 * RUN] = {};  // of each run the first half
+    alignas(64) float logits[HEADS][RUNS][2 * RUN];  // of each run the first half
 
     explicit Centre(const Layer& l) : layer(l) {}
 

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int CHANNELS = 64;  // channels of a tile of keys that are unpacked at a time
 
-// Where the queries of a row's KV head begin, and what is computed for them: a number of query heads.
+// The number of the first query head of a row's KV head.
 int64_t first_query(const Layer& layer, int64_t row, int64_t head) {
     return (row * layer.all_heads + (layer.head_places == nullptr ? head : layer.head_places[head])) * layer.group;
 }

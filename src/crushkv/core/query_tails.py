@@ -128,7 +128,8 @@ class BatchTail:
                 self._tails.places(row, 0, 0)
         self.real = self._joined_real(real, rows, new, queries.device)
         self._end += new
-        self._waiting.append(queries.detach())
+        # Of a prompt, no more are joined with those that wait than will be held.
+        self._waiting.append((queries[:, :, -self.length :] if new > self.length else queries).detach())
         if new > 1 or len(self._waiting) >= min(_TOGETHER, self.length):
             self._copy()
         self.count = min(self.length, self.count + new)

@@ -152,7 +152,7 @@ class HeadGroup:
         if not self.compressed:
             return mask
         if mask is None and self.real is None and self.gaps is None and count == 1:
-            return None
+            return None  # a decoded token without padding: nothing has to be worked out
         shown = None if self.real is None else self.real[:, : self.compressed]
         hidden = self.hidden(shown_to_last)
         if self.gaps is not None:

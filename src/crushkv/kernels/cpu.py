@@ -20,7 +20,7 @@ from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
 
 _RAW, _BY_TOKEN, _BY_CHANNEL = range(3)
-# As in cpu_attention.cpp.
+# As in cpu_attention.h.
 _HEADS, _SIZE = 16, 256
 
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -221,9 +221,10 @@ class _Prepared:
         held = tensor.tensors
         numbers.bits = tensor.bits
         if tensor.bits == RAW:
-            numbers.raw = self._of_block(held["raw"])
-            numbers.kind = _RAW
-            numbers.row_stride, numbers.head_stride = held["raw"].contiguous().stride()[:2]
+            raw = held["raw"].contiguous()
+            if raw is not held["raw"]:
+                self.held.append(raw)
+            _raw(numbers, raw)
             return
         numbers.kind, numbers.groups = _BY_TOKEN, held["zero"].shape[-1]
         for i, name in enumerate(name for name in held if name.startswith("plane")):
@@ -266,8 +267,13 @@ class _Prepared:
         assert keys is not None and values is not None
         block.tokens = dense.length
         for numbers, tensor in ((block.keys, keys), (block.values, values)):
-            numbers.kind, numbers.raw = _RAW, tensor.data_ptr()
-            numbers.row_stride, numbers.head_stride = tensor.stride()[:2]
+            _raw(numbers, tensor)
+
+
+def _raw(numbers: _Numbers, tensor: Tensor) -> None:
+    """Numbers `[B, Hkv, P, D]` as the model made them."""
+    numbers.kind, numbers.raw = _RAW, tensor.data_ptr()
+    numbers.row_stride, numbers.head_stride = tensor.stride()[:2]
 
 
 _prepared_stores: WeakKeyDictionary[TieredStorage, _Prepared] = WeakKeyDictionary()
