@@ -1,4 +1,4 @@
-// What `attend` is told of the layers that it attends to: kernels/cpu.py fills these structures.
+// What `attend` is told of the layers that it attends to: kernels/cpu_prepared.py fills these structures.
 
 #pragma once
 

@@ -104,7 +104,7 @@ class _RecordingLayer(CrushLayer):
 
     def after_attention(self, call: AttentionCall) -> None:
         queries = call.queries if self.call is None else torch.cat([self.call.queries, call.queries], dim=2)
-        self.call = replace(call, queries=queries, mask=None)  # one row without padding has nothing to hide
+        self.call = replace(call, queries=queries, mask=None, shown=None)  # one row without padding has nothing to hide
 
 
 class _RecordingCache(CrushCache):

@@ -48,14 +48,12 @@ class _Attended:
     parted: bool = False  # the keys that were returned are not those of any head
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Asked:
-    """What an attention call asks for besides queries, keys and values."""
+    """How an attention call is to be answered."""
 
     module: torch.nn.Module
-    mask: Tensor | None  # over logical positions
-    shown: Tensor | None  # bool [B, seen]: what it shows to the last query
-    scaling: float
+    call: AttentionCall
     plain: bool  # nothing but softmax attention
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -178,13 +176,14 @@ class CrushAttention:
             shown = layer.shown(attention_mask, count)
             layer.check_shown(shown, count)
             _check_causal(module, layer, query, attention_mask, kwargs)
-            call = AttentionCall(query, attention_mask, scaling, kwargs.get("softcap"), None, kwargs.get("s_aux"))
+            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+            call = AttentionCall(query, attention_mask, shown, scaling, softcap, sinks=sinks)
             layer.before_attention(call)
         # Eager attention is each model's own function, which may do more than its arguments say.
         plain = not args and self.original is not None and not layer.plan.latent and is_plain(query, kwargs)
-        asked = _Asked(module, attention_mask, shown, scaling, plain, args, kwargs)
+        asked = _Asked(module, call, plain, args, kwargs)
         if layer.parted:
-            output = self._attend_parted(layer, query, key, asked)
+            output = self._attend_parted(layer, key, asked)
             found.attended = _Attended(module, None, None, None, parted=True)
         elif plain and count > 1 and attention_mask is None and self._can_give_mass(layer, query, key):
             # The policy would compute QK^T once more.
@@ -194,65 +193,56 @@ class CrushAttention:
             found.attended = _Attended(module, None, None, None)
         else:
             held = None if found.packed else (key, value)
-            output, found.attended = self._attend_group(layer.groups[0], query, held, asked)
+            output, found.attended = self._attend_group(layer.groups[0], held, asked)
         if layer.plan.latent:
             call = replace(call, keys=key, values=value)
         with full_precision(query.device):
             layer.after_attention(call)
         return output
 
-    def _attend_parted(self, layer: CrushLayer, query: Tensor, key: Tensor, asked: _Asked) -> tuple[Tensor | None, ...]:
+    def _attend_parted(self, layer: CrushLayer, key: Tensor, asked: _Asked) -> tuple[Tensor | None, ...]:
         """Attention of a layer whose heads hold different numbers of tokens, at once or group by group."""
-        at_once = asked.plain and query.shape[2] == 1 and kernels.takes_groups(query.device)
-        if at_once and self._shows_all(layer, query, asked):
+        call = asked.call
+        decodes = asked.plain and call.queries.shape[2] == 1
+        if decodes and call.mask is None and all(group.whole for group in layer.groups):
             stores = [group.storage for group in layer.groups]
             numbers = [group.heads.numbers for group in layer.groups if group.heads is not None]
-            attended = kernels.attend_together(query, stores, numbers, asked.scaling)
+            attended = kernels.attend_together(call.queries, stores, numbers, call.scaling)
             if attended is not None:
                 return attended.transpose(1, 2), None
         outputs, weights = list[Tensor](), list[Tensor]()
         for group in layer.groups:
             assert group.heads is not None
-            own = asked
-            if (sinks := asked.kwargs.get("s_aux")) is not None:
-                own = replace(asked, kwargs={**asked.kwargs, "s_aux": group.heads.pick(sinks, 0)})
+            own = replace(asked, call=group.of_call(call))
+            if own.call.sinks is not None:
+                own.kwargs = {**asked.kwargs, "s_aux": own.call.sinks}
             held = None
-            if not (asked.plain and query.shape[2] == 1):
+            if not decodes:
                 keys, values = group.storage.attended()
                 held = refuse_gradient(keys, key), refuse_gradient(values, key)
-            output, _ = self._attend_group(group, group.heads.pick(query), held, own)
+            output, _ = self._attend_group(group, held, own)
             assert output[0] is not None
             outputs.append(output[0])
             if output[1] is not None:
                 weights.append(F.pad(output[1], (layer.length - output[1].shape[-1], 0)))
         return layer.joined(outputs, dim=2), layer.joined(weights) if weights else None
 
-    def _shows_all(self, layer: CrushLayer, query: Tensor, asked: _Asked) -> bool:
-        """Whether no slot of any head is hidden."""
-        with full_precision(query.device):
-            of_head = query.shape[1] // layer.kv_heads
-            masks = (
-                group.mask(asked.mask, asked.shown, of_head * group.storage.kv_heads, 1, False)
-                for group in layer.groups
-            )
-            return all(mask is None for mask in masks)
-
     def _attend_group(
-        self, group: HeadGroup, query: Tensor, held: tuple[Tensor, Tensor] | None, asked: _Asked
+        self, group: HeadGroup, held: tuple[Tensor, Tensor] | None, asked: _Asked
     ) -> tuple[tuple[Tensor | None, ...], _Attended]:
-        """Attention of the query heads of a group over what it holds, and how it attended.
+        """Attention of the query heads of a group, which alone `asked` is about, and how it attended.
 
         Args:
-            query: `[B, Hq, q, D]` of these heads.
             held: their keys and values as `TieredStorage.attended` gives them; None: they are packed.
         """
-        heads, count = query.shape[1:3]
+        query = asked.call.queries
         with full_precision(query.device):
-            mask = group.mask(asked.mask, asked.shown, heads, count, aligned="flash" in self.name)
+            mask = group.mask(asked.call, aligned="flash" in self.name)
         of_keys, of_values = group.storage.rotations()
         how = _Attended(asked.module, mask, of_keys, of_values)
-        if asked.plain and count == 1:
-            attended = kernels.attend(query, group.storage, asked.scaling, _slots_shown(mask, group.storage.kv_heads))
+        if asked.plain and query.shape[2] == 1:
+            shown = _slots_shown(mask, group.storage.kv_heads)
+            attended = kernels.attend(query, group.storage, asked.call.scaling, shown)
             return (attended.transpose(1, 2), None), how
         attend = self.original or _eager_of(asked.module)
         key, value = group.storage.attended() if held is None else held

@@ -26,6 +26,7 @@ class AttentionCall:
 
     queries: Tensor  # [B, Hq, q, D], after RoPE
     mask: Tensor | None  # over logical positions, as Transformers made it
+    shown: Tensor | None  # bool [B, seen]: what it shows to the last query; None: all
     scaling: float
     softcap: float | None
     mass: Tensor | None = None  # [B, Hq, S]: what each token has received from these queries, where that is known
@@ -127,34 +128,36 @@ class HeadGroup:
         """Slots of tokens that came since the last eviction."""
         return self.storage.length - self.compressed
 
-    def append(self, keys: Tensor, values: Tensor, reserve: int) -> tuple[Tensor, Tensor]:
-        """Takes in the tokens of a pass, of all heads of the layer; returns keys and values of what is not packed."""
+    def append(self, keys: Tensor, values: Tensor, reserve: int) -> None:
+        """Takes in the tokens of a pass, of all heads of the layer."""
         if self.heads is not None:
             keys, values = self.heads.pick(keys), self.heads.pick(values)
-        return self.storage.append(keys, values, reserve)
+        self.storage.append(keys, values, reserve)
 
     # Masks
 
-    def mask(
-        self, mask: Tensor | None, shown_to_last: Tensor | None, heads: int, count: int, aligned: bool
-    ) -> Tensor | None:
-        """The mask over physical slots for a mask over logical positions; see `masks.physical_mask`.
+    @property
+    def whole(self) -> bool:
+        """Whether every slot holds a token of the text."""
+        return self.real is None and self.gaps is None
+
+    def mask(self, call: AttentionCall, aligned: bool) -> Tensor | None:
+        """The mask over physical slots for that of a call, over logical positions; see `masks.physical_mask`.
 
         Args:
-            shown_to_last: bool `[B, seen]`, which tokens the last query may see; None: all.
-            heads: query heads of this group.
-            count: queries of this pass.
+            call: of these heads.
             aligned: flash attention.
 
         Raises:
             UnsupportedModelError: the mask cannot be followed.
         """
+        mask, (heads, count) = call.mask, call.queries.shape[1:3]
         if not self.compressed:
             return mask
-        if mask is None and self.real is None and self.gaps is None and count == 1:
+        if mask is None and self.whole and count == 1:
             return None  # a decoded token without padding: nothing has to be worked out
         shown = None if self.real is None else self.real[:, : self.compressed]
-        hidden = self.hidden(shown_to_last)
+        hidden = self.hidden(call.shown)
         if self.gaps is not None:
             hidden = self.gaps if hidden is None else hidden | self.gaps
         if hidden is not None:

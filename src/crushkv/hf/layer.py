@@ -29,6 +29,7 @@ class CrushLayer(CacheLayerMixin):
 
     Attributes:
         groups: what the heads hold: one group of them all, until heads of unequal budgets part.
+        any_storage: of one of the groups, for what is the same in all.
     """
 
     is_sliding = False
@@ -54,6 +55,7 @@ class CrushLayer(CacheLayerMixin):
 
     def _set_groups(self, groups: list[HeadGroup]) -> None:
         self.groups = groups
+        self.any_storage = groups[0].storage
         places = [head for group in groups if group.heads is not None for head in group.heads.numbers]
         # Where each head of the model stands when what the groups hold is joined.
         self._back = Heads(tuple(map(places.index, range(len(places)))), len(places)) if places else None
@@ -63,23 +65,23 @@ class CrushLayer(CacheLayerMixin):
     @property
     def seen(self) -> int:
         """Logical length, padding included."""
-        return self._any.seen
+        return self.any_storage.seen
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        return None if self._any.empty else self.read()[0]
+        return None if self.any_storage.empty else self.read()[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        return None if self._any.empty else self.read()[1]
+        return None if self.any_storage.empty else self.read()[1]
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        return not self._any.empty
+        return not self.any_storage.empty
 
     @property
     def batch_size(self) -> int:
-        return -1 if self._any.empty else self._any.rows
+        return -1 if self.any_storage.empty else self.any_storage.rows
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the first update brings shapes, dtype and device."""
@@ -107,22 +109,21 @@ class CrushLayer(CacheLayerMixin):
                 f"the cache holds {self.batch_size} rows, but the input has {key_states.shape[0]}: use one cache a "
                 "batch"
             )
-        if not self._any.empty and self._any.device != key_states.device:
+        if not self.any_storage.empty and self.any_storage.device != key_states.device:
             self._move(key_states.device)
         end = self.plan.clock.prompt_end
         reserve = 0 if end is None else max(0, end - self.seen - key_states.shape[2])
-        not_packed = [group.append(key_states, value_states, reserve) for group in self.groups]
+        for group in self.groups:
+            group.append(key_states, value_states, reserve)
         if self.parted:
             return key_states.view_as(key_states), value_states
-        decodes = key_states.shape[2] == 1 and not torch.is_grad_enabled()
-        return not_packed[0] if decodes and self.plan.reads_packed else self.storage.attended()
+        if self.plan.reads_packed and key_states.shape[2] == 1 and not torch.is_grad_enabled():
+            keys, values = self.storage.dense.keys, self.storage.dense.values
+            assert keys is not None and values is not None
+            return keys, values
+        return self.storage.attended()
 
     # Its heads
-
-    @property
-    def _any(self) -> TieredStorage:
-        """What is the same in all groups can be read from the first."""
-        return self.groups[0].storage
 
     @property
     def parted(self) -> bool:
@@ -133,7 +134,7 @@ class CrushLayer(CacheLayerMixin):
     def storage(self) -> TieredStorage:
         """What all heads hold, as long as they hold the same number of tokens."""
         assert not self.parted, "heads hold different numbers of tokens: read `groups`"
-        return self._any
+        return self.any_storage
 
     @property
     def length(self) -> int:
@@ -161,13 +162,13 @@ class CrushLayer(CacheLayerMixin):
         Returns:
             What they were before, if they parted.
         """
-        if self.parted or self._any.kept or self.plan.shares.needs is None:
+        if self.parted or self.any_storage.kept or self.plan.shares.needs is None:
             return None
         whole = self.groups[0]
-        found = self.plan.shares.groups(self.index, int(whole.real_tokens()[1].max()), self._any.sizes())
+        found = self.plan.shares.groups(self.index, int(whole.real_tokens()[1].max()), self.any_storage.sizes())
         if len(found) == 1:
             return None
-        self._set_groups([whole.parted(Heads(heads, self._any.kv_heads)) for heads in found])
+        self._set_groups([whole.parted(Heads(heads, self.any_storage.kv_heads)) for heads in found])
         return whole
 
     # Around attention
@@ -175,7 +176,7 @@ class CrushLayer(CacheLayerMixin):
     def shown(self, mask: Tensor | None, count: int) -> Tensor | None:
         """Which tokens seen the mask shows to the last of so many queries, bool `[B, seen]`; None: all."""
         shown = self.plan.masks.shown(mask, count, self.seen)
-        return None if shown is None else shown.expand(self._any.rows, -1)
+        return None if shown is None else shown.expand(self.any_storage.rows, -1)
 
     def check_shown(self, shown: Tensor | None, count: int) -> None:
         """Refuses a mask that shows tokens again that were hidden when they were read."""
@@ -190,11 +191,10 @@ class CrushLayer(CacheLayerMixin):
     @no_grad
     def before_attention(self, call: AttentionCall) -> None:
         """Puts to the device what decides on formats, where it is time to evict: it is known when attention is done."""
-        count = call.queries.shape[2]
-        shown = self.shown(call.mask, count)
+        count, shown = call.queries.shape[2], call.shown
         for group in self.groups:
             group.extend(shown, count)
-        if self.plan.measures_energy and self._any.bases is None:
+        if self.plan.measures_energy and self.any_storage.bases is None:
             squares = call.queries.float().square()
             squares = squares if shown is None else squares * shown[:, None, self.seen - count :, None]
             energy = squares.sum((0, 2))
@@ -202,14 +202,13 @@ class CrushLayer(CacheLayerMixin):
         if self._evicts_after(count) and not self._untouched:
             for group in self.groups:
                 group.fit(call, self.query_energy)
-            if self._any.bases is not None:
+            if self.any_storage.bases is not None:
                 self.query_energy = None
 
     @no_grad
     def after_attention(self, call: AttentionCall) -> None:
         """Scores are gathered from the queries, and where it is time, tokens are evicted."""
-        count = call.queries.shape[2]
-        shown = self.shown(call.mask, count)
+        count, shown = call.queries.shape[2], call.shown
         new_real = None
         if shown is not None:
             past, new_real = shown[:, : self.seen - count], shown[:, self.seen - count :]

@@ -20,12 +20,7 @@ NAMES = ("gpu", "cpu", "plain")
 
 
 class Kernels(Protocol):
-    """An implementation: a module of this package.
-
-    takes_groups: whether it has `attend_together`, which costs it less than to be asked for each group of heads.
-    """
-
-    takes_groups: bool
+    """An implementation: a module of this package."""
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine; None: it can."""
@@ -45,7 +40,7 @@ class Kernels(Protocol):
     def attend_together(
         self, queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
     ) -> Tensor | None:
-        """As below, where `takes_groups`."""
+        """As below."""
 
 
 @lru_cache
@@ -99,15 +94,10 @@ def reader(store: TieredStorage) -> str:
     return described(store.device) if reason is None else f"plain ({reason})"
 
 
-def takes_groups(device: torch.device) -> bool:
-    """Whether what attends on a device has `attend_together`."""
-    return _named(chosen(device)).takes_groups
-
-
 def attend_together(
     queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
 ) -> Tensor | None:
-    """`attend` for heads that hold different numbers of tokens, all of them at once, where a device `takes_groups`.
+    """`attend` for heads that hold different numbers of tokens, all of them at once.
 
     Args:
         queries: `[B, Hq, 1, D]`, of all heads.

@@ -43,9 +43,6 @@ _MERGED = 32  # channels that a program of `merge` joins
 _LOG2E = 1.4426950408889634
 
 
-takes_groups = True
-
-
 def missing() -> str | None:
     return triton_missing()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import TieredStorage, turn
-
-takes_groups = False
 
 
 def missing() -> str | None:
@@ -39,3 +39,10 @@ def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor 
     output = F.scaled_dot_product_attention(packed, keys, values, attn_mask=shown, scale=scaling)
     output = output.reshape(rows, heads, 1, -1)
     return output if of_values is None else turn(output, of_values.T)
+
+
+def attend_together(
+    queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
+) -> Tensor | None:
+    """See `kernels.attend_together`: nothing is gained by it here."""
+    return None

@@ -52,13 +52,12 @@ class DenseStorage:
         return self.nbytes - sum(t.numel() * t.element_size() for t in used)
 
     @no_grad
-    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> tuple[Tensor, Tensor]:
-        """Adds tokens at the end, with room for `reserve` more; returns all keys and values."""
+    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> None:
+        """Adds tokens at the end, with room for `reserve` more."""
         end = self.length + keys.shape[2]
         self._keys = self._extended(self._keys, keys, end + reserve)
         self._values = self._extended(self._values, values, end + reserve)
         self.length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
 
     def parted(self, pick: Pick) -> DenseStorage:
         """Some heads where they lie: to be kept from, or `copied`."""

@@ -68,6 +68,8 @@ class TieredStorage:
 
     Attributes:
         version: another one whenever packed tokens lie elsewhere than before. Kernels remember where they lie.
+        blocks: keys and values of each tier, packed.
+        blocked: slots in blocks.
     """
 
     def __init__(self, formats: Formats, growth: int = 64, workspace: Workspace | None = None) -> None:
@@ -87,8 +89,12 @@ class TieredStorage:
         self.forms: Sequence[ChannelFormat | None] = ()  # of the keys of each block, where channels have own widths
         self._own_forms = False  # not shared with other caches
         self._unsettled: _Unsettled | None = None
-        self.blocks: list[tuple[Part, PackedTensor]] = []  # keys and values of each tier, packed
+        self._set_blocks([])
         self._positions: Tensor | None = None  # int32 [B, Hkv, slots of the last `keep`]
+
+    def _set_blocks(self, blocks: Sequence[tuple[Part, PackedTensor]]) -> None:
+        self.blocks = blocks
+        self.blocked = sum(keys.tokens for keys, _ in blocks)
 
     def parted(self, pick: Pick, forms: Sequence[ChannelFormat | None] = ()) -> TieredStorage:
         """A storage for some heads, before anything is kept or packed. Its tokens are those of this one until `keep`.
@@ -139,11 +145,6 @@ class TieredStorage:
     def _dense_keys(self) -> Tensor:
         assert self.dense.keys is not None, "nothing is held"
         return self.dense.keys
-
-    @property
-    def blocked(self) -> int:
-        """Slots in blocks."""
-        return sum(keys.tokens for keys, _ in self.blocks)
 
     @property
     def length(self) -> int:
@@ -205,10 +206,10 @@ class TieredStorage:
 
     # What goes in
 
-    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> tuple[Tensor, Tensor]:
-        """Adds tokens at the end, with room for `reserve` more; returns keys and values of all that are not packed."""
+    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> None:
+        """Adds tokens at the end, with room for `reserve` more."""
         self.seen += keys.shape[2]
-        return self.dense.append(keys, values, reserve)
+        self.dense.append(keys, values, reserve)
 
     @torch.no_grad()
     def fit(
@@ -298,11 +299,12 @@ class TieredStorage:
         # What only fills rows up may point into a block.
         dense = (stays - self.blocked).clamp(min=0)
         positions = self.positions.gather(2, indices).to(torch.int32)
-        self.blocks = list(zip(self._moved_keys(blocks, attended), self._moved(1, blocks), strict=True))
+        self._set_blocks(list(zip(self._moved_keys(blocks, attended), self._moved(1, blocks), strict=True)))
         self._positions = positions
         self.dense.keep(dense)
         if not self.blocked:
-            self.blocks, self.bases, self.forms = [], None, ()
+            self._set_blocks([])
+            self.bases, self.forms = None, ()
             self.formats, self.widened_by = self._formats, 0
 
     def _moved_keys(self, parts: Sequence[Tensor], attended: Tensor | None) -> Sequence[Part]:
@@ -493,7 +495,7 @@ class TieredStorage:
         if "rope.partner" in tensors:
             keys.rope = Rope(tensors["rope.partner"], tensors["rope.frequencies"])
         self.bases = keys, values
-        forms: list[ChannelFormat | None] = []
+        forms, blocks = list[ChannelFormat | None](), list[tuple[Part, PackedTensor]]()
         for number, bits in enumerate(self.formats.blocks):
             of_keys, of_values = (_of_prefix(tensors, f"block{number}.{name}.") for name in sides)
             form = None
@@ -502,7 +504,8 @@ class TieredStorage:
             forms.append(form)
             if of_keys:
                 held = PackedTensor(int(bits[0]), of_keys) if form is None else ChannelTensor(form, of_keys)
-                self.blocks.append((held, PackedTensor(bits[1], of_values)))
+                blocks.append((held, PackedTensor(bits[1], of_values)))
+        self._set_blocks(blocks)
         if self.formats.by_channel:
             self.forms, self._own_forms = forms, True
 
