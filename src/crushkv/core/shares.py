@@ -58,6 +58,10 @@ class Shares:
         return self.config.formats
 
     @cached_property
+    def _untouched_below(self) -> int:
+        return self.config.untouched_below
+
+    @cached_property
     def _policy(self) -> Policy:
         return self.config.make_policy()
 
@@ -68,7 +72,7 @@ class Shares:
 
     def untouched(self, seen: Tensor) -> Tensor:
         """Which rows have seen too few tokens, `seen [B]`, for a fraction of them: bool `[B]`."""
-        return seen < self.config.untouched_below
+        return seen < self._untouched_below
 
     def nothing_to_do(self, held: int, budget: int) -> bool:
         """Whether rows that hold `held` tokens at most stay as they are: all fit, and none has to be quantized."""
@@ -238,6 +242,7 @@ def _by_need(
     return torch.where(part < 1, least + (own * (most - least).clamp(min=1)).long(), mean)
 
 
+@lru_cache(maxsize=1024)
 def split_tokens(budget: int, held: int, config: CrushConfig, sizes: LayerSizes) -> Split:
     """What `core.select` makes of `budget` tokens when a row holds `held` real ones."""
     zones = divide(held, budget, config)

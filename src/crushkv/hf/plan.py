@@ -21,7 +21,7 @@ from .masks import MaskReader
 # Freed blocks of a few megabytes stay in the allocator's reserve, too scattered for activations. Given back after each
 # 32 MiB, the peak of `balanced` on a prompt of 6,639 tokens was 433 MB instead of 557 MB (the full cache: 773 MB; means
 # of three). Seven calls took 0.3 % of the time to the first token. After each layer: 340 MB, but 1.5 % of that time.
-RETURNED_AT = 32 * 2**20
+RETURNED_AT = 64 * 2**20
 
 
 @dataclass
