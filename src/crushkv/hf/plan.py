@@ -19,10 +19,10 @@ from ..storage import ChannelFormat, Formats, KeyEnergy, LayerSizes, Workspace, 
 from .masks import MaskReader
 
 # Freed blocks of a few megabytes stay in the allocator's reserve, too scattered for activations. Given back after each
-# 64 MiB, the peak of `balanced` on a prompt of 6,639 tokens is 350 MiB instead of 540 (282 to 676; the full cache: 690).
-# A call takes up to 24 ms, and the next layer asks for the memory again: after each 32 MiB, a prompt of 4,096 tokens
-# took 1 % longer, for 25 MiB less.
-RETURNED_AT = 64 * 2**20
+# 32 MiB, the peak of `balanced` on a prompt of 6,639 tokens is 330 MiB instead of 540 (the full cache: 690; means of
+# six and five). It differs by 100 MiB from one process to the next. A call takes 24 ms, and the next layer asks for the
+# memory again: after each 64 MiB, a prompt of 4,096 tokens was read 1 % faster, at a peak about 50 MiB higher.
+RETURNED_AT = 32 * 2**20
 
 
 @dataclass
