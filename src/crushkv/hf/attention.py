@@ -48,7 +48,7 @@ class _Attended:
     parted: bool = False  # the keys that were returned are not those of any head
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Asked:
     """How an attention call is to be answered."""
 
@@ -213,14 +213,13 @@ class CrushAttention:
         outputs, weights = list[Tensor](), list[Tensor]()
         for group in layer.groups:
             assert group.heads is not None
-            own = replace(asked, call=group.of_call(call))
-            if own.call.sinks is not None:
-                own.kwargs = {**asked.kwargs, "s_aux": own.call.sinks}
+            of_group = group.of_call(call)
+            kwargs = asked.kwargs if of_group.sinks is None else {**asked.kwargs, "s_aux": of_group.sinks}
             held = None
             if not decodes:
                 keys, values = group.storage.attended()
                 held = refuse_gradient(keys, key), refuse_gradient(values, key)
-            output, _ = self._attend_group(group, held, own)
+            output, _ = self._attend_group(group, held, replace(asked, call=of_group, kwargs=kwargs))
             assert output[0] is not None
             outputs.append(output[0])
             if output[1] is not None:

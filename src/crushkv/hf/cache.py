@@ -282,11 +282,11 @@ class CrushCache(Cache):
             room_bytes=room,
             state_bytes=state,
             memory_bytes=self.nbytes + state,
-            rope_layers=sum(layer.groups[0].storage.centred_before_rope for layer in crushed),
+            rope_layers=sum(layer.any_storage.centred_before_rope for layer in crushed),
             widened_layers={layer.index: layer.widened_by for layer in crushed if layer.widened_by},
             profile=self._profile_name(),
             heads=self._heads,
-            kernels=kernels.reader(crushed[0].groups[0].storage) if crushed else None,
+            kernels=kernels.reader(crushed[0].any_storage) if crushed else None,
         )
 
 

@@ -43,7 +43,7 @@ def check_layer(layer: CrushLayer, tensors: Mapping[str, Tensor], input_ids: Ten
     for group, held in zip(layer.groups, parts, strict=True):
         _check_group(group, held, input_ids)
     # Queries look for the keys that a layer makes of latents (MLA), which have another size.
-    size = None if layer.plan.latent else layer.groups[0].storage.sizes().sizes[0]
+    size = None if layer.plan.latent else layer.any_storage.sizes().sizes[0]
     heads = _shape_of(tensors, "queries")[1] or layer.kv_heads
     if heads % layer.kv_heads:
         raise Damaged(f"{heads} query heads, and {layer.kv_heads} KV heads")

@@ -121,9 +121,11 @@ def _rows_of(form: ChannelFormat) -> _Rows:
     return found
 
 
-def _turns_of(rope: Rope) -> _Turns:
+def _turns_of(rope: Rope | None, size: int) -> _Turns:
+    if rope is None:
+        return _Turns.of(None, size)
     if (found := _turns.get(rope)) is None:
-        found = _turns[rope] = _Turns.of(rope, rope.partner.numel())
+        found = _turns[rope] = _Turns.of(rope, size)
     return found
 
 
@@ -207,7 +209,7 @@ class Prepared:
 
     def _turns(self, rope: Rope | None, size: int, seen: int) -> None:
         layer = self.layer
-        turns = _Turns.of(None, size) if rope is None else _turns_of(rope)
+        turns = _turns_of(rope, size)
         layer.pairs, layer.padded = len(turns.first), -(-len(turns.first) // FILLED) * FILLED
         layer.first, layer.second, layer.still = map(self._held, (turns.first, turns.second, turns.still))
         layer.still_count = len(turns.still)
@@ -234,6 +236,7 @@ _prepared_stores: WeakKeyDictionary[TieredStorage, Prepared] = WeakKeyDictionary
 
 
 def prepare(store: TieredStorage) -> Prepared:
+    """What the library reads of a storage, made anew where packed tokens have moved."""
     found = _prepared_stores.get(store)
     if found is None or found.version != store.version:
         found = _prepared_stores[store] = Prepared(store)
