@@ -12,6 +12,8 @@ group of heads lie (`gpu_joint`). Only for the tokens that are not packed, there
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,28 +25,41 @@ from ..storage import RAW, TieredStorage, turn
 from .gpu_joint import Joint, alike
 from .gpu_launch import Launch
 from .gpu_prepared import (
-    CHUNK,
+    ROWS,
+    STRETCHES,
     Centre,
     Prepared,
     Walk,
     key_arguments,
     prepared,
     programs,
+    room_of,
     tile_of,
     value_arguments,
 )
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_ROWS, _MOST_CHANNELS, _MOST_KEY_GROUPS = 64, 256, 8
-LAUNCH = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
-"""How a block's programs run: a processor's registers hold two of them."""
+LAUNCH = {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+"""How a block's programs run: a processor's registers hold three of them (`gpu_prepared.programs`)."""
+_MEDIUM_LAUNCH = {"num_warps": 4, "num_stages": 1}
 _LARGE_LAUNCH = {"num_warps": 8, "num_stages": 1}
 _MERGED = 32  # channels that a program of `merge` joins
 _LOG2E = 1.4426950408889634
+_LEAST_TRITON, _NARROW_TRITON = (3, 3), (3, 5)  # and the first that multiplies matrices of eight columns
 
 
 def missing() -> str | None:
-    return triton_missing()
+    if (reason := triton_missing()) is not None:
+        return reason
+    if _triton() < _LEAST_TRITON:
+        return f"Triton {'.'.join(map(str, _LEAST_TRITON))} or later is needed"
+    return None
+
+
+@lru_cache
+def _triton() -> tuple[int, ...]:
+    return tuple(map(int, version("triton").split(".")[:2]))
 
 
 def runs_on(device: torch.device) -> bool:
@@ -69,7 +84,11 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
         return f"a head has more than {_MOST_CHANNELS} channels"
     if any(basis.projection is not None for basis in store.bases or ()):
         return "keys and values are projected"
+    if any(tensor.shape[-1] % 4 for tensor in (keys, values)):
+        return "the channels of a head do not divide by 4"
     made = prepared(store)
+    if made is not None and keys.shape[-1] % (4 * made.key_groups):
+        return "the channels of a range do not divide by 4"
     if made is not None and (group * made.value_groups > _MOST_ROWS or made.key_groups > _MOST_KEY_GROUPS):
         return "a head has too many queries, or a token too many ranges"
     return None
@@ -206,7 +225,7 @@ class _Plan:
         """`[B, Hq, 1, Dv]`."""
         splits, walk = self.packed_splits, None
         if longest := max(keys.shape[2] for keys, _ in tails):
-            walk = Walk.over(longest, 1, self.tile, self.rows * self.kv_heads, self.device)
+            walk = Walk.over(longest, self.tile, self.rows * self.kv_heads, self.device)
             splits += walk.splits
         rows, size = self.rows * self.heads, self.sizes[1]
         found = self._new(splits * rows * (size + 2))
@@ -231,7 +250,7 @@ class _Plan:
             for (keys, values), head_map in zip(tails, self.head_maps, strict=True):
                 strides = keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)
                 tokens = keys.shape[2]
-                of_dense = (keys, values, *strides, tokens, tokens, walk.splits, head_map)
+                of_dense = (keys, values, *strides, tokens, -(-tokens // STRETCHES), walk.splits, head_map)
                 self.dense((walk.splits, keys.shape[1], self.rows), found, splits, queries, *flags, *of_dense)
         out = self._new(self.rows, self.heads, 1, size, dtype=self.dtype)
         rotation = out if of_values is None else of_values
@@ -257,7 +276,7 @@ class _Plan:
         of = made.slots[number]
         place = list(made.slots).index(number)
         first = place * self.rows * self.heads
-        return {"chunks": of.chunks, "most_chunks": of.chunks.shape[1], "SLOTS": self.slots[1], "first_weights": first}
+        return {"lines": of.lines, "SLOTS": self.slots[1], "ROOM": room_of(self.size), "first_weights": first}
 
     def _plan_centre(self, centre: Centre) -> None:
         from .gpu_code import centre_logits
@@ -266,7 +285,7 @@ class _Plan:
         together = min(64, power_of_two(rows))
         row_tiles, tile = -(-rows // together), 64 if self.device.type == "cuda" else 16
         # As many programs as run at a time.
-        shares = min(-(-centre.positions // tile), max(1, programs(self.device) // 2 // row_tiles))
+        shares = min(-(-centre.positions // tile), max(1, programs(self.device) // row_tiles))
         self.centre_grid = (shares, row_tiles, 1)
         arguments = {
             "first": turning.first, "second": turning.second, "of_first": centre.of_first,
@@ -277,53 +296,52 @@ class _Plan:
         self.centre = Launch(centre_logits, arguments, ("out", "queries"), num_warps=8)
 
     def _block(self, made: Prepared | Joint, number: int, walk: Walk, arguments: dict[str, Any]) -> Launch:
-        aligned = walk.aligned if arguments["K_BITS"] == 0 else 1
-        even = walk.tokens % walk.stretches == 0
+        even = walk.even
         if isinstance(made, Joint):
-            aligned, even = made.aligned[number], made.even[number]
+            even = made.even[number]
             arguments = arguments | {"table": made.tables[number], "head_map": made.head_map, "JOINT": 1}
-        arguments = arguments | {
-            "P": walk.tokens, "stretch": walk.stretch // aligned, "splits": walk.splits, "STRETCHES": walk.stretches,
-            "ALIGNED": aligned, "EVEN": even,
-        }  # fmt: skip
+        arguments = arguments | {"P": walk.tokens, "length": walk.length, "splits": walk.splits, "EVEN": even}
         return self._attention(arguments, ("weights", "offsets", "of_centre"))
 
     def _plan_dense(self, some_heads: bool) -> Launch:
         unused = self._new(1)
         arguments = {
             **dict.fromkeys(("weights", "offsets", "of_centre"), unused), "positions": unused, "K_BITS": RAW,
-            "V_BITS": RAW, "STRETCHES": 1, "ALIGNED": 1, "EVEN": True, "JOINT": 2 * some_heads,
+            "V_BITS": RAW, "EVEN": False, "JOINT": 2 * some_heads,
         }  # fmt: skip
         strides = ("k_row", "k_head", "v_row", "v_head")
-        return self._attention(arguments, ("k0", "v0", *strides, "P", "stretch", "splits", "head_map"))
+        return self._attention(arguments, ("k0", "v0", *strides, "P", "length", "splits", "head_map"))
 
     def _attention(self, arguments: dict[str, Any], changing: tuple[str, ...]) -> Launch:
         """Over one block, or over what is not packed."""
         from .gpu_code import attend_block
 
         size_of_keys, size_of_values = self.sizes
-        filled_rows = power_of_two(self.group * arguments.get("V_GROUPS", 1))
+        least = 8 if _triton() >= _NARROW_TRITON else 16
+        columns = power_of_two(self.group * arguments.get("V_GROUPS", 1), least)
         unused = arguments["positions"]
         changing = ("found", "all_splits", "queries", "shown", "shown_row", "shown_head", *changing)
-        pointers = ("table", "head_map", "chunks", "k1", "k2", "k_zero", "k_span", "v1", "v_zero", "v_span")
-        numbers = ("most_chunks", "k_row", "k_head", "v_row", "v_head", "first_weights")
+        pointers = ("table", "head_map", "lines", "k1", "k2", "k_zero", "k_span", "v1", "v_zero", "v_span")
+        numbers = ("k_row", "k_head", "v_row", "v_head", "first_weights")
         of_positions = ("of_centre_length", "position_step", "positions_length")
         every = (
             dict.fromkeys(pointers, unused)
             | dict.fromkeys((*numbers, *of_positions), 0)
-            | {"CENTRED": False, "SLOTS": 16, "K_GROUPS": 1, "K_GROUP_FILLED": 16, "V_GROUPS": 1, "JOINT": 0}
+            | {"CENTRED": False, "SLOTS": 16, "ROOM": 16, "K_GROUPS": 1, "K_GROUP_FILLED": 16, "V_GROUPS": 1}
+            | {"JOINT": 0}
             | arguments
             | {
                 "factor": self.factor, "first_slot": self.packed_tokens, "first_split": self.packed_splits,
                 "all_heads": self.kv_heads,
                 "D": size_of_keys, "E": size_of_values, "D_FILLED": power_of_two(size_of_keys),
-                "E_FILLED": power_of_two(size_of_values), "G": self.group, "M": filled_rows,
-                "CHUNK": CHUNK, "MASKED": self.masked, "TILE": self.tile,
+                "E_FILLED": power_of_two(size_of_values), "G": self.group, "N": columns,
+                "ROWS": ROWS, "MASKED": self.masked, "TILE": self.tile,
                 "PRODUCT": _product_dtype(self.dtype),
-                "FOUR": not interpreted() and not any(size % 4 for size in self.sizes),
             }
         )  # fmt: skip
-        options = LAUNCH if filled_rows == 16 else _LARGE_LAUNCH
+        options = LAUNCH if columns == 8 and arguments["K_BITS"] != RAW else _MEDIUM_LAUNCH
+        if columns > 16:
+            options = _LARGE_LAUNCH
         staying = {name: value for name, value in every.items() if name not in changing}
         return Launch(attend_block, staying, changing, **options)
 

@@ -4,15 +4,21 @@
 Letters: B rows, H query heads, Hkv KV heads, G query heads a KV head, P tokens of a block, D channels of a key, E
 channels of a value. Logits are in units of log2, so that `exp2` takes them.
 
-A block's tokens are walked in tiles of TILE tokens. Planes of w bits hold 8 / w stretches of tokens, and tokens at the
-same place of each stretch share a byte. A tile has TILE / 8 neighbours of each of 8 stretches, so that one load takes
-all that is in a byte: where it names the same byte for several tokens, the bytes come from the cache.
+Packed bytes are read as words of four. The bits of a code are those of a subnormal float16, UNIT times the code (and
+a power of two more where they do not begin at the lowest bit), so that masks alone make numbers of a word's codes: two
+in a register, of the bytes 0, 2, 1 and 3. Matrix units multiply subnormal numbers as exactly, and as fast, as others.
+
+A block's tokens are walked in tiles of TILE tokens: PART neighbours of each of 8 stretches, of `length` tokens each. In
+a plane of w bits, the tokens at the same place of 8 / w stretches share a byte, so that a tile has all that is in its
+bytes.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ..compiled import interpreted
 
 
 @triton.jit(do_not_specialize_on_alignment=["queries"])
@@ -67,7 +73,7 @@ def centre_logits(
     TILE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """`out [B * H, positions]`: the product of each query with its head's centre, turned to each position.
+    """`out [B * Hkv, positions, G]`: the product of each query with its head's centre, turned to each position.
 
     It is `z @ table.T` with `z[k] = q[first[k]] * of_first[k] + q[second[k]] * of_second[k]`. EXACT: numbers are split
     into two of float16 each, so that the product is as exact as one in float32. Program: (share of the positions, ROWS
@@ -96,151 +102,230 @@ def centre_logits(
         if EXACT:
             t_rest = tl.load(table_rest + at_table, mask=reached[None, :], other=0)
             product = tl.dot(rest, t, tl.dot(high, t_rest, product))
-        at_out = row.to(tl.int64)[:, None] * positions + position[None, :]
+        at_out = ((row // G).to(tl.int64)[:, None] * positions + position[None, :]) * G + (row % G)[:, None]
         tl.store(out + at_out, product * most[:, None], mask=real[:, None] & reached[None, :])
 
 
-@triton.jit
-def _place(token, k, t, length, P, WIDTH: tl.constexpr, SHARED: tl.constexpr):
-    """Where the bytes of the tokens stand in a plane of tokens, and where their bits in the byte.
+_INTERPRETED = tl.constexpr(interpreted())
+UNIT = tl.constexpr(2.0**-24)
+_CODES = tl.constexpr(2.0**24)  # of a UNIT
 
-    SHARED: stretches of a tile that fill 8 bits of a token, 0 where the block does not divide into them without a rest.
-    Then it takes divisions by numbers that the compiler does not know.
+
+@triton.jit
+def _byte_of(i):
+    """Which byte has the i-th number that is made of words."""
+    return i // 4 * 4 + i % 2 * 2 + i // 2 % 2
+
+
+@triton.jit
+def _numbers(words, low, BITS: tl.constexpr, FIELD: tl.constexpr):
+    """UNIT times the codes that begin at bit FIELD of each of the four bytes of words, as float16.
+
+    3 bits: the lowest ones are in the words `low`.
     """
-    if SHARED > 0:
-        neighbours: tl.constexpr = SHARED * WIDTH // 8
-        return k % neighbours * length + t, k // neighbours * WIDTH
-    bytes_long = (P * WIDTH + 7) // 8
-    return token % bytes_long, token // bytes_long * WIDTH & 7
-
-
-@triton.jit
-def _plane(
-    base, token, k, t, length, channels, shown, P, SIZE: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr
-):
-    """Bytes `[TILE, channels]` of one plane `[P * WIDTH / 8, SIZE]` that hold the tokens' bits."""
-    place, _ = _place(token, k, t, length, P, WIDTH, SHARED)
-    return tl.load(base + place[:, None] * SIZE + channels[None, :], mask=shown, other=0)
-
-
-def _four_codes(planes: tuple[int, ...]) -> tl.constexpr:
-    """PTX that makes float16 of the codes in four bytes at a time. A byte behind 0x64 is the float16 of 1024 more.
-
-    Width 0: the mask is given as well, and the bytes are of `_held`. Shifts and masks are int32, so each comes in four
-    registers, of which the first is taken: four of uint8 would be put together in one first.
-    """
-    # Inputs are read before the first output is written, which may stand in the same register.
-    lines, place = [], 2
-    for number, width in enumerate(planes):
-        code, source = f"%x{number}", f"${place}"
-        if width == 8:
-            lines.append(f"mov.b32 {code}, {source};")
-            continue
-        shift, mask = ("$6", "$10") if width == 0 else (f"${place + 1}", f"{0x01010101 * ((1 << width) - 1):#x}")
-        lines += [f"shr.b32 {code}, {source}, {shift};", f"and.b32 {code}, {code}, {mask};"]
-        place += 5
-    if len(planes) == 2:
-        lines.append("mad.lo.u32 %x0, %x0, 2, %x1;")
-    lines += ["mov.b32 %m, 0x64646464;", "mov.b32 %b, 0x64006400;"]
-    for number, bytes_ in enumerate(("0x4140", "0x4342")):
-        lines += [f"prmt.b32 %y, %x0, %m, {bytes_};", f"sub.f16x2 ${number}, %y, %b;"]
-    text = "{ .reg .b32 %x0, %x1, %m, %b, %y; " + " ".join(lines) + " }"
-    return tl.constexpr(text.replace("%", ""))
-
-
-_FOUR_MASKED, _FOUR_1, _FOUR_2, _FOUR_4, _FOUR_8 = (_four_codes((width,)) for width in (0, 1, 2, 4, 8))
-_FOUR_3 = _four_codes((2, 1))
-_ONE_INPUT = tl.constexpr("=r,=r,r")
-_ONE_PLANE = tl.constexpr("=r,=r" + ",r" * 5)
-_HELD_AND_MASK = tl.constexpr("=r,=r" + ",r" * 12)
-_TWO_PLANES = tl.constexpr("=r,=r" + ",r" * 10)
-
-
-@triton.jit
-def _four_of_one(x, shift, WIDTH: tl.constexpr):
-    """Float16 of the WIDTH bits above the shift in each byte."""
-    if WIDTH == 1:
-        return tl.inline_asm_elementwise(_FOUR_1, _ONE_PLANE, [x, shift], tl.float16, True, 4)
-    if WIDTH == 2:
-        return tl.inline_asm_elementwise(_FOUR_2, _ONE_PLANE, [x, shift], tl.float16, True, 4)
-    if WIDTH == 4:
-        return tl.inline_asm_elementwise(_FOUR_4, _ONE_PLANE, [x, shift], tl.float16, True, 4)
-    return tl.inline_asm_elementwise(_FOUR_8, _ONE_INPUT, [x], tl.float16, True, 4)
-
-
-@triton.jit
-def _codes(first, second, token, k, t, length, P, BITS: tl.constexpr, SHARED: tl.constexpr, FOUR: tl.constexpr):
-    """Codes as float16 of the bytes of their planes."""
-    _, high = _place(token, k, t, length, P, 2 if BITS == 3 else BITS, SHARED)
-    high = high[:, None]
+    MASK: tl.constexpr = (6 if BITS == 3 else (1 << BITS) - 1) * (0x00010001 << FIELD)
+    even, odd = words & MASK, (words >> 8) & MASK
     if BITS == 3:
-        _, low = _place(token, k, t, length, P, 1, SHARED)
-        low = low[:, None]
-        if FOUR:
-            return tl.inline_asm_elementwise(_FOUR_3, _TWO_PLANES, [first, high, second, low], tl.float16, True, 4)
-        return ((first >> high.to(tl.uint8) & 3) * 2 + (second >> low.to(tl.uint8) & 1)).to(tl.float16)
-    if FOUR:
-        return _four_of_one(first, high, BITS)
-    return (first >> high.to(tl.uint8) & ((1 << BITS) - 1)).to(tl.float16)
+        even |= low & (0x00010001 << FIELD)
+        odd |= (low >> 8) & (0x00010001 << FIELD)
+    first, third = _halves(even, FIELD)
+    second, fourth = _halves(odd, FIELD)
+    return first, second, third, fourth
+
+
+_SPLIT = tl.constexpr("mov.b32 {$0, $1}, $2;")
+_MULTIPLY_AND_SPLIT = tl.constexpr("{ .reg .b32 x; mul.rn.f16x2 x, $2, $3; mov.b32 {$0, $1}, x; }")
 
 
 @triton.jit
-def _held(x):
-    """Int32 of the shape of the bytes x, for a loop to carry: each first one of four has four bytes.
-
-    The others are never written and never read. Bytes would be taken apart and put together in each turn.
-    """
-    return tl.inline_asm_elementwise("mov.b32 $0, $4;", "=r,=r,=r,=r,r", [x], tl.int32, True, 4)
-
-
-@triton.jit
-def _chunk_loads(
-    planes4,
-    planes2,
-    planes1,
-    weights,
-    chunk,
-    row,
-    inside,
-    k,
-    t,
-    BYTES,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    FOUR: tl.constexpr,
-):
-    """The bytes `[CHUNK, TILE]` of some rows of a plane of channels, and the weights `[M, CHUNK]` of their codes.
-
-    chunk: points to first row, number of rows, width of the plane, place of the weights, and rows of the plane over all
-    heads. inside: `[TILE]`, whether a byte is one of the rows'. Its last bits may stand for no token. What is added up
-    for these is left out later: a mask by tokens would be one by bytes, and each byte be loaded alone.
-    """
-    start, count, width = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
-    i = tl.arange(0, CHUNK)
-    w = tl.load(weights + (tl.load(chunk + 3) + i)[None, :])
-    # Planes are chosen by number: a pointer cannot be, and what is known of its alignment would be lost.
-    plane = tl.where(width == 4, planes4.to(tl.int64), planes2.to(tl.int64))
-    plane = tl.where(width == 1, planes1.to(tl.int64), plane) - planes4.to(tl.int64)
-    plane += (row * tl.load(chunk + 4) + start).to(tl.int64) * (width * BYTES)
-    bytes_ = planes4 + tl.multiple_of(plane, ALIGNED)
-    at = i[:, None] * (width * BYTES) + ((k & (width - 1)) * BYTES + t)[None, :]
-    x = tl.load(bytes_ + at, mask=(i < count)[:, None] & inside[None, :], other=0)
-    if FOUR:
-        x = _held(x)
-    return x, w
-
-
-@triton.jit
-def _chunk_codes(x, chunk, k, FOUR: tl.constexpr):
-    """Codes as float16 of the bytes of `_chunk_loads`."""
-    width = tl.load(chunk + 2)
-    shift = (k - (k & (width - 1)))[None, :]
-    mask = (1 << width) - 1
-    if FOUR:
+def _halves(pairs, FIELD: tl.constexpr):
+    """The two float16 in each word, over 2 ** FIELD. The compiler would take pairs apart before it multiplies them."""
+    if _INTERPRETED:  # which knows no PTX
+        low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return low * 2.0**-FIELD, high * 2.0**-FIELD
+    elif FIELD == 0:
+        return tl.inline_asm_elementwise(_SPLIT, "=h,=h,r", [pairs], (tl.float16, tl.float16), True, 1)
+    else:
+        FACTOR: tl.constexpr = (15 - FIELD) * 0x04000400
         return tl.inline_asm_elementwise(
-            _FOUR_MASKED, _HELD_AND_MASK, [x, shift, mask * 0x01010101], tl.float16, True, 4
+            _MULTIPLY_AND_SPLIT, "=h,=h,r,r", [pairs, FACTOR], (tl.float16, tl.float16), True, 1
         )
-    return ((x >> shift.to(tl.uint8)) & mask.to(tl.uint8)).to(tl.float16)
+
+
+@triton.jit
+def _two(x, y):
+    """Numbers of two stretches: of each byte in a dimension of their own, the last one."""
+    return tl.join(x[0], y[0]), tl.join(x[1], y[1]), tl.join(x[2], y[2]), tl.join(x[3], y[3])
+
+
+@triton.jit
+def _four(x0, x1, x2, x3):
+    return _two(_two(x0, x2), _two(x1, x3))
+
+
+@triton.jit
+def _eight(x0, x1, x2, x3, x4, x5, x6, x7):
+    return _two(_four(x0, x2, x4, x6), _four(x1, x3, x5, x7))
+
+
+@triton.jit
+def _side_by_side(x):
+    """`[..., 2, 2]`, in the order of `_byte_of`: the bytes come last, so that they lie side by side in registers."""
+    return tl.join(tl.join(x[0], x[1]), tl.join(x[2], x[3]))
+
+
+# Planes of channels: tokens stand side by side
+
+
+@triton.jit
+def _head_lines(plane, lines, row, length):
+    """Where the lines of a head begin in a plane of channels, as a number, and how many there are.
+
+    A line has a channel's bits of some stretches: one byte for each token of a stretch. lines: points to the first line
+    of the head, to how many there are, and how many all heads have.
+    """
+    first = row * tl.load(lines + 2) + tl.load(lines)
+    return plane.to(tl.int64) + first.to(tl.int64) * length, tl.load(lines + 1)
+
+
+@triton.jit
+def _line_words(plane, first, count, tile, length, LINES: tl.constexpr, PART: tl.constexpr):
+    """A tile's bytes of LINES lines, from the `first` one: `[LINES, PART / 4]`."""
+    line, word = first + tl.arange(0, LINES), tile * (PART // 4) + tl.arange(0, PART // 4)
+    # Lines begin anywhere: what is read is two words, in which the bytes are looked for.
+    begin = (plane & 3).to(tl.int32) + line * length
+    at, aside = (begin >> 2)[:, None] + word[None, :], (begin & 3)[:, None]
+    inside = (line < count)[:, None] & (word * 4 < length)[None, :]
+    words = (plane & -4).to(tl.pointer_type(tl.int32)) + at
+    low = tl.load(words, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    high = tl.load(words + 1, mask=inside & (word[None, :] * 4 + 4 - aside < length), other=0)
+    both = low.to(tl.uint64) | (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
+    return (both >> (aside * 8).to(tl.uint64)).to(tl.int32)
+
+
+@triton.jit
+def _line_numbers(words, WIDTH: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr):
+    """UNIT times the codes in `_line_words`, `[channels, TILE]`."""
+    if WIDTH == 4:
+        x = _two(_numbers(words, words, 4, 0), _numbers(words, words, 4, 4))
+    elif WIDTH == 2:
+        x = _four(
+            _numbers(words, words, 2, 0),
+            _numbers(words, words, 2, 2),
+            _numbers(words, words, 2, 4),
+            _numbers(words, words, 2, 6),
+        )
+    else:
+        x = _eight(
+            _numbers(words, words, 1, 0),
+            _numbers(words, words, 1, 1),
+            _numbers(words, words, 1, 2),
+            _numbers(words, words, 1, 3),
+            _numbers(words, words, 1, 4),
+            _numbers(words, words, 1, 5),
+            _numbers(words, words, 1, 6),
+            _numbers(words, words, 1, 7),
+        )
+    x = tl.reshape(_side_by_side(x), [ROWS, WIDTH, PART // 4, 8 // WIDTH, 4])
+    return tl.reshape(tl.permute(x, [0, 3, 1, 2, 4]), [ROWS, 8 * PART])
+
+
+@triton.jit
+def _plane_product(
+    logits, words, plane, count, weights, tile, length, WIDTH: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+    G: tl.constexpr, N: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Adds UNIT times the product of the codes with the weights `[G, SLOTS]`, of which column n has those of n % G.
+
+    words: the first ones of this tile. Those of the next are returned besides.
+    """
+    LINES: tl.constexpr = ROWS * WIDTH
+    at = tl.arange(0, ROWS)[:, None] + (tl.arange(0, N) % G)[None, :] * SLOTS
+    for first in range(0, count, LINES):
+        # What comes next is under way while this is multiplied.
+        last_one = first + LINES >= count
+        following = tl.where(last_one, 0, first + LINES)
+        next_words = _line_words(plane, following, count, tile + tl.where(last_one, 1, 0), length, LINES, PART)
+        w = tl.load(weights + first // WIDTH + at)
+        logits = tl.dot(tl.trans(_line_numbers(words, WIDTH, ROWS, PART)), w, logits)
+        words = next_words
+    return logits, words
+
+
+# Planes of tokens: channels stand side by side
+
+
+@triton.jit
+def _place(STRETCH: tl.constexpr, t, length, P, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Where the bytes of tokens of a stretch stand in a plane, and where their bits in the byte.
+
+    EVEN: a block has 8 stretches without a rest.
+    """
+    if EVEN:
+        return STRETCH % WIDTH * length + t, STRETCH // WIDTH * WIDTH
+    else:  # Triton would go on behind a return
+        token, bytes_long = STRETCH * length + t, (P * WIDTH + 7) // 8
+        return token % bytes_long, (token // bytes_long * WIDTH)[:, None]
+
+
+@triton.jit
+def _words_of(
+    STRETCH: tl.constexpr, plane, t, channels, inside, length, P, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    place, _ = _place(STRETCH, t, length, P, WIDTH, EVEN)
+    return tl.load(plane + place[:, None] * (SIZE // 4) + channels[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _token_words(plane, kv, t, channels, length, P, SIZE: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Words `[PART, channels / 4]` of a plane for each of the 8 stretches. Those that share bytes load them once."""
+    plane = plane.to(tl.pointer_type(tl.int32)) + kv * ((P * WIDTH + 7) // 8) * (SIZE // 4)
+    inside = (t < length)[:, None] & (channels < SIZE // 4)[None, :]
+    return (
+        _words_of(0, plane, t, channels, inside, length, P, SIZE, WIDTH, EVEN),
+        _words_of(1, plane, t, channels, inside, length, P, SIZE, WIDTH, EVEN),
+        _words_of(2, plane, t, channels, inside, length, P, SIZE, WIDTH, EVEN),
+        _words_of(3, plane, t, channels, inside, length, P, SIZE, WIDTH, EVEN),
+        _words_of(4, plane, t, channels, inside, length, P, SIZE, WIDTH, EVEN),
+        _words_of(5, plane, t, channels, inside, length, P, SIZE, WIDTH, EVEN),
+        _words_of(6, plane, t, channels, inside, length, P, SIZE, WIDTH, EVEN),
+        _words_of(7, plane, t, channels, inside, length, P, SIZE, WIDTH, EVEN),
+    )
+
+
+@triton.jit
+def _stretch_numbers(STRETCH: tl.constexpr, high, low, t, length, P, BITS: tl.constexpr, EVEN: tl.constexpr):
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    if not EVEN:
+        _, shift = _place(STRETCH, t, length, P, WIDTH, EVEN)
+        _, shift_of_low = _place(STRETCH, t, length, P, 1, EVEN)
+        words = high[STRETCH] >> shift
+        return _numbers(words << 1 if BITS == 3 else words, low[STRETCH] >> shift_of_low, BITS, 0)
+    elif BITS == 3:  # the higher bits come to stand above the lowest
+        return _numbers(high[STRETCH] << (1 + STRETCH % 2), low[STRETCH], 3, STRETCH)
+    else:
+        return _numbers(high[STRETCH], low[STRETCH], BITS, STRETCH // WIDTH * WIDTH)
+
+
+@triton.jit
+def _token_numbers(
+    high, low, t, length, P, BITS: tl.constexpr, EVEN: tl.constexpr, PART: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """UNIT times the codes in `_token_words`, `[TILE, CHANNELS]`, with channels in the order of `_byte_of`."""
+    x = _eight(
+        _stretch_numbers(0, high, low, t, length, P, BITS, EVEN),
+        _stretch_numbers(1, high, low, t, length, P, BITS, EVEN),
+        _stretch_numbers(2, high, low, t, length, P, BITS, EVEN),
+        _stretch_numbers(3, high, low, t, length, P, BITS, EVEN),
+        _stretch_numbers(4, high, low, t, length, P, BITS, EVEN),
+        _stretch_numbers(5, high, low, t, length, P, BITS, EVEN),
+        _stretch_numbers(6, high, low, t, length, P, BITS, EVEN),
+        _stretch_numbers(7, high, low, t, length, P, BITS, EVEN),
+    )
+    x = tl.reshape(_side_by_side(x), [PART, CHANNELS // 4, 8, 4])
+    return tl.reshape(tl.permute(x, [2, 0, 1, 3]), [8 * PART, CHANNELS])
 
 
 @triton.jit
@@ -255,7 +340,7 @@ def _found(found, rows, all_splits, E: tl.constexpr):
 
 
 # Numbers that differ from call to call or from layer to layer: none of them is worth a kernel of its own.
-_VARYING = ["P", "stretch", "most_chunks", "of_centre_length", "position_step"]
+_VARYING = ["P", "length", "of_centre_length", "position_step"]
 _VARYING += [
     "positions_length",
     "first_slot",
@@ -271,8 +356,8 @@ _UNALIGNED = ["queries", "offsets", "of_centre", "positions", "shown", "k_zero",
 _UNALIGNED += ["v_zero", "v_span"]
 
 FIELDS = (
-    *("k0", "k1", "k2", "k_zero", "k_span", "v0", "v1", "v_zero", "v_span", "positions", "chunks"),  # addresses
-    *("most_chunks", "P", "stretch", "first_slot", "positions_length", "heads", "k_row", "k_head", "v_row", "v_head"),
+    *("k0", "k1", "k2", "k_zero", "k_span", "v0", "v1", "v_zero", "v_span", "positions", "lines"),  # addresses
+    *("P", "length", "first_slot", "positions_length", "heads", "k_row", "k_head", "v_row", "v_head"),
 )
 """What differs between heads that hold different numbers of tokens: a row of `table` for each group of heads."""
 _FIELDS = tl.constexpr(len(FIELDS))
@@ -290,8 +375,8 @@ def attend_block(
     queries,  # [B * H, D]
     weights,  # of `query_weights`
     offsets,  # of `query_weights`
-    chunks,  # int32 [Hkv, most_chunks, 8], see `_chunk_loads`, and their number
-    of_centre,  # float32 [B * H, of_centre_length] of `centre_logits`
+    lines,  # int32 [Hkv, 3, 4], of each plane of channels, see `_head_lines`
+    of_centre,  # float32 [B * Hkv, of_centre_length, G] of `centre_logits`
     positions,  # int32 [B, Hkv, positions_length]
     shown,  # uint8, strides shown_row and shown_head, over all slots
     table,  # int64 [groups of heads, FIELDS]
@@ -307,8 +392,7 @@ def attend_block(
     v_span,
     factor,  # of logits
     P,
-    stretch,  # tokens of each of STRETCHES, over ALIGNED
-    most_chunks,
+    length,  # of a stretch, in tokens
     first_weights,  # of the block, in rows
     of_centre_length,
     position_step,  # 0 where keys do not turn
@@ -329,22 +413,20 @@ def attend_block(
     D_FILLED: tl.constexpr,
     E_FILLED: tl.constexpr,
     G: tl.constexpr,
-    M: tl.constexpr,
+    N: tl.constexpr,
     K_BITS: tl.constexpr,  # 0: widths by channel
     V_BITS: tl.constexpr,
     K_GROUPS: tl.constexpr,
     K_GROUP_FILLED: tl.constexpr,
     V_GROUPS: tl.constexpr,
     SLOTS: tl.constexpr,
-    CHUNK: tl.constexpr,  # rows of a plane of channels that are multiplied at a time
+    ROOM: tl.constexpr,  # of a plane's channels among the slots
+    ROWS: tl.constexpr,  # of a plane's channels, that are multiplied at a time
     CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
-    STRETCHES: tl.constexpr,
-    ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     PRODUCT: tl.constexpr,  # dtype in which numbers are multiplied
-    EVEN: tl.constexpr,  # P is a multiple of STRETCHES
-    FOUR: tl.constexpr,  # codes are converted four at a time, which the interpreter cannot
+    EVEN: tl.constexpr,  # P is a multiple of 8
     JOINT: tl.constexpr,
 ):
     """Attention over a part of one block. Program: (part, KV head, row).
@@ -352,8 +434,8 @@ def attend_block(
     JOINT, where heads hold different numbers of tokens: 1, the block of each group of heads is somewhere else, and
     `table` says where; 2, what is given belongs to some of `all_heads`.
 
-    Rows of the matrices are query heads, once for each group of a value's channels, whose weights are its own: what a
-    row finds in other groups' channels is left out at the end.
+    Columns of the matrices are query heads, once for each group of a value's channels, whose weights are its own: what
+    a column finds in other groups' channels is left out at the end. Rows are tokens, or channels of values.
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
@@ -366,178 +448,153 @@ def attend_block(
         k_zero, k_span = _address(entry, 3, k_zero), _address(entry, 4, k_span)
         v0, v1 = _address(entry, 5, v0), _address(entry, 6, v1)
         v_zero, v_span = _address(entry, 7, v_zero), _address(entry, 8, v_span)
-        positions, chunks = _address(entry, 9, positions), _address(entry, 10, chunks)
-        most_chunks, P = tl.load(entry + 11).to(tl.int32), tl.load(entry + 12).to(tl.int32)
-        stretch, first_slot = tl.load(entry + 13).to(tl.int32), tl.load(entry + 14).to(tl.int32)
-        positions_length = tl.load(entry + 15).to(tl.int32)
-        kv = row.to(tl.int64) * tl.load(entry + 16) + head
-        k_row, k_head = tl.load(entry + 17), tl.load(entry + 18)
-        v_row, v_head = tl.load(entry + 19), tl.load(entry + 20)
+        positions, lines = _address(entry, 9, positions), _address(entry, 10, lines)
+        P, length = tl.load(entry + 11).to(tl.int32), tl.load(entry + 12).to(tl.int32)
+        first_slot, positions_length = tl.load(entry + 13).to(tl.int32), tl.load(entry + 14).to(tl.int32)
+        kv = row.to(tl.int64) * tl.load(entry + 15) + head
+        k_row, k_head = tl.load(entry + 16), tl.load(entry + 17)
+        v_row, v_head = tl.load(entry + 18), tl.load(entry + 19)
     if JOINT == 2:
         kv_heads = all_heads
         queried = row.to(tl.int64) * all_heads + tl.load(head_map + head)
-    m = tl.arange(0, M)
-    real_row = m < G * V_GROUPS
-    query = queried * G + m % G
-    group = tl.where(real_row, m // G, 0)
-    d, e = tl.arange(0, D_FILLED), tl.arange(0, E_FILLED)
-    SHARED: tl.constexpr = STRETCHES if EVEN else 0
-    PART: tl.constexpr = TILE // STRETCHES
-    k, part = tl.arange(0, TILE) // PART, tl.arange(0, TILE) % PART
-    length = stretch * ALIGNED
-    # Four bytes that are converted together have one shift: they have to stand in one stretch, and be loaded together.
-    FOUR_KEYS: tl.constexpr = FOUR and ALIGNED % 4 == 0 and PART % 4 == 0
+    n = tl.arange(0, N)
+    real_column = n < G * V_GROUPS
+    query = queried * G + n % G
+    group = tl.where(real_column, n // G, 0)
+    PART: tl.constexpr = TILE // 8
+    of_part, of_tile = tl.arange(0, PART), tl.arange(0, TILE)
     tiles = (length + PART - 1) // PART
     first, last = tiles * split // splits, tiles * (split + 1) // splits
 
+    # Where the head's begin, so that all else counts in 32 bits.
+    k_zero, k_span = k_zero + kv * P * K_GROUPS, k_span + kv * P * K_GROUPS
+    v_zero, v_span = v_zero + kv * P * V_GROUPS, v_span + kv * P * V_GROUPS
+    positions += kv * positions_length + first_slot
+    of_centre += queried * of_centre_length * G
+    shown += row.to(tl.int64) * shown_row + head.to(tl.int64) * shown_head + first_slot
+    d, e = tl.arange(0, D_FILLED), tl.arange(0, E_FILLED)
+    value_words = tl.arange(0, E_FILLED // 4)
+    if V_BITS != 16:
+        e = _byte_of(e)
     if K_BITS == 0:
-        weight_rows = weights + (first_weights + query)[:, None] * SLOTS
+        weights += (first_weights + queried * G) * SLOTS
         offset = tl.load(offsets + first_weights + query)
-        own_chunks = chunks + head * most_chunks * 8
-        count = tl.load(own_chunks + 5)
-        t = first * PART + part
-        x, w = _chunk_loads(
-            k0, k1, k2, weight_rows, own_chunks, row, t < length, k, t, length, ALIGNED, CHUNK, FOUR_KEYS
-        )
+        lines += head * 12
+        plane4, count4 = _head_lines(k0, lines, row, length)
+        plane2, count2 = _head_lines(k1, lines + 4, row, length)
+        plane1, count1 = _head_lines(k2, lines + 8, row, length)
+        words4 = _line_words(plane4, 0, count4, first, length, ROWS * 4, PART)
+        words2 = _line_words(plane2, 0, count2, first, length, ROWS * 2, PART)
+        words1 = _line_words(plane1, 0, count1, first, length, ROWS, PART)
     elif K_BITS == 16:
-        q = tl.load(queries + query[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0)
-    low = tl.zeros([M, TILE], tl.float32)
-    total = tl.zeros([M, TILE], tl.float32)
-    most = tl.full([M], float("-inf"), tl.float32)
-    acc = tl.zeros([M, E_FILLED], tl.float32)
+        q = tl.load(queries + query[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0)
+    low = tl.zeros([TILE, N], tl.float32)
+    total = tl.zeros([TILE, N], tl.float32)
+    most = tl.full([N], float("-inf"), tl.float32)
+    acc = tl.zeros([E_FILLED, N], tl.float32)
     for tile in range(first, last):
-        t = tile * PART + part
-        token = k * length + t
+        t_part, t = tile * PART + _byte_of(of_part), tile * PART + _byte_of(of_tile % PART)
+        token = of_tile // PART * length + t
         real = (t < length) & (token < P)
-        # Values first, so that they are under way while the logits are made.
-        of_value = real[:, None] & (e < E)[None, :]
+        # Values first, so that they are under way while the logits are made. Those of 8 bits would fill the registers.
         if V_BITS == 16:
             of_head = v0 + row.to(tl.int64) * v_row + head.to(tl.int64) * v_head
+            of_value = real[:, None] & (e < E)[None, :]
             v = tl.load(of_head + token[:, None] * E + e[None, :], mask=of_value, other=0)
-        elif V_BITS == 3:
-            x0 = _plane(v0 + kv * ((P * 2 + 7) // 8) * E, token, k, t, length, e, of_value, P, E, 2, SHARED)
-            x1 = _plane(v1 + kv * ((P + 7) // 8) * E, token, k, t, length, e, of_value, P, E, 1, SHARED)
-        else:
-            x0 = _plane(v0 + kv * ((P * V_BITS + 7) // 8) * E, token, k, t, length, e, of_value, P, E, V_BITS, SHARED)
-            x1 = x0
+        elif V_BITS < 8:
+            x = _token_words(v0, kv, t_part, value_words, length, P, E, 2 if V_BITS == 3 else V_BITS, EVEN)
+            y = _token_words(v1, kv, t_part, value_words, length, P, E, 1, EVEN) if V_BITS == 3 else x
 
         if CENTRED:
-            position = tl.load(positions + kv * positions_length + first_slot + token, mask=real, other=0)
-            at = query[:, None] * of_centre_length + (position * position_step)[None, :]
-            centred = tl.load(of_centre + at, mask=real[None, :], other=0)
+            position = tl.load(positions + token, mask=real, other=0) * position_step
+            at = position[:, None] * G + (n % G)[None, :]
+            centred = tl.load(of_centre + at, mask=real[:, None], other=0)
 
-        logits = tl.zeros([M, TILE], tl.float32)
+        logits = tl.zeros([TILE, N], tl.float32)
         if K_BITS == 0:
-            scale = tl.load(k_zero + kv * P + token, mask=real, other=0).to(tl.float32)
-            for c in range(count):
-                # What comes next is under way while this is multiplied.
-                last_one = c + 1 == count
-                chunk = own_chunks + c * 8
-                following = tl.where(last_one, 0, c + 1) * 8
-                t_next = t + tl.where(last_one, PART, 0)
-                x_next, w_next = _chunk_loads(
-                    k0,
-                    k1,
-                    k2,
-                    weight_rows,
-                    own_chunks + following,
-                    row,
-                    t_next < length,
-                    k,
-                    t_next,
-                    length,
-                    ALIGNED,
-                    CHUNK,
-                    FOUR_KEYS,
-                )
-                logits = tl.dot(w, _chunk_codes(x, chunk, k, FOUR_KEYS), logits)
-                x, w = x_next, w_next
-            logits = (logits - offset[:, None]) * tl.exp2((scale - 128) / 16)[None, :]
+            scale = tl.load(k_zero + token, mask=real, other=0).to(tl.float32)
+            logits, words4 = _plane_product(
+                logits, words4, plane4, count4, weights, tile, length, 4, ROWS, PART, G, N, SLOTS
+            )
+            logits, words2 = _plane_product(
+                logits, words2, plane2, count2, weights + ROOM, tile, length, 2, ROWS, PART, G, N, SLOTS
+            )
+            logits, words1 = _plane_product(
+                logits, words1, plane1, count1, weights + 2 * ROOM, tile, length, 1, ROWS, PART, G, N, SLOTS
+            )
+            logits = (logits * _CODES - offset[None, :]) * tl.exp2((scale - 128) / 16)[:, None]
         elif K_BITS == 16:
             at = row.to(tl.int64) * k_row + head.to(tl.int64) * k_head + token[:, None] * D + d[None, :]
             numbers = tl.load(k0 + at, mask=real[:, None] & (d < D)[None, :], other=0)
-            logits = tl.dot(q.to(PRODUCT), tl.trans(numbers.to(PRODUCT)), input_precision="ieee") * factor
+            logits = tl.dot(numbers.to(PRODUCT), q.to(PRODUCT), input_precision="ieee") * factor
         else:
             for g in tl.static_range(K_GROUPS):
-                c = tl.arange(0, K_GROUP_FILLED)
-                channel = g * (D // K_GROUPS) + c
-                inside = c < D // K_GROUPS
-                q = tl.load(queries + query[:, None] * D + channel[None, :], mask=inside[None, :], other=0)
+                channel = _byte_of(tl.arange(0, K_GROUP_FILLED))
+                inside = channel < D // K_GROUPS
+                at = query[None, :] * D + (g * (D // K_GROUPS) + channel)[:, None]
+                q = tl.load(queries + at, mask=inside[:, None], other=0)
                 q = (q.to(tl.float32) * factor).to(tl.float16)
-                of_key = real[:, None] & inside[None, :]
-                if K_BITS == 3:
-                    y0 = _plane(k0 + kv * ((P * 2 + 7) // 8) * D, token, k, t, length, channel, of_key, P, D, 2, SHARED)
-                    y1 = _plane(k1 + kv * ((P + 7) // 8) * D, token, k, t, length, channel, of_key, P, D, 1, SHARED)
-                else:
-                    y0 = _plane(
-                        k0 + kv * ((P * K_BITS + 7) // 8) * D,
-                        token,
-                        k,
-                        t,
-                        length,
-                        channel,
-                        of_key,
-                        P,
-                        D,
-                        K_BITS,
-                        SHARED,
-                    )
-                    y1 = y0
-                product = tl.dot(q, tl.trans(_codes(y0, y1, token, k, t, length, P, K_BITS, SHARED, FOUR)))
-                at = (kv * P + token) * K_GROUPS + g
-                width = tl.exp2((tl.load(k_span + at, mask=real, other=0).to(tl.float32) - 128) / 8 - K_BITS)
+                key_words = g * (D // K_GROUPS // 4) + tl.arange(0, K_GROUP_FILLED // 4)
+                z = _token_words(k0, kv, t_part, key_words, length, P, D, 2 if K_BITS == 3 else K_BITS, EVEN)
+                z1 = _token_words(k1, kv, t_part, key_words, length, P, D, 1, EVEN) if K_BITS == 3 else z
+                numbers = _token_numbers(z, z1, t_part, length, P, K_BITS, EVEN, PART, K_GROUP_FILLED)
+                at = token * K_GROUPS + g
                 zero = tl.load(k_zero + at, mask=real, other=0).to(tl.float32) * (2.0**K_BITS / 255)
-                product += tl.sum(q.to(tl.float32), 1)[:, None] * (0.5 - zero)[None, :]
-                logits += product * width[None, :]
+                width = tl.exp2((tl.load(k_span + at, mask=real, other=0).to(tl.float32) - 128) / 8 - K_BITS)
+                shift = tl.sum(q.to(tl.float32), 0)[None, :] * (0.5 - zero)[:, None]
+                logits += (tl.dot(numbers, q) * _CODES + shift) * width[:, None]
+        if V_BITS == 8:
+            x = _token_words(v0, kv, t_part, value_words, length, P, E, 8, EVEN)
+            y = x
         if CENTRED:
             logits += centred
         seen = real
         if MASKED:
-            at = row.to(tl.int64) * shown_row + head.to(tl.int64) * shown_head + first_slot + token
-            seen &= tl.load(shown + at, mask=real, other=0) != 0
-        logits = tl.where(seen[None, :], logits, float("-inf"))
+            seen &= tl.load(shown + token, mask=real, other=0) != 0
+        logits = tl.where(seen[:, None], logits, float("-inf"))
 
         if V_BITS == 16:
             raised, highest = logits, logits
         else:
             # A range is a power of two: it goes into the exponent.
-            at = (kv * P + token) * V_GROUPS
-            span = tl.zeros([M, TILE], tl.float32)
-            zero = tl.zeros([M, TILE], tl.float32)
+            at = token * V_GROUPS
+            span = tl.zeros([TILE, N], tl.float32)
+            zero = tl.zeros([TILE, N], tl.float32)
             widest = tl.zeros([TILE], tl.float32)
             for g in tl.static_range(V_GROUPS):
                 of_group = tl.load(v_span + at + g, mask=real, other=0).to(tl.float32) / 8 - 16
-                span = tl.where((group == g)[:, None], of_group[None, :], span)
+                span = tl.where((group == g)[None, :], of_group[:, None], span)
                 widest = of_group if g == 0 else tl.maximum(widest, of_group)
                 of_group = 0.5 - tl.load(v_zero + at + g, mask=real, other=0).to(tl.float32) * (2.0**V_BITS / 255)
-                zero = tl.where((group == g)[:, None], of_group[None, :], zero)
-            raised, highest = logits + span, logits + widest[None, :]
-        now = tl.maximum(most, tl.max(highest, 1))
+                zero = tl.where((group == g)[None, :], of_group[:, None], zero)
+            raised, highest = logits + span, logits + widest[:, None]
+        now = tl.maximum(most, tl.max(highest, 0))
         base = tl.where(now == float("-inf"), 0.0, now)
         decay = tl.exp2(most - base)
         most = now
-        p = tl.exp2(raised - base[:, None])
+        p = tl.exp2(raised - base[None, :])
         if V_BITS == 16:
-            total = total * decay[:, None] + p
-            acc = tl.dot(p.to(PRODUCT), v.to(PRODUCT), acc * decay[:, None], input_precision="ieee")
+            total = total * decay[None, :] + p
+            acc = tl.dot(tl.trans(v.to(PRODUCT)), p.to(PRODUCT), acc * decay[None, :], input_precision="ieee")
         else:
-            total = total * decay[:, None] + tl.exp2(logits - base[:, None])
+            total = total * decay[None, :] + tl.exp2(logits - base[None, :])
             p = p.to(tl.float16)
-            low = low * decay[:, None] + p.to(tl.float32) * zero
-            acc = tl.dot(p, _codes(x0, x1, token, k, t, length, P, V_BITS, SHARED, FOUR), acc * decay[:, None])
+            low = low * decay[None, :] + p.to(tl.float32) * zero
+            codes = _token_numbers(x, y, t_part, length, P, V_BITS, EVEN, PART, E_FILLED)
+            acc = tl.dot(tl.trans(codes), p, acc * decay[None, :])
 
     if V_BITS != 16:
-        acc = (acc + tl.sum(low, 1)[:, None]) * (1.0 / 2**V_BITS)
+        acc = (acc * _CODES + tl.sum(low, 0)[None, :]) * (1.0 / 2**V_BITS)
     rows = tl.num_programs(2) * kv_heads * G
     totals, greatest = _found(found, rows, all_splits, E)
     at = (first_split + split).to(tl.int64) * rows + query
-    own = real_row[:, None] & (group[:, None] == (e // (E // V_GROUPS))[None, :]) & (e < E)[None, :]
-    tl.store(found + at[:, None] * E + e[None, :], acc, mask=own)
+    own = real_column[None, :] & (group[None, :] == (e // (E // V_GROUPS))[:, None]) & (e < E)[:, None]
+    tl.store(found + at[None, :] * E + e[:, None], acc, mask=own)
     # Zero. It ties what is stored here to the product, whose layout the compiler leaves alone: else it makes all
     # weights a second time in each turn of the loop, in the layout of these stores.
-    nothing = tl.sum(acc, 1) * 0.0
-    tl.store(totals + at, tl.sum(total, 1) + nothing, mask=m < G)
-    tl.store(greatest + at, most + nothing, mask=m < G)
+    nothing = tl.sum(acc, 0) * 0.0
+    tl.store(totals + at, tl.sum(total, 0) + nothing, mask=n < G)
+    tl.store(greatest + at, most + nothing, mask=n < G)
 
 
 @triton.jit(do_not_specialize=["rotated_splits", "all_splits"], do_not_specialize_on_alignment=["out"])

@@ -24,7 +24,7 @@ class Joint:
         parts: what is needed of each group of heads.
         tables: of each block, int64 `[groups, FIELDS]`; see `gpu_code`.
         head_map: int32 `[Hkv, 2]`. heads: int32 `[heads of the group]`, of each group.
-        walks: of the longest of each block. aligned: of its planes in all groups. even: see `gpu_code`.
+        walks: of the longest of each block. even: whether all its stretches are full.
     """
 
     parts: tuple[Prepared, ...]
@@ -32,7 +32,6 @@ class Joint:
     head_map: Tensor
     heads: list[Tensor]
     walks: list[Walk]
-    aligned: list[int]
     even: list[bool]
     centre: Centre
     slots: dict[int, Slots]
@@ -53,17 +52,15 @@ class Joint:
             found = [x for part in parts if (x := of(part)) is not None]
             return torch.cat(found, dim).index_select(dim, back) if found else None
 
-        tables, walks, aligned, even = [], [], [], []
+        tables, walks, even = [], [], []
         heads = stores[0].rows * len(places)
-        for number, walk in enumerate(first.walks):
+        for number in range(len(first.walks)):
             own = [part.walks[number] for part in parts]
-            by_channel = number in first.slots
-            aligned.append(min(each.aligned for each in own) if by_channel else 1)
-            even.append(all(each.tokens % each.stretches == 0 for each in own))
+            even.append(all(each.even for each in own))
             sizes = stores[0].sizes().sizes
             longest = max(each.tokens for each in own)
-            walks.append(Walk.over(longest, walk.stretches, tile_of(sizes, device), heads, device))
-            rows = [_entry(store, part, number, aligned[-1]) for store, part in zip(stores, parts, strict=True)]
+            walks.append(Walk.over(longest, tile_of(sizes, device), heads, device))
+            rows = [_entry(store, part, number) for store, part in zip(stores, parts, strict=True)]
             table = torch.tensor([[row.get(field, 0) for field in FIELDS] for row in rows])
             tables.append(table.to(device, non_blocking=True))
         of_head = {head: (g, i) for g, group in enumerate(numbers) for i, head in enumerate(group)}
@@ -76,14 +73,14 @@ class Joint:
         assert of_first is not None and of_second is not None
         farthest = max((part.centre for part in parts), key=lambda centre: centre.positions)
         return cls(
-            tuple(parts), tables, head_map.to(device, non_blocking=True), of_groups, walks, aligned, even,
+            tuple(parts), tables, head_map.to(device, non_blocking=True), of_groups, walks, even,
             replace(farthest, of_first=of_first, of_second=of_second), first.slots,
             joined(lambda part: part.channels, 1), joined(lambda part: part.middles, 1),
             joined(lambda part: part.units, 2),
         )  # fmt: skip
 
 
-def _entry(store: TieredStorage, part: Prepared, number: int, aligned: int) -> dict[str, int]:
+def _entry(store: TieredStorage, part: Prepared, number: int) -> dict[str, int]:
     """The row of a table for a block of one group of heads."""
     keys, values = store.blocks[number]
     walk = part.walks[number]
@@ -92,12 +89,12 @@ def _entry(store: TieredStorage, part: Prepared, number: int, aligned: int) -> d
         "positions": part.positions,
         "positions_length": part.positions.shape[2],
         "P": walk.tokens,
-        "stretch": walk.stretch // aligned,
+        "length": walk.length,
         "first_slot": sum(each.tokens for each in part.walks[:number]),
         "heads": store.kv_heads,
     }
     if number in part.slots:
-        found |= {"chunks": part.slots[number].chunks, "most_chunks": part.slots[number].chunks.shape[1]}
+        found["lines"] = part.slots[number].lines
     return {name: address(value) for name, value in found.items()}
 
 

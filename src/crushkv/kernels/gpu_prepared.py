@@ -17,13 +17,14 @@ from ..storage import RAW, ChannelFormat, TieredStorage
 from ..storage.basis import Basis
 from ..storage.block import PackedTensor
 from ..storage.channels import ChannelTensor
-from ..storage.packing import PLANES
 
-CHUNK = 64
-"""Rows of a plane of channels that are multiplied at a time."""
+ROWS = 32
+"""Channels of a plane that are multiplied at a time."""
 TILE_NUMBERS = 16384
 """Numbers of a tile of values."""
-_PROGRAMS_A_PROCESSOR = 4  # twice what runs at a time, so that all have work until the end
+STRETCHES = 8
+"""Of a block; see `gpu_code`."""
+_PROGRAMS_A_PROCESSOR = 3  # as many as run at a time: one more would run alone at the end
 _MOST_SPLITS = 128
 
 
@@ -31,7 +32,7 @@ _MOST_SPLITS = 128
 def programs(device: torch.device) -> int:
     """How many programs a device runs at a time, about."""
     if device.type != "cuda":
-        return 16
+        return 12
     return int(torch.cuda.get_device_properties(device).multi_processor_count) * _PROGRAMS_A_PROCESSOR
 
 
@@ -41,45 +42,37 @@ class Walk:
 
     Attributes:
         tokens: P.
-        stretches: see `gpu_code`.
-        stretch: tokens of each.
+        length: of a stretch, in tokens.
         splits: programs that share the tokens of a head.
     """
 
     tokens: int
-    stretches: int
-    stretch: int
+    length: int
     splits: int
 
     @classmethod
-    def over(cls, tokens: int, stretches: int, tile: int, heads: int, device: torch.device) -> Walk:
+    def over(cls, tokens: int, tile: int, heads: int, device: torch.device) -> Walk:
         """heads: of all rows."""
-        stretch = -(-tokens // stretches)
-        tiles = -(-stretch // (tile // stretches))
-        return cls(tokens, stretches, stretch, max(1, min(tiles, programs(device) // heads, _MOST_SPLITS)))
+        length = -(-tokens // STRETCHES)
+        tiles = -(-length // (tile // STRETCHES))
+        return cls(tokens, length, max(1, min(tiles, programs(device) // heads, _MOST_SPLITS)))
 
     @property
-    def aligned(self) -> int:
-        """What the length of a stretch is a multiple of, as far as it makes loads wider."""
-        return next(by for by in (16, 4, 1) if self.stretch % by == 0)
+    def even(self) -> bool:
+        """Whether the stretches are full."""
+        return self.tokens % STRETCHES == 0
 
 
 def tile_of(sizes: tuple[int, int], device: torch.device) -> int:
     """Tokens a tile, for head sizes of keys and values: what the registers of eight warps hold."""
     if device.type != "cuda":  # the interpreter's time goes by numbers
-        return 16
-    return max(16, min(128, TILE_NUMBERS // power_of_two(max(sizes))))
-
-
-def _stretches(keys: PackedTensor | ChannelTensor, values: PackedTensor) -> int:
-    """Of the narrowest plane of a block."""
-    widths = [min(PLANES[part.bits]) for part in (keys, values) if part.bits in PLANES]
-    return 8 if isinstance(keys, ChannelTensor) else 8 // min(widths, default=8)
+        return 32
+    return max(32, min(128, TILE_NUMBERS // power_of_two(max(sizes))))
 
 
 def room_of(size: int) -> int:
     """Slots of a plane."""
-    return -(-size // CHUNK) * CHUNK
+    return -(-size // ROWS) * ROWS
 
 
 @dataclass(frozen=True)
@@ -90,13 +83,13 @@ class Slots:
         channels: int32 `[Hkv, SLOTS]`, the channel of each slot.
         powers: float32 `[Hkv, SLOTS]`, the place value of the plane's lowest bit in the code; 0: the slot is empty.
         middles: float32 `[Hkv, SLOTS]`, half of the greatest number in the plane.
-        chunks: int32 `[Hkv, most, 8]`, see `gpu_code`: CHUNK rows of a plane at a time.
+        lines: int32 `[Hkv, 3, 4]`, see `gpu_code`: of each plane, the first line, and how many there are.
     """
 
     channels: Tensor
     powers: Tensor
     middles: Tensor
-    chunks: Tensor
+    lines: Tensor
 
     @classmethod
     def of(cls, form: ChannelFormat) -> Slots:
@@ -105,7 +98,7 @@ class Slots:
         slots = power_of_two(3 * room)
         channels = torch.zeros(heads, slots, dtype=torch.int32)
         powers, middles = torch.zeros(heads, slots), torch.zeros(heads, slots)
-        chunks: list[list[list[int]]] = [[] for _ in range(heads)]
+        lines = torch.zeros(heads, 3, 4, dtype=torch.int32)
         for number, (width, flat, shift) in enumerate(form.planes_here):
             head = flat // size
             count = head.bincount(minlength=heads)
@@ -114,17 +107,13 @@ class Slots:
             channels[head, slot] = (flat % size).int()
             powers[head, slot] = (1 << shift.long()[:, 0]).float()
             middles[head, slot] = ((1 << width) - 1) / 2
-            for of, begin, many in zip(chunks, start.tolist(), count.tolist(), strict=True):
-                for i in range(0, many, CHUNK):
-                    of.append([begin + i, many - i, width, number * room + i, len(flat)])
-        table = torch.zeros(heads, max(1, *map(len, chunks)), 8, dtype=torch.int32)
-        for head_number, of in enumerate(chunks):
-            table[head_number, :, 5] = len(of)
-            table[head_number, :, 2] = 1  # where there is none
-            if of:
-                table[head_number, : len(of), :5] = torch.tensor(of, dtype=torch.int32)
+            lines[:, number, 0], lines[:, number, 1], lines[:, number, 2] = (
+                width * start,
+                width * count,
+                width * len(flat),
+            )
         device = form.weight.device
-        return cls(*(x.to(device, non_blocking=True) for x in (channels, powers, middles, table)))
+        return cls(*(x.to(device, non_blocking=True) for x in (channels, powers, middles, lines)))
 
 
 _slots: WeakKeyDictionary[ChannelFormat, Slots] = WeakKeyDictionary()
@@ -248,11 +237,9 @@ class Prepared:
         basis = store.bases[0]
         sizes = store.sizes().sizes
         walks, slots, units = [], dict[int, Slots](), []
-        for number, (keys, values) in enumerate(store.blocks):
+        for number, (keys, _) in enumerate(store.blocks):
             heads = store.rows * store.kv_heads
-            walks.append(
-                Walk.over(keys.tokens, _stretches(keys, values), tile_of(sizes, store.device), heads, store.device)
-            )
+            walks.append(Walk.over(keys.tokens, tile_of(sizes, store.device), heads, store.device))
             if isinstance(keys, ChannelTensor):
                 assert basis.spread is not None
                 found = slots[number] = _slots_of(keys.form)
