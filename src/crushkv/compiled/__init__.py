@@ -21,6 +21,8 @@ from .cpu_library import library
 
 VARIABLE = "CRUSHKV_KERNELS"
 """Environment variable that names what computes attention over packed tokens; `plain` for nothing compiled at all."""
+FUSED = {"enable_fp_fusion": True}
+"""Options of Triton's compiler: a product and a sum in one. Releases differ in what they do unasked."""
 
 
 def interpreted() -> bool:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import on_its_device, power_of_two
+from . import FUSED, on_its_device, power_of_two
 
 _TOKENS = 16
 _TWO_PI = tl.constexpr(2 * math.pi)
@@ -74,7 +74,7 @@ def coordinates(
         _coordinates[(triton.cdiv(count, _TOKENS), rows * heads)](
             out, x, indices, positions.contiguous(), unused if centre is None else centre.contiguous(), partner,
             frequencies, count, heads, *_strides(x), D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS,
-            CENTRED=centre is not None, TURNS=turns is not None,
+            CENTRED=centre is not None, TURNS=turns is not None, **FUSED,
         )  # fmt: skip
     return out
 
@@ -141,6 +141,7 @@ def mean(
         positions if centre is None else centre.contiguous(), partner, frequencies, tokens, blocks, heads,
         *_strides(x), D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, TURNS=turns is not None,
         PADDED=real is not None, SQUARED=centre is not None, num_warps=8,
+        **FUSED,
     )  # fmt: skip
     total = sums.sum(2, keepdim=True)
     return total / (tokens if real is None else real.sum(-1).clamp(min=1)[:, None, None, None])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import on_its_device, power_of_two
+from . import FUSED, on_its_device, power_of_two
 
 _TOKENS = 32
 _VARYING = ["tokens"]
@@ -90,7 +90,7 @@ def channel_codes(
         _channel_codes[(triton.cdiv(tokens, _TOKENS), rows * heads)](
             codes, scales, x, unit.contiguous(), cost.contiguous(), used.contiguous(), last.contiguous(),
             tokens, heads, float(code[0]), float(code[1]), 1e-6,
-            D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, FACTORS=tuple(factors),
+            D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, FACTORS=tuple(factors), **FUSED,
         )  # fmt: skip
     return codes, scales
 
@@ -133,6 +133,7 @@ def spread_errors(x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: T
     _spread_errors[(rows * heads, len(factors))](
         errors, x.contiguous(), weight.contiguous(), unit.contiguous(), used.contiguous(), last.contiguous(), factors,
         tokens, rows * heads, heads, 1e-6, D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS,
+        **FUSED,
     )  # fmt: skip
     return errors
 
@@ -169,7 +170,8 @@ def range_codes(x: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     zeros, spans = (codes.new_empty((*x.shape[:-1], x.shape[-1] // length)) for _ in range(2))
     if groups:
         grid = (triton.cdiv(groups, _TOKENS),)
-        _range_codes[grid](codes, zeros, spans, x, groups, LENGTH=length, FILLED=power_of_two(length), TOKENS=_TOKENS)
+        filled = power_of_two(length)
+        _range_codes[grid](codes, zeros, spans, x, groups, LENGTH=length, FILLED=filled, TOKENS=_TOKENS, **FUSED)
     return codes, zeros, spans
 
 
@@ -250,5 +252,5 @@ def _launch_pack(
     grid = (triton.cdiv(length, together), triton.cdiv(rows, together), batch)
     _pack[grid](
         plane, codes, places, ups, tokens, length, rows, codes[0].numel(), *source, *target, plane[0].numel(),
-        WIDTH=width, BYTES=together, ROWS=together,
+        WIDTH=width, BYTES=together, ROWS=together, **FUSED,
     )  # fmt: skip

@@ -188,7 +188,7 @@ class _Plan:
         self.sizes = (self.size, values.shape[-1])
         self.kv_heads = sum(each.kv_heads for each in stores)
         self.group = self.heads // self.kv_heads
-        self.tile = tile_of(self.sizes, self.device)
+        self.tile = tile_of(self.sizes)
         self.slots = (0, 0)
         self.positions = 0
         self.blocks: list[tuple[Launch, int]] = []
@@ -283,7 +283,7 @@ class _Plan:
 
         rows, turning = self.rows * self.heads, centre.turning
         together = min(64, power_of_two(rows))
-        row_tiles, tile = -(-rows // together), 64 if self.device.type == "cuda" else 16
+        row_tiles, tile = -(-rows // together), 16 if interpreted() else 64
         # As many programs as run at a time.
         shares = min(-(-centre.positions // tile), max(1, programs(self.device) // row_tiles))
         self.centre_grid = (shares, row_tiles, 1)

@@ -59,7 +59,7 @@ class Joint:
             even.append(all(each.even for each in own))
             sizes = stores[0].sizes().sizes
             longest = max(each.tokens for each in own)
-            walks.append(Walk.over(longest, tile_of(sizes, device), heads, device))
+            walks.append(Walk.over(longest, tile_of(sizes), heads, device))
             rows = [_entry(store, part, number) for store, part in zip(stores, parts, strict=True)]
             table = torch.tensor([[row.get(field, 0) for field in FIELDS] for row in rows])
             tables.append(table.to(device, non_blocking=True))

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..compiled import FUSED
+
 
 class Launch:
     """A kernel with its arguments, of which a few are given each time.
@@ -31,7 +33,7 @@ class Launch:
     def __call__(self, grid: tuple[int, int, int], *changing: Any) -> None:
         if self._compiled is None:
             given = dict(zip(self._changing, changing, strict=True))
-            compiled = self._kernel[grid](**self._arguments, **given, **self._options)
+            compiled = self._kernel[grid](**self._arguments, **given, **FUSED, **self._options)
             if compiled is not None:  # the interpreter compiles nothing
                 self._keep(compiled)
             return

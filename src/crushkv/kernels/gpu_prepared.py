@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..compiled import power_of_two
+from ..compiled import interpreted, power_of_two
 from ..rope import Rope, angles, pairs_of
 from ..storage import RAW, ChannelFormat, TieredStorage
 from ..storage.basis import Basis
@@ -63,9 +63,9 @@ class Walk:
         return self.tokens % STRETCHES == 0
 
 
-def tile_of(sizes: tuple[int, int], device: torch.device) -> int:
+def tile_of(sizes: tuple[int, int]) -> int:
     """Tokens a tile, for head sizes of keys and values: what the registers of eight warps hold."""
-    if device.type != "cuda":  # the interpreter's time goes by numbers
+    if interpreted():  # whose time goes by numbers
         return 32
     return max(32, min(128, TILE_NUMBERS // power_of_two(max(sizes))))
 
@@ -239,7 +239,7 @@ class Prepared:
         walks, slots, units = [], dict[int, Slots](), []
         for number, (keys, _) in enumerate(store.blocks):
             heads = store.rows * store.kv_heads
-            walks.append(Walk.over(keys.tokens, tile_of(sizes, store.device), heads, store.device))
+            walks.append(Walk.over(keys.tokens, tile_of(sizes), heads, store.device))
             if isinstance(keys, ChannelTensor):
                 assert basis.spread is not None
                 found = slots[number] = _slots_of(keys.form)

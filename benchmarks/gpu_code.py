@@ -1,0 +1,198 @@
+"""What Triton's compiler makes of the GPU's kernels, on a machine that needs no GPU.
+
+    python benchmarks/gpu_code.py [--capability 90] [--shape llama-8b] [--preset balanced ...] [--json]
+
+A line is the kernel that attends to one block of a preset: its registers, how often it moves some to and from memory in
+a tile of tokens, and the instructions that a program's warp takes for a tile. Large batches take as long as these.
+All other kernels are compiled as well. Capabilities: 80 (A100), 86, 89 (RTX 4090), 90 (H100), 100 (B200).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import crushkv.compiled
+from crushkv import CrushConfig
+from crushkv.kernels import gpu
+from crushkv.presets import PRESETS
+from crushkv.rope import Rope
+from crushkv.storage import RAW
+from gpu_kernels import Layer, packed
+from gpu_report import console
+
+# Query heads, KV heads, channels.
+SHAPES = {"llama-8b": (32, 8, 128), "qwen-7b": (28, 4, 128), "smollm2": (9, 3, 64)}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
+LABEL = re.compile(r"^(\.L_x_\d+):")
+WAIT = 16  # instructions of a loop that waits, at most
+TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+
+
+class NoGpu:
+    """Stands for the driver of a GPU that code is made for, and that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+class Compiled:
+    """The kernels that were to be launched since `clear`, with their compile-time arguments."""
+
+    def __init__(self, capability: int) -> None:
+        self.kernels: list[tuple[str, dict[str, Any], Any]] = []
+        driver.set_active(NoGpu(capability))
+
+        def launcher(kernel: JITFunction[Any], grid: Any) -> Any:
+            def compiles(*args: Any, **kwargs: Any) -> None:
+                self.kernels.append((kernel.__name__, kwargs, kernel.warmup(*args, grid=grid, **kwargs)))
+
+            return compiles
+
+        JITFunction.__getitem__ = launcher
+
+    def clear(self) -> list[tuple[str, dict[str, Any], Any]]:
+        found, self.kernels = self.kernels, []
+        return found
+
+
+def disassembled(kernel: Any) -> tuple[int, list[tuple[str, str]], dict[str, int]]:
+    """Registers, instructions with their operands, and where labels stand."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, text = (
+            subprocess.run([str(TOOLS / tool[0]), *tool[1:], file.name], capture_output=True, text=True, check=True)
+            for tool in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    code, labels = list[tuple[str, str]](), dict[str, int]()
+    for line in text.stdout.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif instruction := INSTRUCTION.search(line):
+            code.append((instruction[1], instruction[2]))
+    registers = re.search(r"REG:(\d+)", usage.stdout)
+    assert registers is not None and code
+    return int(registers[1]), code, labels
+
+
+def loops(code: list[tuple[str, str]], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """First and last instructions of the loops in the order of their ends, but for those that wait for something."""
+    found = []
+    for i, (name, operands) in enumerate(code):
+        target = TARGET.search(operands) if name.startswith("BRA") else None
+        if target and (begin := labels.get(target[1], i + 1)) < i - WAIT:
+            found.append((begin, i))
+    return found
+
+
+def attention(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of a kernel that attends to a block: one program's instructions for a tile."""
+    registers, code, labels = disassembled(kernel)
+    *inner, (begin, end) = loops(code, labels)
+    lines = arguments["lines"]
+    planes = list[float]()
+    if arguments["K_BITS"] == 0:  # a loop for each plane of channels, of 4, 2 and 1 bits
+        turns = (lines[:, :, 1] / torch.tensor([4, 2, 1]) / arguments["ROWS"]).ceil()
+        planes = turns.mean(0).tolist()
+    known = len(planes) == len(inner) and all(begin < a < b < end for a, b in inner)
+    sizes = [b - a + 1 for a, b in inner]
+    tile = end - begin + 1 - sum(sizes) + sum(map(math.prod, zip(sizes, planes, strict=False)))
+    return {
+        "keys": "by channel" if arguments["K_BITS"] == 0 else arguments["K_BITS"],
+        "values": arguments["V_BITS"],
+        "together": arguments["JOINT"] == 1,
+        "columns": arguments["N"],
+        "tokens": arguments["TILE"],
+        "registers": registers,
+        "spills": sum(name[:3] in ("LDL", "STL") for name, _ in code[begin : end + 1]),
+        "instructions": round(tile) if known else None,  # a B200 waits outside of the loops
+    }
+
+
+def layer_of(shape: str) -> tuple[Tensor, Tensor, Tensor, Rope]:
+    """Queries, keys and values in bfloat16, and how the keys are turned."""
+    layer = Layer(*SHAPES[shape], tokens=2048, batch=1)
+    queries, keys, values, rope = layer.tensors(torch.device("cpu"))
+    return queries.bfloat16(), keys.bfloat16(), values.bfloat16(), rope
+
+
+def preset_rows(compiled: Compiled, shape: str, presets: list[str]) -> Iterator[dict[str, Any]]:
+    queries, keys, values, rope = layer_of(shape)
+    _, heads, size = SHAPES[shape]
+    groups = tuple(range(heads // 2)), tuple(range(heads // 2, heads))
+    for name in presets:
+        config = CrushConfig.preset(name)
+        whole = packed(keys, values, rope, config)
+        parts = [packed(keys[:, list(group)], values[:, list(group)], rope, config) for group in groups]
+        compiled.clear()
+        gpu.attend(queries, whole, size**-0.5, None)
+        assert gpu.attend_together(queries, parts, groups, size**-0.5) is not None
+        for kernel, arguments, made in compiled.clear():
+            if kernel == "attend_block" and arguments["K_BITS"] != RAW:
+                yield {"preset": name, **attention(made, arguments)}
+
+
+def compile_the_others(compiled: Compiled, shape: str, presets: list[str]) -> set[str]:
+    """Compiles what quantizes and packs, whose results are nothing here, and rare forms. Names of the kernels."""
+    module = crushkv.compiled._module
+    crushkv.compiled._module = lambda subject, device: importlib.import_module(f"crushkv.compiled.gpu_{subject}")
+    try:
+        queries, keys, values, rope = layer_of(shape)
+        for name in presets:
+            packed(keys, values, rope, CrushConfig.preset(name))
+    finally:
+        crushkv.compiled._module = module
+    for name in presets[:1]:  # a padded batch, and blocks of a number of tokens that does not divide by 8
+        store = packed(keys[:, :, 3:], values[:, :, 3:], rope, CrushConfig(**PRESETS[name], page_size=1))
+        gpu.attend(queries, store, 1.0, torch.ones(1, 1, store.length, dtype=torch.bool))
+    return {name for name, _, _ in compiled.clear()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--json", action="store_true", help="print lines of JSON")
+    given = parser.parse_args()
+    compiled = Compiled(given.capability)
+    others = compile_the_others(compiled, given.shape, given.preset)
+    rows = list(preset_rows(compiled, given.shape, given.preset))
+    if given.json:
+        return print(json.dumps({"triton": triton.__version__, "others": sorted(others), "rows": rows}))
+    table = Table(*(name for name in rows[0]))
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    console.print(table)
+    print(f"Triton {triton.__version__}, capability {given.capability}; compiled besides: {', '.join(sorted(others))}")
+
+
+if __name__ == "__main__":
+    main()
