@@ -180,7 +180,7 @@ def range_codes(x: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["tokens", "length", "rows"])
 def _pack(
-    plane, codes, channels, ups, tokens, length, rows, of_row, of_token, of_channel, of_byte, of_out, plane_row,
+    plane, codes, channels, ups, tokens, length, rows, size, of_row, of_byte, of_out, plane_row,
     WIDTH: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program: (bytes, rows of the plane, batch). Byte j of a row holds the tokens j, j + length, ..."""
@@ -190,10 +190,12 @@ def _pack(
     real = (j < length)[:, None] & (r < rows)[None, :]
     channel = tl.load(channels + r, mask=r < rows, other=0).to(tl.int64)
     up = tl.load(ups + r, mask=r < rows, other=0).to(tl.int32)
+    # A channel of another head lies `tokens * size` numbers further.
+    place = batch * of_row + channel // size * tokens * size + channel % size
     packed = tl.zeros([BYTES, ROWS], tl.int32)
     for s in tl.static_range(8 // WIDTH):
         token = s * length + j
-        at = batch * of_row + token.to(tl.int64)[:, None] * of_token + (channel * of_channel)[None, :]
+        at = token.to(tl.int64)[:, None] * size + place[None, :]
         code = tl.load(codes + at, mask=real & (token < tokens)[:, None], other=0).to(tl.int32)
         packed |= ((code >> up[None, :]) & ((1 << WIDTH) - 1)) << (s * WIDTH)
     out = batch * plane_row + j.to(tl.int64)[:, None] * of_byte + (r.to(tl.int64) * of_out)[None, :]
@@ -205,12 +207,8 @@ def pack_channels(codes: Tensor, channels: Tensor, ups: Tensor, width: int, leng
 
     codes: uint8 `[B, Hkv, P, D]`. channels: int64 `[n]`, of all heads, by `head * D + d`; ups: uint8 `[n]`.
     """
-    rows, heads, tokens, size = codes.shape
-    count = len(channels)
-    plane = codes.new_empty((rows, count, length))
-    # A channel of another head lies `tokens * size` numbers further.
-    places = channels // size * (tokens * size) + channels % size
-    _launch_pack(plane, codes.contiguous(), places, ups, tokens, length, (size, 1), (1, length), width)
+    plane = codes.new_empty((len(codes), len(channels), length))
+    _launch_pack(plane, codes, channels, ups, length, (1, length), width)
     return plane
 
 
@@ -218,11 +216,9 @@ def pack_tokens(codes: Tensor, up: int, width: int, length: int) -> Tensor:
     """A plane of the bits above `up` of codes, uint8 `[..., P, D]`: uint8 `[..., length, D]`."""
     *batch, tokens, size = codes.shape
     plane = codes.new_empty((*batch, length, size))
-    if not plane.numel():
-        return plane
-    flat = codes.reshape(-1, tokens, size)
-    places, ups = _all_channels(size, up, codes.device)
-    _launch_pack(plane.view(-1, length, size), flat, places, ups, tokens, length, (size, 1), (size, 1), width)
+    channels, ups = _all_channels(size, up, codes.device)
+    of_batch = codes.reshape(-1, 1, tokens, size)
+    _launch_pack(plane.view(len(of_batch), length, size), of_batch, channels, ups, length, (size, 1), width)
     return plane
 
 
@@ -234,23 +230,15 @@ def _all_channels(size: int, up: int, device: torch.device) -> tuple[Tensor, Ten
 
 @on_its_device
 def _launch_pack(
-    plane: Tensor,
-    codes: Tensor,
-    places: Tensor,
-    ups: Tensor,
-    tokens: int,
-    length: int,
-    source: tuple[int, int],
-    target: tuple[int, int],
-    width: int,
+    plane: Tensor, codes: Tensor, channels: Tensor, ups: Tensor, length: int, target: tuple[int, int], width: int
 ) -> None:
-    """source: from one token, and from one place, to the next; target: from one byte, and from one row."""
+    """codes: `[B, Hkv, P, D]`. target: from one byte, and from one channel, to the next in a row of `plane`."""
     if not plane.numel():
         return
-    batch, rows = plane.shape[0], len(places)
-    together = 32
-    grid = (triton.cdiv(length, together), triton.cdiv(rows, together), batch)
+    codes, rows, together = codes.contiguous(), len(channels), 32
+    *_, tokens, size = codes.shape
+    grid = (triton.cdiv(length, together), triton.cdiv(rows, together), len(codes))
     _pack[grid](
-        plane, codes, places, ups, tokens, length, rows, codes[0].numel(), *source, *target, plane[0].numel(),
+        plane, codes, channels, ups, tokens, length, rows, size, codes[0].numel(), *target, plane[0].numel(),
         WIDTH=width, BYTES=together, ROWS=together, **FUSED,
     )  # fmt: skip

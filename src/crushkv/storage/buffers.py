@@ -36,7 +36,10 @@ def writable(buffer: Tensor) -> bool:
 
 
 def take(x: Tensor, indices: Tensor) -> Tensor:
-    """Tokens `[..., K, R]` at `indices [..., K]` of `x [..., P, R]`: rows copied whole, faster than a gather."""
+    """Tokens `[..., K, R]` at `indices [..., K]` of `x [..., P, R]`."""
+    if x.is_cuda:  # one launch instead of four
+        return x.gather(-2, indices[..., None].expand(*indices.shape, x.shape[-1]))
+    # Rows are copied whole, which is faster on a CPU.
     *batch, tokens, size = x.shape
     offsets = torch.arange(math.prod(batch), device=x.device).view(*batch, 1) * tokens
     return x.reshape(-1, size).index_select(0, (indices + offsets).flatten()).view(*indices.shape, size)
