@@ -4,9 +4,9 @@
 Letters: B rows, H query heads, Hkv KV heads, G query heads a KV head, P tokens of a block, D channels of a key, E
 channels of a value. Logits are in units of log2, so that `exp2` takes them.
 
-Packed bytes are read as words of four. The bits of a code are those of a subnormal float16, UNIT times the code (and
-a power of two more where they do not begin at the lowest bit), so that masks alone make numbers of a word's codes: two
-in a register, of the bytes 0, 2, 1 and 3. Matrix units multiply subnormal numbers as exactly, and as fast, as others.
+Packed bytes are read as words of four. The bits of a code are those of a subnormal float16: the code times UNIT, which
+is 2 ** -24, and a power of two more where they do not begin at the lowest bit. So a mask makes numbers of two codes of
+a word, those of the bytes 0 and 2, or 1 and 3. Matrix units multiply subnormal numbers as exactly as others.
 
 A block's tokens are walked in tiles of TILE tokens: PART neighbours of each of 8 stretches, of `length` tokens each. In
 a plane of w bits, the tokens at the same place of 8 / w stretches share a byte, so that a tile has all that is in its
@@ -107,8 +107,7 @@ def centre_logits(
 
 
 _INTERPRETED = tl.constexpr(interpreted())
-UNIT = tl.constexpr(2.0**-24)
-_CODES = tl.constexpr(2.0**24)  # of a UNIT
+_CODES = tl.constexpr(2.0**24)  # 1 / UNIT
 
 
 @triton.jit
@@ -340,20 +339,9 @@ def _found(found, rows, all_splits, E: tl.constexpr):
 
 
 # Numbers that differ from call to call or from layer to layer: none of them is worth a kernel of its own.
-_VARYING = ["P", "length", "of_centre_length", "position_step"]
-_VARYING += [
-    "positions_length",
-    "first_slot",
-    "first_split",
-    "splits",
-    "all_splits",
-    "shown_row",
-    "shown_head",
-    "first_weights",
-    "all_heads",
-]
-_UNALIGNED = ["queries", "offsets", "of_centre", "positions", "shown", "k_zero", "k_span"]
-_UNALIGNED += ["v_zero", "v_span"]
+_VARYING = ["P", "length", "of_centre_length", "position_step", "positions_length", "first_slot", "first_split"]
+_VARYING += ["splits", "all_splits", "shown_row", "shown_head", "first_weights", "all_heads"]
+_UNALIGNED = ["queries", "offsets", "of_centre", "positions", "shown", "k_zero", "k_span", "v_zero", "v_span"]
 
 FIELDS = (
     *("k0", "k1", "k2", "k_zero", "k_span", "v0", "v1", "v_zero", "v_span", "positions", "lines"),  # addresses

@@ -187,11 +187,13 @@ def _spreads(device: torch.device) -> Tensor:
 
 
 def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: ChannelFormat) -> Tensor:
-    """The weighted squared error of each channel with each of `_SPREADS`: float32 `[F, B, Hkv, 1, D]`."""
+    """The weighted squared error of each channel with each of `_SPREADS`, in squares of its steps with `spread`:
+    float32 `[F, B, Hkv, 1, D]`.
+    """
     weight = torch.ones_like(x[..., 0]) if weight is None else weight
     # Slots that are empty do not count, and the sample is by rank, so that a row does not depend on the others.
     real = (weight >= 0).float()
-    weight = weight * real
+    weight = weight.clamp(min=0)
     mean = weight.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
     weight, order = (weight + _EVERY_TOKEN * mean * real).sort(dim=-1, descending=True, stable=True)
     weight = torch.cat([weight[..., :_ALL_OF], _STEP * weight[..., _ALL_OF::_STEP]], dim=-1)
@@ -199,14 +201,13 @@ def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: Chann
     unit = spread * form.steps
     if (compiled := quantizer(x.device)) is not None:
         errors: Tensor = compiled.spread_errors(x, weight, unit, form.size_weights, form.last, _spreads(x.device))
-    else:
-        z = x / unit
-        size = (z.square() @ form.size_weights.transpose(-1, -2)).sqrt().clamp(min=_LEAST)
-        scale = size * _spreads(x.device).view(-1, 1, 1, 1, 1)
-        y = z / scale
-        off = _levels(y, form).sub_(form.last / 2).sub_(y).mul_(scale)
-        errors = (off.square_() * weight[..., None]).sum(-2, keepdim=True)
-    return errors * unit.square()
+        return errors
+    z = x / unit
+    size = (z.square() @ form.size_weights.transpose(-1, -2)).sqrt().clamp(min=_LEAST)
+    scale = size * _spreads(x.device).view(-1, 1, 1, 1, 1)
+    y = z / scale
+    off = _levels(y, form).sub_(form.last / 2).sub_(y).mul_(scale)
+    return (off.square_() * weight[..., None]).sum(-2, keepdim=True)
 
 
 def _write(codes: Tensor, scale: Tensor, spread: Tensor, form: ChannelFormat, out: Tensor) -> Tensor:
