@@ -303,6 +303,17 @@ def test_what_is_refused() -> None:
     ]
     for wrong, why in cases:
         assert why in (gpu.refusal(wrong, store) or "")
+    odd = held(Formats((4, 4), (4, 4)), shape=(1, 2, 32, 30))
+    assert gpu.refusal(queries, odd) == "the channels of a head do not divide by 4"
+
+
+def test_older_releases_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some multiply matrices of 16 columns at least; those before are refused."""
+    monkeypatch.setattr(gpu, "_triton", lambda: (3, 4))
+    assert gpu.missing() is None
+    check(held(Formats((4.25, 3), (2, 2), (8, 8), by_channel=True), rope=rope_of(32)))
+    monkeypatch.setattr(gpu, "_triton", lambda: (3, 2))
+    assert gpu.missing() == "Triton 3.3 or later is needed"
 
 
 def test_it_is_chosen() -> None:
