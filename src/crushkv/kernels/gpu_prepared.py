@@ -64,7 +64,7 @@ class Walk:
 
 
 def tile_of(sizes: tuple[int, int]) -> int:
-    """Tokens a tile, for head sizes of keys and values: what the registers of eight warps hold."""
+    """Tokens a tile, for head sizes of keys and values: what the registers of a program hold."""
     if interpreted():  # whose time goes by numbers
         return 32
     return max(32, min(128, TILE_NUMBERS // power_of_two(max(sizes))))
