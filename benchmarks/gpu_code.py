@@ -34,11 +34,9 @@ from crushkv.kernels import gpu
 from crushkv.presets import PRESETS
 from crushkv.rope import Rope
 from crushkv.storage import RAW
-from gpu_kernels import Layer, packed
+from gpu_kernels import SHAPES, Layer, packed
 from gpu_report import console
 
-# Query heads, KV heads, channels.
-SHAPES = {"llama-8b": (32, 8, 128), "qwen-7b": (28, 4, 128), "smollm2": (9, 3, 64)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -136,16 +134,19 @@ def attention(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def layer_of(shape: str) -> tuple[Tensor, Tensor, Tensor, Rope]:
+Tensors = tuple[Tensor, Tensor, Tensor, Rope]
+
+
+def layer_of(shape: str) -> Tensors:
     """Queries, keys and values in bfloat16, and how the keys are turned."""
     layer = Layer(*SHAPES[shape], tokens=2048, batch=1)
     queries, keys, values, rope = layer.tensors(torch.device("cpu"))
     return queries.bfloat16(), keys.bfloat16(), values.bfloat16(), rope
 
 
-def preset_rows(compiled: Compiled, shape: str, presets: list[str]) -> Iterator[dict[str, Any]]:
-    queries, keys, values, rope = layer_of(shape)
-    _, heads, size = SHAPES[shape]
+def preset_rows(compiled: Compiled, layer: Tensors, presets: list[str]) -> Iterator[dict[str, Any]]:
+    queries, keys, values, rope = layer
+    _, heads, _, size = keys.shape
     groups = tuple(range(heads // 2)), tuple(range(heads // 2, heads))
     for name in presets:
         config = CrushConfig.preset(name)
@@ -159,12 +160,12 @@ def preset_rows(compiled: Compiled, shape: str, presets: list[str]) -> Iterator[
                 yield {"preset": name, **attention(made, arguments)}
 
 
-def compile_the_others(compiled: Compiled, shape: str, presets: list[str]) -> set[str]:
+def compile_the_others(compiled: Compiled, layer: Tensors, presets: list[str]) -> set[str]:
     """Compiles what quantizes and packs, whose results are nothing here, and rare forms. Names of the kernels."""
+    queries, keys, values, rope = layer
     module = crushkv.compiled._module
     crushkv.compiled._module = lambda subject, device: importlib.import_module(f"crushkv.compiled.gpu_{subject}")
     try:
-        queries, keys, values, rope = layer_of(shape)
         for name in presets:
             packed(keys, values, rope, CrushConfig.preset(name))
     finally:
@@ -182,9 +183,9 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--json", action="store_true", help="print lines of JSON")
     given = parser.parse_args()
-    compiled = Compiled(given.capability)
-    others = compile_the_others(compiled, given.shape, given.preset)
-    rows = list(preset_rows(compiled, given.shape, given.preset))
+    compiled, layer = Compiled(given.capability), layer_of(given.shape)
+    others = compile_the_others(compiled, layer, given.preset)
+    rows = list(preset_rows(compiled, layer, given.preset))
     if given.json:
         return print(json.dumps({"triton": triton.__version__, "others": sorted(others), "rows": rows}))
     table = Table(*(name for name in rows[0]))

@@ -18,6 +18,8 @@ from crushkv.core import Shares
 from crushkv.rope import Rope
 from crushkv.storage import TieredStorage
 
+# Query heads, KV heads, channels.
+SHAPES = {"smollm2": (9, 3, 64), "qwen": (14, 2, 64), "qwen-7b": (28, 4, 128), "llama-8b": (32, 8, 128)}
 REPEATS, WARM_UP = 20, 3
 DECODED = 16  # tokens behind the packed ones, as the model made them
 FULL = "16 bits, PyTorch"

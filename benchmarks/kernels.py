@@ -14,11 +14,9 @@ import torch
 
 from crushkv import CrushConfig, kernels
 from crushkv.presets import PRESETS
-from gpu_kernels import Layer, copy_bandwidth, rows
+from gpu_kernels import SHAPES, Layer, copy_bandwidth, rows
 from gpu_report import console, kernel_table, say
 
-# Query heads, KV heads, channels.
-SHAPES = {"smollm2": (9, 3, 64), "qwen": (14, 2, 64), "llama-8b": (32, 8, 128)}
 WIDTHS = (8, "6/4", "4/4", "3/3", "2.25/2", "1/2")
 
 

@@ -26,7 +26,6 @@ from .gpu_joint import Joint, alike
 from .gpu_launch import Launch
 from .gpu_prepared import (
     ROWS,
-    STRETCHES,
     Centre,
     Prepared,
     Walk,
@@ -34,6 +33,7 @@ from .gpu_prepared import (
     prepared,
     programs,
     room_of,
+    stretch_of,
     tile_of,
     value_arguments,
 )
@@ -84,12 +84,13 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
         return f"a head has more than {_MOST_CHANNELS} channels"
     if any(basis.projection is not None for basis in store.bases or ()):
         return "keys and values are projected"
+    if (made := prepared(store)) is None:
+        return None
     if any(tensor.shape[-1] % 4 for tensor in (keys, values)):
         return "the channels of a head do not divide by 4"
-    made = prepared(store)
-    if made is not None and keys.shape[-1] % (4 * made.key_groups):
+    if keys.shape[-1] % (4 * made.key_groups):
         return "the channels of a range do not divide by 4"
-    if made is not None and (group * made.value_groups > _MOST_ROWS or made.key_groups > _MOST_KEY_GROUPS):
+    if group * made.value_groups > _MOST_ROWS or made.key_groups > _MOST_KEY_GROUPS:
         return "a head has too many queries, or a token too many ranges"
     return None
 
@@ -250,7 +251,7 @@ class _Plan:
             for (keys, values), head_map in zip(tails, self.head_maps, strict=True):
                 strides = keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)
                 tokens = keys.shape[2]
-                of_dense = (keys, values, *strides, tokens, -(-tokens // STRETCHES), walk.splits, head_map)
+                of_dense = (keys, values, *strides, tokens, stretch_of(tokens), walk.splits, head_map)
                 self.dense((walk.splits, keys.shape[1], self.rows), found, splits, queries, *flags, *of_dense)
         out = self._new(self.rows, self.heads, 1, size, dtype=self.dtype)
         rotation = out if of_values is None else of_values
@@ -339,9 +340,10 @@ class _Plan:
                 "PRODUCT": _product_dtype(self.dtype),
             }
         )  # fmt: skip
-        options = LAUNCH if columns == 8 and arguments["K_BITS"] != RAW else _MEDIUM_LAUNCH
         if columns > 16:
             options = _LARGE_LAUNCH
+        else:
+            options = LAUNCH if columns == 8 and arguments["K_BITS"] != RAW else _MEDIUM_LAUNCH
         staying = {name: value for name, value in every.items() if name not in changing}
         return Launch(attend_block, staying, changing, **options)
 

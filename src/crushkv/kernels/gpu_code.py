@@ -363,7 +363,7 @@ def attend_block(
     queries,  # [B * H, D]
     weights,  # of `query_weights`
     offsets,  # of `query_weights`
-    lines,  # int32 [Hkv, 3, 4], of each plane of channels, see `_head_lines`
+    lines,  # int32 [Hkv, 3, 3], of each plane of channels, see `_head_lines`
     of_centre,  # float32 [B * Hkv, of_centre_length, G] of `centre_logits`
     positions,  # int32 [B, Hkv, positions_length]
     shown,  # uint8, strides shown_row and shown_head, over all slots
@@ -467,10 +467,10 @@ def attend_block(
     if K_BITS == 0:
         weights += (first_weights + queried * G) * SLOTS
         offset = tl.load(offsets + first_weights + query)
-        lines += head * 12
+        lines += head * 9
         plane4, count4 = _head_lines(k0, lines, row, length)
-        plane2, count2 = _head_lines(k1, lines + 4, row, length)
-        plane1, count1 = _head_lines(k2, lines + 8, row, length)
+        plane2, count2 = _head_lines(k1, lines + 3, row, length)
+        plane1, count1 = _head_lines(k2, lines + 6, row, length)
         words4 = _line_words(plane4, 0, count4, first, length, ROWS * 4, PART)
         words2 = _line_words(plane2, 0, count2, first, length, ROWS * 2, PART)
         words1 = _line_words(plane1, 0, count1, first, length, ROWS, PART)

@@ -53,7 +53,7 @@ class Walk:
     @classmethod
     def over(cls, tokens: int, tile: int, heads: int, device: torch.device) -> Walk:
         """heads: of all rows."""
-        length = -(-tokens // STRETCHES)
+        length = stretch_of(tokens)
         tiles = -(-length // (tile // STRETCHES))
         return cls(tokens, length, max(1, min(tiles, programs(device) // heads, _MOST_SPLITS)))
 
@@ -61,6 +61,11 @@ class Walk:
     def even(self) -> bool:
         """Whether the stretches are full."""
         return self.tokens % STRETCHES == 0
+
+
+def stretch_of(tokens: int) -> int:
+    """Tokens of a stretch of so many."""
+    return -(-tokens // STRETCHES)
 
 
 def tile_of(sizes: tuple[int, int]) -> int:
@@ -83,7 +88,7 @@ class Slots:
         channels: int32 `[Hkv, SLOTS]`, the channel of each slot.
         powers: float32 `[Hkv, SLOTS]`, the place value of the plane's lowest bit in the code; 0: the slot is empty.
         middles: float32 `[Hkv, SLOTS]`, half of the greatest number in the plane.
-        lines: int32 `[Hkv, 3, 4]`, see `gpu_code`: of each plane, the first line, and how many there are.
+        lines: int32 `[Hkv, planes, 3]`, see `gpu_code._head_lines`.
     """
 
     channels: Tensor
@@ -98,7 +103,7 @@ class Slots:
         slots = power_of_two(3 * room)
         channels = torch.zeros(heads, slots, dtype=torch.int32)
         powers, middles = torch.zeros(heads, slots), torch.zeros(heads, slots)
-        lines = torch.zeros(heads, 3, 4, dtype=torch.int32)
+        lines = torch.zeros(heads, 3, 3, dtype=torch.int32)
         for number, (width, flat, shift) in enumerate(form.planes_here):
             head = flat // size
             count = head.bincount(minlength=heads)
