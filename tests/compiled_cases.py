@@ -29,7 +29,7 @@ def random(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape).to(device)
 
 
-@pytest.mark.parametrize(("size", "tokens"), [(32, 70), (20, 9)])
+@pytest.mark.parametrize(("size", "tokens"), [(32, 70), (20, 9), (20, 1030)])
 def test_keys_by_channel_are_quantized_as_plainly(
     size: int, tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,14 +50,18 @@ def test_keys_by_channel_are_quantized_as_plainly(
         assert torch.equal(plane, planes[name]), name
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("known", "tokens"), [(True, 70), (False, 70), (True, 700), (False, 700)])
 def test_the_spread_of_channels_is_fitted_as_plainly(
-    known: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    known: bool, tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     forms = [ChannelFormat(torch.randint(0, 7, (2, 20)), torch.rand(2, 20, device=device)) for _ in range(2)]
-    parts = [random(2, 2, tokens, 20, device=device) ** 3 for tokens in (70, 0, 9)]
-    attended = torch.rand(2, 2, 79, device=device) if known else None
+    parts = [random(2, 2, count, 20, device=device) ** 3 for count in (tokens, 0, 9)]
+    attended = None
+    if known:
+        attended = torch.rand(2, 2, tokens + 9, device=device) ** 4
+        attended[0, :, ::3] = -1  # empty slots
+        attended[1, :, 10:40] = 0.5  # as much as each other
     spread = torch.rand(2, 2, 1, 20, device=device).half() + 0.1
 
     def run() -> Tensor:
@@ -94,13 +98,16 @@ def test_centres_are_found_and_taken_off_as_plainly(
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize(("size", "tokens"), [(32, 21), (36, 601)])
 @pytest.mark.parametrize("bits", sorted(PLANES))
-def test_tokens_are_quantized_as_plainly(bits: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_quantized_as_plainly(
+    bits: int, size: int, tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    x = random(2, 2, 21, 32, device=device) * torch.logspace(-6, 3, 21, device=device)[:, None]
+    x = random(2, 2, tokens, size, device=device) * torch.logspace(-6, 3, tokens, device=device)[:, None]
 
     def run() -> tuple[Any, Any]:
-        codes = quantize(x, 16)
+        codes = quantize(x, size // 2)
         return codes, pack(codes.codes >> (8 - bits), bits)
 
     (codes, planes), (expected, _) = both(monkeypatch, run)

@@ -74,7 +74,7 @@ def memory() -> tuple[int | None, int | None]:
 def return_freed_memory() -> None:
     """Gives the pages that the C library's allocator keeps in reserve back to the operating system, where it can.
 
-    Takes 5 to 15 ms while a model of a few hundred megabytes works.
+    Takes 5 to 30 ms while a model of a few hundred megabytes works.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl has no such function

@@ -167,11 +167,12 @@ inline void put(void* to, int64_t at, float x, int32_t dtype) {
 
 // What the bytes of spans and scales stand for; see quantization.py and channels.py.
 struct Tables {
-    float width[256], scale[256];
+    float width[256], scale[256], per_scale[256];
     Tables() {
         for (int i = 0; i < 256; ++i) {
             width[i] = std::exp2((i - 128.0f) / 8.0f);
             scale[i] = std::exp2((i - 128.0f) / 16.0f);
+            per_scale[i] = std::exp2((128.0f - i) / 16.0f);
         }
     }
 };

@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr int SCALES = 5;  // that are tried for a token: as many as channels.py has
+
 // The nearest whole number from 0 to 255; 0 for what is not a number.
 inline int byte_of(float x) {
     x = std::nearbyint(x);
@@ -18,19 +20,30 @@ inline floats limited(floats x, floats low, floats high) {
     return x < high ? x : high;
 }
 
-// The codes of numbers in steps, of which `top` is the greatest.
-inline ints levels(floats y, floats top) {
-    return __builtin_convertvector(limited(y + (top + 1.0f) / 2.0f, all(0), top), ints);
+// What some channels have in common: the greatest code, and where codes lie around zero.
+struct Top {
+    floats last, half, middle;
+    explicit Top(floats top) : last(top), half((top + 1.0f) / 2.0f), middle(top / 2.0f) {}
+
+    // The codes of numbers in steps.
+    ints levels(floats y) const { return __builtin_convertvector(limited(y + half, all(0), last), ints); }
+    // How far these numbers are from their codes.
+    floats off(floats y) const { return __builtin_convertvector(levels(y), floats) - middle - y; }
+};
+
+// Writes the first `count` of a vector's numbers, which are below 256.
+inline void put_bytes(uint8_t* to, ints x, int64_t count) {
+    const bytes low = __builtin_convertvector(x, bytes);
+    std::memcpy(to, &low, std::min<int64_t>(count, LANES));
 }
 
 // What belongs to one row and head: one number for each channel, filled up to whole vectors.
 struct Channels {
-    std::vector<float> unit, cost, used, last, z;
+    std::vector<float> per_unit, cost, used, last, z;
     int64_t size, padded;
     Channels(int64_t n, const float* units, const float* uses, const float* lasts) : size(n), padded(filled(n)) {
-        for (auto* each : {&unit, &cost, &used, &last, &z}) each->assign(padded, 0);
-        std::fill(unit.begin(), unit.end(), 1.0f);
-        std::copy_n(units, size, unit.data());
+        for (auto* each : {&per_unit, &cost, &used, &last, &z}) each->assign(padded, 0);
+        for (int64_t d = 0; d < size; ++d) per_unit[d] = 1 / units[d];
         std::copy_n(uses, size, used.data());
         std::copy_n(lasts, size, last.data());
     }
@@ -40,13 +53,73 @@ struct Channels {
         std::copy_n(from, size, z.data());
         floats squares{};
         for (int64_t d = 0; d < padded; d += LANES) {
-            const floats y = load<floats>(&z[d]) / load<floats>(&unit[d]);
+            const floats y = load<floats>(&z[d]) * load<floats>(&per_unit[d]);
             squares += y * y * load<floats>(&used[d]);
             store(&z[d], y);
         }
         return std::max(std::sqrt(sum_of(squares)), 1e-6f);
     }
 };
+
+// The places of numbers that are not negative, the greatest first, and of equal ones in their order: a radix sort.
+std::vector<int32_t> descending(const float* from, int64_t count) {
+    constexpr int DIGIT = 11, DIGITS = 1 << DIGIT;
+    std::vector<uint32_t> keys(count);
+    std::vector<int32_t> order(count), next(count);
+    for (int64_t i = 0; i < count; ++i) keys[i] = ~load<uint32_t>(from + i), order[i] = static_cast<int32_t>(i);
+    for (int shift = 0; shift < 32; shift += DIGIT) {
+        std::vector<int32_t> place(DIGITS + 1, 0);
+        for (int64_t i = 0; i < count; ++i) ++place[(keys[i] >> shift) % DIGITS + 1];
+        for (int digit = 0; digit < DIGITS; ++digit) place[digit + 1] += place[digit];
+        for (int64_t i = 0; i < count; ++i) next[place[(keys[order[i]] >> shift) % DIGITS]++] = order[i];
+        order.swap(next);
+    }
+    return order;
+}
+
+// Bits of bytes, eight bytes at a time: those that cross into a neighbour are masked off.
+struct Bits {
+    int up, width;
+
+    // The `width` bits above `up` of so many bytes, `down` bits up in those of `to`, besides what is there.
+    void add(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t count, int down) const {
+        const uint64_t mask = 0x0101010101010101u * ((1u << width) - 1);
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8)
+            store(to + i, load<uint64_t>(to + i) | (load<uint64_t>(from + i) >> up & mask) << down);
+        for (; i < count; ++i) to[i] |= static_cast<uint8_t>((from[i] >> up & mask) << down);
+    }
+};
+
+// Eight rows of eight bytes each, in which rows become columns.
+inline void transpose(uint64_t (&rows)[8]) {
+    constexpr uint64_t MASKS[] = {0x00000000ffffffffu, 0x0000ffff0000ffffu, 0x00ff00ff00ff00ffu};
+    for (int level = 0, apart = 4; apart > 0; ++level, apart /= 2)
+        for (int i = 0; i < 8; ++i)
+            if (!(i & apart)) {
+                const uint64_t moved = (rows[i] >> 8 * apart ^ rows[i + apart]) & MASKS[level];
+                rows[i] ^= moved << 8 * apart;
+                rows[i + apart] ^= moved;
+            }
+}
+
+// Up to `TOGETHER` rows of `size` bytes each, as columns of `to [size, TOGETHER]`.
+void turn(const uint8_t* from, uint8_t* to, int64_t rows, int64_t size) {
+    int64_t row = 0;
+    for (; row + 8 <= rows; row += 8) {
+        int64_t d = 0;
+        for (; d + 8 <= size; d += 8) {
+            uint64_t block[8];
+            for (int i = 0; i < 8; ++i) block[i] = load<uint64_t>(from + (row + i) * size + d);
+            transpose(block);
+            for (int i = 0; i < 8; ++i) store(to + (d + i) * TOGETHER + row, block[i]);
+        }
+        for (; d < size; ++d)
+            for (int i = 0; i < 8; ++i) to[d * TOGETHER + row + i] = from[(row + i) * size + d];
+    }
+    for (; row < rows; ++row)
+        for (int64_t d = 0; d < size; ++d) to[d * TOGETHER + row] = from[row * size + d];
+}
 
 }  // namespace
 
@@ -55,8 +128,8 @@ extern "C" {
 // Codes [pairs, tokens, size] and codes of scales [pairs, tokens] of keys `x`, likewise; see `channel_codes` in Python.
 // unit, cost: [pairs, size]. used, last: [heads, size]. factors: log2 of the scales that are tried.
 void channel_codes(const float* x, uint8_t* codes, uint8_t* scales, const float* unit, const float* cost,
-                   const float* used, const float* last, const float* factors, int64_t count, float octave,
-                   float middle, int64_t pairs, int64_t heads, int64_t tokens, int64_t size, int64_t threads) {
+                   const float* used, const float* last, const float* factors, float octave, float middle,
+                   int64_t pairs, int64_t heads, int64_t tokens, int64_t size, int64_t threads) {
     const int64_t parts = parts_of(tokens);
     for_each(pairs * parts, threads, [=](int64_t item) {
         const int64_t pair = item / parts, head = pair % heads, begin = item % parts * TOGETHER;
@@ -66,47 +139,51 @@ void channel_codes(const float* x, uint8_t* codes, uint8_t* scales, const float*
         for (int64_t token = begin; token < end; ++token) {
             const int64_t at = (pair * tokens + token) * size;
             const float base = std::log2(of.take(x + at)), *z = of.z.data();
+            int tried[SCALES];
+            floats sums[SCALES]{};
+            for (int f = 0; f < SCALES; ++f) tried[f] = byte_of(std::nearbyint((base + factors[f]) * octave) + middle);
+            for (int64_t d = 0; d < of.padded; d += LANES) {
+                const Top top(load<floats>(&of.last[d]));
+                const floats cost = load<floats>(&of.cost[d]), steps = load<floats>(z + d);
+                for (int f = 0; f < SCALES; ++f) {
+                    const floats off = top.off(steps * tables.per_scale[tried[f]]);
+                    sums[f] += off * off * cost;
+                }
+            }
             int best = 0;
             float least = std::numeric_limits<float>::infinity();
-            for (int64_t f = 0; f < count; ++f) {
-                const int code = byte_of(std::nearbyint((base + factors[f]) * octave) + middle);
-                const float scale = tables.scale[code];
-                floats sum{};
-                for (int64_t d = 0; d < of.padded; d += LANES) {
-                    const floats y = load<floats>(z + d) / scale, top = load<floats>(&of.last[d]);
-                    const floats off = __builtin_convertvector(levels(y, top), floats) - top / 2.0f - y;
-                    sum += off * off * load<floats>(&of.cost[d]);
-                }
-                const float error = sum_of(sum) * (scale * scale);
-                if (f == 0 || error < least) least = error, best = code;
+            for (int f = 0; f < SCALES; ++f) {
+                const float scale = tables.scale[tried[f]], error = sum_of(sums[f]) * (scale * scale);
+                if (f == 0 || error < least) least = error, best = tried[f];
             }
             scales[pair * tokens + token] = static_cast<uint8_t>(best);
-            for (int64_t d = 0; d < of.padded; d += LANES) {
-                const ints level = levels(load<floats>(z + d) / tables.scale[best], load<floats>(&of.last[d]));
-                for (int64_t l = 0; l < std::min<int64_t>(LANES, size - d); ++l)
-                    codes[at + d + l] = static_cast<uint8_t>(level[l]);
-            }
+            for (int64_t d = 0; d < size; d += LANES)
+                put_bytes(codes + at + d, Top(load<floats>(&of.last[d])).levels(load<floats>(z + d) * tables.per_scale[best]),
+                          size - d);
         }
     });
 }
 
 // The squared errors of each channel, in squares of its steps, if its steps were larger by each of some factors: `errors
-// [count, pairs, size]`; see `spread_errors` in Python. weight: [pairs, tokens].
+// [count, pairs, size]`; see `spread_errors` in Python. weight: [pairs, tokens], of which the `whole` greatest are looked
+// at, and each `step`-th of the others.
 void spread_errors(float* errors, const float* x, const float* weight, const float* unit, const float* used,
-                   const float* last, const float* factors, int64_t count, int64_t pairs, int64_t heads, int64_t tokens,
-                   int64_t size, int64_t threads) {
-    for_each(count * pairs, threads, [=](int64_t item) {
+                   const float* last, const float* factors, int64_t count, int64_t whole, int64_t step, int64_t pairs,
+                   int64_t heads, int64_t tokens, int64_t size, int64_t threads) {
+    std::vector<std::vector<int32_t>> orders(pairs);
+    for_each(pairs, threads, [&](int64_t pair) { orders[pair] = descending(weight + pair * tokens, tokens); });
+    for_each(count * pairs, threads, [&](int64_t item) {
         const int64_t pair = item % pairs, head = pair % heads;
         Channels of(size, unit + pair * size, used + head * size, last + head * size);
         std::vector<float> sums(of.padded, 0);
-        for (int64_t token = 0; token < tokens; ++token) {
-            const float counts = weight[pair * tokens + token];
+        for (int64_t rank = 0; rank < tokens; rank += rank < whole ? 1 : step) {
+            const int64_t at = pair * tokens + orders[pair][rank];
+            const float counts = weight[at] * static_cast<float>(rank < whole ? 1 : step);
             if (counts == 0) continue;
-            const float base = of.take(x + (pair * tokens + token) * size);
-            const float scale = base * factors[item / pairs], share = counts * scale * scale;
+            const float scale = of.take(x + at * size) * factors[item / pairs];
+            const float per_scale = 1 / scale, share = counts * scale * scale;
             for (int64_t d = 0; d < of.padded; d += LANES) {
-                const floats y = load<floats>(&of.z[d]) / scale, top = load<floats>(&of.last[d]);
-                const floats off = __builtin_convertvector(levels(y, top), floats) - top / 2.0f - y;
+                const floats off = Top(load<floats>(&of.last[d])).off(load<floats>(&of.z[d]) * per_scale);
                 const floats sum = load<floats>(&sums[d]) + off * off * share;
                 store(&sums[d], sum);
             }
@@ -138,30 +215,39 @@ void range_codes(const float* x, uint8_t* codes, uint8_t* zeros, uint8_t* spans,
             const int zero = byte_of((width - most - least) / (2 * width) * 255);
             const float low = width * (static_cast<float>(zero) / -255.0f), cells = 256 / width;
             zeros[g] = static_cast<uint8_t>(zero), spans[g] = static_cast<uint8_t>(span);
-            for (int64_t d = 0; d < length; ++d) {
-                const float cell = (from[d] - low) * cells;
-                to[d] = static_cast<uint8_t>(static_cast<int>(cell > 0 ? (cell < 255 ? cell : 255) : 0));
-            }
+            const auto cell = [=](floats y) {
+                return __builtin_convertvector(limited((y - low) * cells, all(0), all(255)), ints);
+            };
+            for (int64_t d = 0; d < whole; d += LANES) put_bytes(to + d, cell(load<floats>(from + d)), LANES);
+            floats rest{};
+            std::copy(from + whole, from + length, reinterpret_cast<float*>(&rest));
+            put_bytes(to + whole, cell(rest), length - whole);
         }
     });
 }
 
 // A plane [rows, count, length] of the `width` bits above `ups [count]` of some channels of codes [rows, heads, tokens,
-// size]. Channels are numbered through all heads. Byte j holds the tokens j, j + length, ...
+// size]. Channels are numbered through all heads, and ascend. Byte j holds the tokens j, j + length, ...
 void pack_channels(const uint8_t* codes, uint8_t* plane, const int64_t* channels, const uint8_t* ups, int64_t rows,
                    int64_t heads, int64_t tokens, int64_t size, int64_t count, int64_t width, int64_t length,
                    int64_t threads) {
-    const int64_t parts = parts_of(length);
-    const uint8_t mask = static_cast<uint8_t>((1 << width) - 1);
-    for_each(rows * parts, threads, [=](int64_t item) {
-        const int64_t row = item / parts, begin = item % parts * TOGETHER, end = std::min(begin + TOGETHER, length);
-        for (int64_t n = 0; n < count; ++n) {
-            const uint8_t* from = codes + (row * heads + channels[n] / size) * tokens * size + channels[n] % size;
-            uint8_t* to = plane + (row * count + n) * length;
-            std::memset(to + begin, 0, end - begin);
-            for (int64_t s = 0; s < 8 / width; ++s)
-                for (int64_t j = begin; j < std::min(end, tokens - s * length); ++j)
-                    to[j] |= static_cast<uint8_t>((from[(s * length + j) * size] >> ups[n] & mask) << s * width);
+    const int64_t parts = parts_of(length), padded = filled(size);
+    for_each(rows * heads * parts, threads, [=](int64_t item) {
+        const int64_t row = item / parts / heads, head = item / parts % heads, begin = item % parts * TOGETHER;
+        const int64_t* first = std::lower_bound(channels, channels + count, head * size);
+        const int64_t* last = std::lower_bound(first, channels + count, (head + 1) * size);
+        const int64_t held = std::min(TOGETHER, length - begin);
+        uint8_t* to = plane + (row * count + (first - channels)) * length + begin;
+        for (int64_t n = 0; n < last - first; ++n) std::memset(to + n * length, 0, held);
+        std::vector<uint8_t> turned(padded * TOGETHER);  // [size, tokens]
+        for (int64_t s = 0; s < 8 / width; ++s) {
+            const int64_t there = std::min(held, tokens - s * length - begin);
+            if (there <= 0) break;
+            turn(codes + ((row * heads + head) * tokens + s * length + begin) * size, turned.data(), there, size);
+            for (int64_t n = 0; n < last - first; ++n) {
+                const Bits bits{ups[first - channels + n], static_cast<int>(width)};
+                bits.add(to + n * length, &turned[first[n] % size * TOGETHER], there, static_cast<int>(s * width));
+            }
         }
     });
 }
@@ -170,17 +256,16 @@ void pack_channels(const uint8_t* codes, uint8_t* plane, const int64_t* channels
 void pack_tokens(const uint8_t* codes, uint8_t* plane, int64_t count, int64_t tokens, int64_t size, int64_t up,
                  int64_t width, int64_t length, int64_t threads) {
     const int64_t parts = parts_of(length);
-    const uint8_t mask = static_cast<uint8_t>((1 << width) - 1);
+    const Bits bits{static_cast<int>(up), static_cast<int>(width)};
     for_each(count * parts, threads, [=](int64_t item) {
-        const int64_t n = item / parts, begin = item % parts * TOGETHER;
-        for (int64_t j = begin; j < std::min(begin + TOGETHER, length); ++j) {
-            uint8_t* to = plane + (n * length + j) * size;
-            std::memset(to, 0, size);
-            for (int64_t s = 0; s < 8 / width && s * length + j < tokens; ++s) {
-                const uint8_t* from = codes + (n * tokens + s * length + j) * size;
-                for (int64_t d = 0; d < size; ++d)
-                    to[d] |= static_cast<uint8_t>((from[d] >> up & mask) << s * width);
-            }
+        const int64_t n = item / parts, begin = item % parts * TOGETHER, held = std::min(TOGETHER, length - begin);
+        uint8_t* to = plane + (n * length + begin) * size;
+        std::memset(to, 0, held * size);
+        for (int64_t s = 0; s < 8 / width; ++s) {
+            const int64_t there = std::min(held, tokens - s * length - begin);
+            if (there <= 0) break;
+            const uint8_t* from = codes + (n * tokens + s * length + begin) * size;
+            bits.add(to, from, there * size, static_cast<int>(s * width));
         }
     });
 }

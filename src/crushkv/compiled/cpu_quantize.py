@@ -21,17 +21,19 @@ def channel_codes(
     scales = torch.empty((rows, heads, tokens, 1), dtype=torch.uint8)
     given = [_floats(part) for part in (x, unit, cost, used, last, torch.tensor(factors))]
     call(
-        "channel_codes", given[0], codes, scales, *given[1:], len(factors), *map(float, code),
+        "channel_codes", given[0], codes, scales, *given[1:], *map(float, code),
         rows * heads, heads, tokens, size,
     )  # fmt: skip
     return codes, scales
 
 
-def spread_errors(x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Tensor) -> Tensor:
+def spread_errors(
+    x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Tensor, sample: tuple[int, int]
+) -> Tensor:
     rows, heads, tokens, size = x.shape
     errors = torch.empty((len(factors), rows, heads, 1, size))
     given = [_floats(part) for part in (x, weight, unit, used, last, factors)]
-    call("spread_errors", errors, *given, len(factors), rows * heads, heads, tokens, size)
+    call("spread_errors", errors, *given, len(factors), *sample, rows * heads, heads, tokens, size)
     return errors
 
 

@@ -95,45 +95,55 @@ def channel_codes(
     return codes, scales
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=[*_VARYING, "sampled"])
 def _spread_errors(
-    errors, x, weight, unit, used, last, factors, tokens, pairs, heads, least,
+    errors, x, weight, order, unit, used, last, factors, tokens, sampled, whole, step, pairs, heads, least,
     D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Program: (row and head, factor). See `storage.channels.fitted_spread`."""
+    """Program: (row and head, factor). See `storage.channels.fitted_spread`. weight: in descending `order`."""
     pair, f = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, D_FILLED)
     real, of_head = d < D, (pair % heads) * D + d
-    step = tl.load(unit + pair * D + d, mask=real, other=1.0)[None, :]
+    one_step = tl.load(unit + pair * D + d, mask=real, other=1.0)[None, :]
     share = tl.load(used + of_head, mask=real, other=0.0)[None, :]
     top = tl.load(last + of_head, mask=real, other=0.0)[None, :]
     factor = tl.load(factors + f)
     total = tl.zeros([D_FILLED], tl.float32)
-    for start in range(0, tokens, TOKENS):
-        t = start + tl.arange(0, TOKENS)
+    for start in range(0, sampled, TOKENS):
+        n = start + tl.arange(0, TOKENS)
+        rank = tl.where(n < whole, n, whole + (n - whole) * step)
+        t = tl.load(order + pair * tokens + rank, mask=n < sampled, other=0)
         at = (pair * tokens + t)[:, None] * D + d[None, :]
-        z = tl.load(x + at, mask=(t < tokens)[:, None] & real[None, :], other=0.0).to(tl.float32) / step
+        z = tl.load(x + at, mask=(n < sampled)[:, None] & real[None, :], other=0.0).to(tl.float32) / one_step
         scale = tl.maximum(tl.sqrt(tl.sum(z * z * share, 1)), least)[:, None] * factor
         y = z / scale
         off = _levels(y, top) - top / 2 - y
-        counts = tl.load(weight + pair * tokens + t, mask=t < tokens, other=0.0)[:, None]
-        total += tl.sum(off * off * (counts * scale * scale), 0)
+        counts = tl.load(weight + pair * tokens + rank, mask=n < sampled, other=0.0) * tl.where(n < whole, 1, step)
+        total += tl.sum(off * off * (counts[:, None] * scale * scale), 0)
     tl.store(errors + (f * pairs + pair) * D + d, total, mask=real)
 
 
 @on_its_device
-def spread_errors(x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Tensor) -> Tensor:
+def spread_errors(
+    x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Tensor, sample: tuple[int, int]
+) -> Tensor:
     """The squared errors of each channel of keys `x [B, Hkv, P, D]`, in squares of its steps, if these were larger by
     each of `factors [F]`: float32 `[F, B, Hkv, 1, D]`.
 
-    Args: weight: float32 `[B, Hkv, P]`, how much a token counts. The others are those of `channel_codes`.
+    Args:
+        weight: float32 `[B, Hkv, P]`, how much a token counts; not negative.
+        sample: of the tokens in the order of their weights, the greatest first, so many are looked at, and of the
+            others each of such steps, which counts as many times. The other arguments are those of `channel_codes`.
     """
     rows, heads, tokens, size = x.shape
+    whole, step = sample
+    sampled = min(tokens, whole) + triton.cdiv(max(0, tokens - whole), step)
     errors = torch.empty((len(factors), rows, heads, 1, size), device=x.device)
+    weight, order = weight.contiguous().sort(dim=-1, descending=True, stable=True)
     _spread_errors[(rows * heads, len(factors))](
-        errors, x.contiguous(), weight.contiguous(), unit.contiguous(), used.contiguous(), last.contiguous(), factors,
-        tokens, rows * heads, heads, 1e-6, D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS,
-        **FUSED,
+        errors, x.contiguous(), weight, order, unit.contiguous(), used.contiguous(), last.contiguous(), factors,
+        tokens, sampled, whole, step, rows * heads, heads, 1e-6,
+        D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, **FUSED,
     )  # fmt: skip
     return errors
 

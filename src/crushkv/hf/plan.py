@@ -18,11 +18,10 @@ from ..rope import Rope
 from ..storage import ChannelFormat, Formats, KeyEnergy, LayerSizes, Workspace, channel_formats
 from .masks import MaskReader
 
-# Freed blocks of a few megabytes stay in the allocator's reserve, too scattered for activations. Given back after each
-# 32 MiB, the peak of `balanced` on a prompt of 6,639 tokens is 330 MiB instead of 540 (the full cache: 690; means of
-# six and five). It differs by 100 MiB from one process to the next. A call takes 24 ms, and the next layer asks for the
-# memory again: after each 64 MiB, a prompt of 4,096 tokens was read 1 % faster, at a peak about 50 MiB higher.
-RETURNED_AT = 32 * 2**20
+# Freed blocks of a few megabytes stay in the allocator's reserve, too scattered for activations. A call gives them back
+# to the system, and the next layers ask for the memory again, page by page: with one after each 32 MiB, a prompt of
+# 4,096 tokens took 4 to 5 % longer to read than with none, and one of 8,000 tokens 3 %.
+RETURNED_AT = 128 * 2**20
 
 
 @dataclass

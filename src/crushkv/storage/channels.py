@@ -192,16 +192,18 @@ def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: Chann
     """
     weight = torch.ones_like(x[..., 0]) if weight is None else weight
     # Slots that are empty do not count, and the sample is by rank, so that a row does not depend on the others.
-    real = (weight >= 0).float()
+    empty = weight < 0
     weight = weight.clamp(min=0)
-    mean = weight.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
-    weight, order = (weight + _EVERY_TOKEN * mean * real).sort(dim=-1, descending=True, stable=True)
-    weight = torch.cat([weight[..., :_ALL_OF], _STEP * weight[..., _ALL_OF::_STEP]], dim=-1)
-    x = take(x, torch.cat([order[..., :_ALL_OF], order[..., _ALL_OF::_STEP]], dim=-1))
+    mean = weight.sum(-1, keepdim=True) / (x.shape[2] - empty.sum(-1, keepdim=True)).clamp(min=1)
+    weight = (weight + _EVERY_TOKEN * mean).masked_fill_(empty, 0)
     unit = spread * form.steps
     if (compiled := quantizer(x.device)) is not None:
-        errors: Tensor = compiled.spread_errors(x, weight, unit, form.size_weights, form.last, _spreads(x.device))
+        given = x, weight, unit, form.size_weights, form.last, _spreads(x.device)
+        errors: Tensor = compiled.spread_errors(*given, (_ALL_OF, _STEP))
         return errors
+    weight, order = weight.sort(dim=-1, descending=True, stable=True)
+    weight = torch.cat([weight[..., :_ALL_OF], _STEP * weight[..., _ALL_OF::_STEP]], dim=-1)
+    x = take(x, torch.cat([order[..., :_ALL_OF], order[..., _ALL_OF::_STEP]], dim=-1))
     z = x / unit
     size = (z.square() @ form.size_weights.transpose(-1, -2)).sqrt().clamp(min=_LEAST)
     scale = size * _spreads(x.device).view(-1, 1, 1, 1, 1)
