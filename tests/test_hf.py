@@ -223,15 +223,26 @@ def test_the_peak_of_the_prefill_in_bytes(model: Any, policy: str) -> None:
 
 
 @torch.no_grad()
-def test_freed_memory_is_given_back_now_and_then(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("resident", "after"),
+    [
+        ([100, 163, 164], []),
+        ([100, 165, 100], [2]),
+        ([100, 90, 165], [3]),
+        ([100, 165, 300], [2]),  # what the first layer after that takes is not growth
+        ([None] * 3, []),  # not told
+    ],
+)
+def test_freed_memory_is_given_back_where_the_process_grows(
+    model: Any, monkeypatch: pytest.MonkeyPatch, resident: list[int | None], after: list[int]
+) -> None:
     held: list[int] = []
-    for at, times in ((1, 3), (2**40, 0)):  # after each of the three layers; not yet
-        cache = KVCrush(**SMALL).cache(model)
-        held.clear()
-        monkeypatch.setattr(plan, "RETURNED_AT", at)
-        monkeypatch.setattr(plan, "return_freed_memory", lambda cache=cache: held.append(cache.nbytes))
-        model(**prompts([120]), past_key_values=cache)
-        assert held == [cache.nbytes * layers // 3 for layers in range(1, times + 1)]
+    cache = KVCrush(**SMALL).cache(model)
+    told = iter(resident)
+    monkeypatch.setattr(plan, "resident_memory", lambda: None if (mib := next(told)) is None else mib * 2**20)
+    monkeypatch.setattr(plan, "return_freed_memory", lambda: held.append(cache.nbytes))
+    model(**prompts([120]), past_key_values=cache)
+    assert held == [cache.nbytes * layers // 3 for layers in after]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 119, 120, 500])

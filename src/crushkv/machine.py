@@ -71,6 +71,14 @@ def memory() -> tuple[int | None, int | None]:
     return total, free
 
 
+def resident_memory() -> int | None:
+    """Bytes of main memory that this process occupies, as Linux tells; None elsewhere."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
 def return_freed_memory() -> None:
     """Gives the pages that the C library's allocator keeps in reserve back to the operating system, where it can.
 

@@ -215,9 +215,8 @@ class CrushLayer(CacheLayerMixin):
             self.queries.show(past[:, past.shape[1] - self.queries.count :])
         self.remember(call, new_real, self.plan.clock.is_prompt(self.seen - count, count))
         if self._evicts_after(count):
-            held = self.nbytes
             self.evict(call)
-            self.plan.freed(held - self.nbytes, call.queries.device)
+            self.plan.evicted(call.queries.device)
 
     def _evicts_after(self, count: int) -> bool:
         """Whether it is time to evict behind a pass of so many tokens."""

@@ -12,16 +12,16 @@ from torch import Tensor
 from ..config import CrushConfig
 from ..core import Clock, Evictor, HeadNeeds, Shares, check_finite
 from ..later import Later
-from ..machine import return_freed_memory
+from ..machine import resident_memory, return_freed_memory
 from ..profile import Profile
 from ..rope import Rope
 from ..storage import ChannelFormat, Formats, KeyEnergy, LayerSizes, Workspace, channel_formats
 from .masks import MaskReader
 
-# Freed blocks of a few megabytes stay in the allocator's reserve, too scattered for activations. A call gives them back
-# to the system, and the next layers ask for the memory again, page by page: with one after each 32 MiB, a prompt of
-# 4,096 tokens took 4 to 5 % longer to read than with none, and one of 8,000 tokens 3 %.
-RETURNED_AT = 128 * 2**20
+# Freed blocks of a few megabytes stay in the allocator's reserve, too scattered for activations: how many differs from
+# one process to the next. When the process has grown by so much from layer to layer, they are given back to the system.
+# The next layers ask for the memory again, page by page, which takes 1 % of the time to read 4,096 tokens.
+GROWN_BY = 64 * 2**20
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Plan:
     formats: Formats = field(init=False)
     workspace: Workspace = field(default_factory=Workspace)
     masks: MaskReader = field(default_factory=MaskReader)
-    _freed: int = 0
+    _resident: int | None = None
     _unchecked: list[Later] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,11 +60,14 @@ class Plan:
         self.formats = self.config.formats
         self.reads_packed = not self.latent
 
-    def freed(self, nbytes: int, device: torch.device) -> None:
-        """A layer holds so many bytes less than before: now and then, they are given back to the operating system."""
-        self._freed += nbytes
-        if self._freed >= RETURNED_AT and device.type == "cpu":
-            self._freed = 0
+    def evicted(self, device: torch.device) -> None:
+        """A layer has given memory back: where the process grows all the same, the system gets it."""
+        if device.type != "cpu" or (now := resident_memory()) is None:
+            return
+        if self._resident is None:
+            self._resident = now
+        elif now - self._resident > GROWN_BY:
+            self._resident = None  # the next layer's activations come on top of what is left
             return_freed_memory()
 
     def watch(self, finite: Later) -> None:
