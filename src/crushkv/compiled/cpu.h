@@ -17,6 +17,10 @@
 #include <immintrin.h>
 #endif
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bytes are read as words, the lowest first"
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int SCALES = 5;  // that are tried for a token: as many as channels.py has
+constexpr int SCALES = 5;  // that are tried for a token: as many as `channel_codes` in Python is given
 
 // The nearest whole number from 0 to 255; 0 for what is not a number.
 inline int byte_of(float x) {

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from .cpu_library import call
 
+_SCALES = 5  # that are tried for a token: as in cpu_quantize.cpp
+
 
 def channel_codes(
     x: Tensor, unit: Tensor, cost: Tensor, used: Tensor, last: Tensor, factors: Sequence[float], code: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
+    assert len(factors) == _SCALES, "another number of scales was compiled"
     rows, heads, tokens, size = x.shape
     codes = torch.empty(x.shape, dtype=torch.uint8)
     scales = torch.empty((rows, heads, tokens, 1), dtype=torch.uint8)
