@@ -30,12 +30,14 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
+constexpr int WORDS = 4 * LANES;  // bytes of a vector
 constexpr int64_t FILLED = 16;    // numbers of a row are filled up to a multiple of this
 constexpr int64_t INTERVAL = 32;  // positions between two of the coarse table of angles
 constexpr int64_t TOGETHER = 64;  // tokens, groups or bytes that a thread takes at a time
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
+typedef uint16_t words __attribute__((vector_size(WORDS)));
 
 enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -53,6 +55,29 @@ inline void store(T* to, V v) {
 
 // Fetches what the next tile reads. Runs of tokens are too short for a processor to see that coming.
 inline void soon(const void* from) { __builtin_prefetch(from); }
+
+// Where some bits stand in a byte, and where they go.
+struct Bits {
+    int down, up;
+    uint8_t mask;
+};
+
+// Moves the bits of `length` bytes. `add`: `to` has other bits already.
+inline void move_bits(const uint8_t* from, uint8_t* to, int64_t length, Bits bits, bool add) {
+    int64_t d = 0;
+    const auto [down, up, mask] = bits;
+    const words of_two = words{} + static_cast<uint16_t>(mask * 0x0101);
+    for (; d + WORDS <= length; d += WORDS) {
+        soon(from + d + length);
+        words x = (load<words>(from + d) >> down & of_two) << up;
+        if (add) x |= load<words>(to + d);
+        store(to + d, x);
+    }
+    for (; d < length; ++d) {
+        const uint8_t x = static_cast<uint8_t>((from[d] >> down & mask) << up);
+        to[d] = add ? static_cast<uint8_t>(to[d] | x) : x;
+    }
+}
 
 inline floats widened(const float* from) { return load<floats>(from); }
 inline floats widened(const uint8_t* from) {

@@ -77,19 +77,10 @@ std::vector<int32_t> descending(const float* from, int64_t count) {
     return order;
 }
 
-// Bits of bytes, eight bytes at a time: those that cross into a neighbour are masked off.
-struct Bits {
-    int up, width;
-
-    // The `width` bits above `up` of so many bytes, `down` bits up in those of `to`, besides what is there.
-    void add(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t count, int down) const {
-        const uint64_t mask = 0x0101010101010101u * ((1u << width) - 1);
-        int64_t i = 0;
-        for (; i + 8 <= count; i += 8)
-            store(to + i, load<uint64_t>(to + i) | (load<uint64_t>(from + i) >> up & mask) << down);
-        for (; i < count; ++i) to[i] |= static_cast<uint8_t>((from[i] >> up & mask) << down);
-    }
-};
+// The bits of a plane in codes, and in the bytes of its stretch `s`.
+inline Bits packed(int64_t up, int64_t width, int64_t s) {
+    return {static_cast<int>(up), static_cast<int>(s * width), static_cast<uint8_t>((1 << width) - 1)};
+}
 
 // Eight rows of eight bytes each, in which rows become columns.
 inline void transpose(uint64_t (&rows)[8]) {
@@ -231,7 +222,7 @@ void range_codes(const float* x, uint8_t* codes, uint8_t* zeros, uint8_t* spans,
 void pack_channels(const uint8_t* codes, uint8_t* plane, const int64_t* channels, const uint8_t* ups, int64_t rows,
                    int64_t heads, int64_t tokens, int64_t size, int64_t count, int64_t width, int64_t length,
                    int64_t threads) {
-    const int64_t parts = parts_of(length), padded = filled(size);
+    const int64_t parts = parts_of(length);
     for_each(rows * heads * parts, threads, [=](int64_t item) {
         const int64_t row = item / parts / heads, head = item / parts % heads, begin = item % parts * TOGETHER;
         const int64_t* first = std::lower_bound(channels, channels + count, head * size);
@@ -239,15 +230,14 @@ void pack_channels(const uint8_t* codes, uint8_t* plane, const int64_t* channels
         const int64_t held = std::min(TOGETHER, length - begin);
         uint8_t* to = plane + (row * count + (first - channels)) * length + begin;
         for (int64_t n = 0; n < last - first; ++n) std::memset(to + n * length, 0, held);
-        std::vector<uint8_t> turned(padded * TOGETHER);  // [size, tokens]
+        std::vector<uint8_t> turned(size * TOGETHER);  // [size, tokens]
         for (int64_t s = 0; s < 8 / width; ++s) {
             const int64_t there = std::min(held, tokens - s * length - begin);
             if (there <= 0) break;
             turn(codes + ((row * heads + head) * tokens + s * length + begin) * size, turned.data(), there, size);
-            for (int64_t n = 0; n < last - first; ++n) {
-                const Bits bits{ups[first - channels + n], static_cast<int>(width)};
-                bits.add(to + n * length, &turned[first[n] % size * TOGETHER], there, static_cast<int>(s * width));
-            }
+            for (int64_t n = 0; n < last - first; ++n)
+                move_bits(&turned[first[n] % size * TOGETHER], to + n * length, there,
+                          packed(ups[first - channels + n], width, s), true);
         }
     });
 }
@@ -256,7 +246,6 @@ void pack_channels(const uint8_t* codes, uint8_t* plane, const int64_t* channels
 void pack_tokens(const uint8_t* codes, uint8_t* plane, int64_t count, int64_t tokens, int64_t size, int64_t up,
                  int64_t width, int64_t length, int64_t threads) {
     const int64_t parts = parts_of(length);
-    const Bits bits{static_cast<int>(up), static_cast<int>(width)};
     for_each(count * parts, threads, [=](int64_t item) {
         const int64_t n = item / parts, begin = item % parts * TOGETHER, held = std::min(TOGETHER, length - begin);
         uint8_t* to = plane + (n * length + begin) * size;
@@ -265,7 +254,7 @@ void pack_tokens(const uint8_t* codes, uint8_t* plane, int64_t count, int64_t to
             const int64_t there = std::min(held, tokens - s * length - begin);
             if (there <= 0) break;
             const uint8_t* from = codes + (n * tokens + s * length + begin) * size;
-            bits.add(to, from, there * size, static_cast<int>(s * width));
+            move_bits(from, to, there * size, packed(up, width, s), true);
         }
     });
 }

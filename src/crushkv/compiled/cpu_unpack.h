@@ -6,7 +6,6 @@
 
 namespace {
 
-constexpr int WORDS = 4 * LANES;  // bytes of a vector
 #if defined(__AVX512BW__)
 constexpr int LINE = 64;
 #else
@@ -14,7 +13,6 @@ constexpr int LINE = 16;  // bytes of several runs in one vector would need shif
 #endif
 constexpr int TOGETHER_RUNS = LINE / RUN;
 typedef uint16_t line __attribute__((vector_size(LINE)));
-typedef uint16_t words __attribute__((vector_size(WORDS)));
 
 // Where the bits of a channel of a KV head's keys lie in the planes of 4, 2 and 1 bits.
 struct Channel {
@@ -96,29 +94,6 @@ constexpr Unpack UNPACK[WIDTHS] = {nullptr,
                                    unpack_channels<6>,
                                    unpack_channels<7>};
 
-// Where the bits of a plane stand in a byte, and where they go in a code.
-struct Bits {
-    int down, up;
-    uint8_t mask;
-};
-
-// The bits of `length` bytes of a plane of tokens. `add`: `to` has bits of a plane before it already.
-inline void unpack_bytes(const uint8_t* from, uint8_t* to, int64_t length, Bits bits, bool add) {
-    int64_t d = 0;
-    const auto [down, up, mask] = bits;
-    const words of_two = words{} + static_cast<uint16_t>(mask * 0x0101);
-    for (; d + WORDS <= length; d += WORDS) {
-        soon(from + d + length);
-        words x = (load<words>(from + d) >> down & of_two) << up;
-        if (add) x |= load<words>(to + d);
-        store(to + d, x);
-    }
-    for (; d < length; ++d) {
-        const uint8_t x = static_cast<uint8_t>((from[d] >> down & mask) << up);
-        to[d] = add ? static_cast<uint8_t>(to[d] | x) : x;
-    }
-}
-
 // The codes of a run of tokens of one row and KV head (`pair`) of `tokens`, one byte each. Each group of channels is
 // filled up to whole vectors.
 inline void unpack_run(const Numbers& numbers, int64_t pair, int64_t tokens, int64_t token, int count, int64_t size,
@@ -138,11 +113,11 @@ inline void unpack_run(const Numbers& numbers, int64_t pair, int64_t tokens, int
             uint8_t* to = out + t * stride;
             if (stride == size) {  // tokens of one stretch lie side by side, here and there
                 const int n = static_cast<int>(std::min<int64_t>(count - t, lines - line));
-                unpack_bytes(from, to, n * size, place, plane > 0);
+                move_bits(from, to, n * size, place, plane > 0);
                 t += n;
             } else {
                 for (int64_t group = 0; group < groups; ++group)
-                    unpack_bytes(from + group * length, to + group * padded, length, place, plane > 0);
+                    move_bits(from + group * length, to + group * padded, length, place, plane > 0);
                 ++t;
             }
         }

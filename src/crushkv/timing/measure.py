@@ -22,7 +22,7 @@ from ..hf.cache import CacheReport, CrushCache, kv_bytes, kv_bytes_at_16_bits
 from ..hf.interface import CACHE
 from ..hf.kvcrush import KVCrush
 from ..hf.support import check_prompt
-from ..machine import return_freed_memory
+from ..machine import resident_memory, return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class PeakMemory:
     def peak(self) -> int | None:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return None if self.before is None else _resident_set("VmHWM")
+        return None if self.before is None else _peak_resident_set()
 
 
 def _reset_peak_resident_set() -> int | None:
@@ -205,11 +205,11 @@ def _reset_peak_resident_set() -> int | None:
     return_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return _resident_set("VmRSS")
     except OSError:
         return None
+    return resident_memory()
 
 
-def _resident_set(name: str) -> int | None:
-    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+def _peak_resident_set() -> int | None:
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else None
