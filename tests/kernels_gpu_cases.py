@@ -21,6 +21,7 @@ from compiled_cases import (  # noqa: F401
 from crushkv import kernels
 from crushkv.config import CrushConfig
 from crushkv.kernels import gpu, plain
+from crushkv.kernels.gpu_prepared import prepared
 from crushkv.presets import PRESETS
 from crushkv.rope import Rope
 from crushkv.storage import RAW, Formats, TieredStorage
@@ -224,6 +225,14 @@ def test_numbers_of_tokens(tokens: int) -> None:
     """Stretches that are full and that are not, tiles of one token and of all."""
     for formats in (Formats((2.25, 3), (2.25, 3), by_channel=True), Formats((3, 2), (3, 2))):
         check(held(formats, tokens, shape=(1, 1, 32, 32), rope=rope_of(32)))
+
+
+@pytest.mark.parametrize("bits", some([8, 4, 3, 2], 3))
+def test_stretches_that_are_full(bits: int) -> None:
+    """Their codes are taken from the words by another way than those of tokens that do not divide by 8."""
+    store = held(Formats((bits, bits), (bits, bits)), 68, rope=rope_of(32), dense=8)
+    assert all(walk.even for walk in prepared(store).walks)  # type: ignore[union-attr]
+    check(store)
 
 
 @pytest.mark.parametrize("by_head", some([False, True], True))

@@ -117,13 +117,13 @@ def _byte_of(i):
 
 
 @triton.jit
-def _numbers(words, low, BITS: tl.constexpr, FIELD: tl.constexpr):
+def _numbers(words, low, BITS: tl.constexpr, FIELD: tl.constexpr, RAISED: tl.constexpr = 0):
     """UNIT times the codes that begin at bit FIELD of each of the four bytes of words, as float16.
 
-    3 bits: the lowest ones are in the words `low`.
+    3 bits: the lowest ones are in the words `low`, and the others stand RAISED bits too low.
     """
     MASK: tl.constexpr = (6 if BITS == 3 else (1 << BITS) - 1) * (0x00010001 << FIELD)
-    even, odd = words & MASK, (words >> 8) & MASK
+    even, odd = (words << RAISED) & MASK, (words >> (8 - RAISED)) & MASK
     if BITS == 3:
         even |= low & (0x00010001 << FIELD)
         odd |= (low >> 8) & (0x00010001 << FIELD)
@@ -300,10 +300,9 @@ def _stretch_numbers(STRETCH: tl.constexpr, high, low, t, length, P, BITS: tl.co
     if not EVEN:
         _, shift = _place(STRETCH, t, length, P, WIDTH, EVEN)
         _, shift_of_low = _place(STRETCH, t, length, P, 1, EVEN)
-        words = high[STRETCH] >> shift
-        return _numbers(words << 1 if BITS == 3 else words, low[STRETCH] >> shift_of_low, BITS, 0)
+        return _numbers(high[STRETCH] >> shift, low[STRETCH] >> shift_of_low, BITS, 0, 1 if BITS == 3 else 0)
     elif BITS == 3:  # the higher bits come to stand above the lowest
-        return _numbers(high[STRETCH] << (1 + STRETCH % 2), low[STRETCH], 3, STRETCH)
+        return _numbers(high[STRETCH], low[STRETCH], 3, STRETCH, 1 + STRETCH % 2)
     else:
         return _numbers(high[STRETCH], low[STRETCH], BITS, STRETCH // WIDTH * WIDTH)
 
