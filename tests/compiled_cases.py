@@ -115,3 +115,14 @@ def test_tokens_are_quantized_as_plainly(
     assert (codes.codes != expected.codes).float().mean() < 0.02
     for plane, other in zip(planes, pack(codes.codes >> (8 - bits), bits), strict=True):
         assert torch.equal(plane, other)
+
+
+def test_no_tokens_take_no_bytes(device: torch.device) -> None:
+    """Heads that need little may leave a tier empty."""
+    x, spread = random(2, 2, 0, 20, device=device), torch.ones(2, 2, 1, 20, device=device)
+    codes = quantize(x, 10)
+    for bits in PLANES:
+        assert all(plane.shape == (2, 2, 0, 20) for plane in pack(codes.codes, bits))
+    form = ChannelFormat(torch.randint(0, 7, (2, 20)), torch.rand(2, 20, device=device))
+    tensors = ChannelTensor.of(channels.quantize(x, spread, form), form).tensors
+    assert all(tensor.numel() == 0 for tensor in tensors.values())

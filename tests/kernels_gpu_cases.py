@@ -15,6 +15,7 @@ import stores
 from compiled_cases import (  # noqa: F401
     test_centres_are_found_and_taken_off_as_plainly,
     test_keys_by_channel_are_quantized_as_plainly,
+    test_no_tokens_take_no_bytes,
     test_the_spread_of_channels_is_fitted_as_plainly,
     test_tokens_are_quantized_as_plainly,
 )
@@ -220,10 +221,11 @@ def test_interleaved_pairs() -> None:
     check(held(Formats((3, 3), (3, 3), by_channel=True), rope=rope))
 
 
-@pytest.mark.parametrize("tokens", some([9, 10, 17, 136, 137, 300], 10))
+@pytest.mark.parametrize("tokens", some([9, 10, 17, 136, 137, 300], 9))
 def test_numbers_of_tokens(tokens: int) -> None:
-    """Stretches that are full and that are not, tiles of one token and of all."""
-    for formats in (Formats((2.25, 3), (2.25, 3), by_channel=True), Formats((3, 2), (3, 2))):
+    """Stretches that are full and that are not, tiles of one token and of all. Of 9 tokens, the first tier has none."""
+    alike, other = Formats((3, 2), (3, 2)), Formats((2.25, 2), (3, 4), by_channel=True)
+    for formats in (Formats((2.25, 3), (2.25, 3), by_channel=True), alike, other):
         check(held(formats, tokens, shape=(1, 1, 32, 32), rope=rope_of(32)))
 
 

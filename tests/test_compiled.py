@@ -8,6 +8,7 @@ import torch
 from compiled_cases import (  # noqa: F401
     test_centres_are_found_and_taken_off_as_plainly,
     test_keys_by_channel_are_quantized_as_plainly,
+    test_no_tokens_take_no_bytes,
     test_the_spread_of_channels_is_fitted_as_plainly,
     test_tokens_are_quantized_as_plainly,
 )

@@ -7,6 +7,7 @@ The plain forms stand beside the functions that call these: `storage.channels`, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -227,7 +228,7 @@ def pack_tokens(codes: Tensor, up: int, width: int, length: int) -> Tensor:
     *batch, tokens, size = codes.shape
     plane = codes.new_empty((*batch, length, size))
     channels, ups = _all_channels(size, up, codes.device)
-    of_batch = codes.reshape(-1, 1, tokens, size)
+    of_batch = codes.reshape(math.prod(batch), 1, tokens, size)  # -1 would not do for no tokens
     _launch_pack(plane.view(len(of_batch), length, size), of_batch, channels, ups, length, (size, 1), width)
     return plane
 
