@@ -1,9 +1,9 @@
 """Attention of one decoded token a row straight from packed tokens, on a GPU, with Triton.
 
 The tokens of a head are divided among programs, block by block, and what these find is joined. A call launches one
-kernel for the weights of the queries where channels have widths of their own, one for the product of queries and
-centres, one a block, one for the tokens that are not packed, and one that joins. What these launches need is prepared
-once until a layer's blocks change. The host never waits for the device.
+kernel that prepares the queries, one for their products with the centres, one a block, one for the tokens that are not
+packed, and one that joins. What these launches need is prepared once until a layer's blocks change. The host never
+waits for the device.
 
 Heads that hold different numbers of tokens are attended to by the same launches: a table says where the tokens of each
 group of heads lie (`gpu_joint`). Only for the tokens that are not packed, there is one launch for each group.
@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from ..compiled import interpreted, power_of_two, triton_missing, where
-from ..storage import RAW, TieredStorage, turn
+from ..storage import RAW, TieredStorage
 from .gpu_joint import Joint, alike
 from .gpu_launch import Launch
 from .gpu_prepared import (
     ROWS,
-    Centre,
     Prepared,
     Walk,
     key_arguments,
@@ -189,9 +188,9 @@ class _Plan:
         self.sizes = (self.size, values.shape[-1])
         self.kv_heads = sum(each.kv_heads for each in stores)
         self.group = self.heads // self.kv_heads
+        self.filled = power_of_two(self.group, 1)
         self.tile = tile_of(self.sizes)
         self.slots = (0, 0)
-        self.positions = 0
         self.blocks: list[tuple[Launch, int]] = []
         self.packed_splits = 0
         self.packed_tokens = 0
@@ -200,10 +199,7 @@ class _Plan:
         if made is not None:
             assert store.bases is not None
             self.rotations = store.bases[0].rotation, store.bases[1].rotation
-            self.positions = made.centre.positions
-            self._plan_centre(made.centre)
-            if made.channels is not None:
-                self._plan_weights(made, made.channels)
+            self._plan_queries(made)
             of_positions = made.parts[0].positions if isinstance(made, Joint) else made.positions
             centred = {
                 "of_centre_length": made.centre.positions,
@@ -235,18 +231,15 @@ class _Plan:
             flags = (shown, shown.stride(0), shown.stride(1) if shown.shape[1] > 1 else 0)
         of_keys, of_values = self.rotations
         if self.blocks:
-            turned = queries if of_keys is None else turn(queries, of_keys)
-            logits = self._new(rows, self.positions)
-            self.centre(self.centre_grid, logits, queries)
-            weights = offsets = queries  # nobody looks
-            blocks, slots = self.slots
-            if blocks:
-                weights = self._new(blocks, rows, slots, dtype=torch.float16)
-                offsets = self._new(blocks, rows)
-                self.weights((rows, blocks, 1), weights, offsets, queries)
+            turned = queries if of_keys is None else torch.empty_like(queries)
+            halves = self._new(self.halves, dtype=torch.float16)
+            floats = self._new(self.floats)
+            logits = self._new(self.logits)
+            self.prepare((rows, 1, 1), halves, floats, turned, queries)
+            self.centre(self.centre_grid, logits, halves, floats)
             for launch, of in self.blocks:
                 grid = (of, self.kv_heads, self.rows)
-                launch(grid, found, splits, turned, *flags, weights, offsets, logits)
+                launch(grid, found, splits, turned, *flags, halves, floats, logits)
         if walk is not None:
             for (keys, values), head_map in zip(tails, self.head_maps, strict=True):
                 strides = keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)
@@ -261,16 +254,42 @@ class _Plan:
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def _plan_weights(self, made: Prepared | Joint, channels: Tensor) -> None:
-        from .gpu_code import query_weights
+    def _plan_queries(self, made: Prepared | Joint) -> None:
+        """What is prepared of the queries, and their products with the centres."""
+        from .gpu_code import centre_logits, prepare_queries
 
-        blocks, kv_heads, slots = channels.shape
-        self.slots = blocks, slots
+        of_keys, centre = self.rotations[0], made.centre
+        turning, unused = centre.turning, centre.of_first
+        rows, width, heads = self.rows * self.heads, len(turning.first), self.rows * self.kv_heads
+        exact = self.dtype == torch.float32
+        if made.channels is not None:
+            self.slots = made.channels.shape[0], made.channels.shape[2]
+        blocks, slots = self.slots
+        channels, middles, units = (
+            (unused, unused, unused) if made.channels is None else (made.channels, made.middles, made.units)
+        )
         arguments = {
-            "channels": channels, "units": made.units, "middles": made.middles, "factor": self.factor, "D": self.size,
-            "KV_HEADS": kv_heads, "G": self.group, "SLOTS": slots,
+            "channels": channels, "units": units, "middles": middles,
+            "first": turning.first, "second": turning.second, "of_first": centre.of_first,
+            "of_second": centre.of_second, "rotation": unused if of_keys is None else of_keys, "queried": rows,
+            "factor": self.factor, "D": self.size, "KV_HEADS": self.kv_heads, "G": self.group, "BLOCKS": blocks,
+            "SLOTS": max(slots, 16), "K": width, "D_FILLED": power_of_two(self.size), "EXACT": exact,
+            "TURNED": of_keys is not None,
         }  # fmt: skip
-        self.weights = Launch(query_weights, arguments, ("weights", "offsets", "queries"), num_warps=4)
+        self.prepare = Launch(prepare_queries, arguments, ("halves", "floats", "turned", "queries"), num_warps=4)
+        self.halves, self.floats = rows * (blocks * slots + width * (1 + exact)), rows * (blocks + 1)
+        self.logits = heads * centre.positions * self.filled
+
+        together = min(64, power_of_two(heads * self.filled))
+        tiles, tile = -(-heads * self.filled // together), 16 if interpreted() else 64
+        shares = min(-(-centre.positions // tile), max(1, 2 * programs(self.device) // tiles))
+        self.centre_grid = (shares, tiles, 1)
+        arguments = {
+            "table": turning.table, "table_rest": turning.table_rest, "heads": heads, "positions": centre.positions,
+            "skipped_halves": rows * blocks * slots, "skipped_floats": rows * blocks, "G": self.group,
+            "G_FILLED": self.filled, "K": width, "ROWS": together, "TILE": tile, "EXACT": exact,
+        }  # fmt: skip
+        self.centre = Launch(centre_logits, arguments, ("out", "halves", "floats"), num_warps=4)
 
     def _slot_arguments(self, made: Prepared | Joint, number: int) -> dict[str, Any]:
         """Arguments of a block whose keys have widths by channel."""
@@ -278,23 +297,6 @@ class _Plan:
         place = list(made.slots).index(number)
         first = place * self.rows * self.heads
         return {"lines": of.lines, "SLOTS": self.slots[1], "ROOM": room_of(self.size), "first_weights": first}
-
-    def _plan_centre(self, centre: Centre) -> None:
-        from .gpu_code import centre_logits
-
-        rows, turning = self.rows * self.heads, centre.turning
-        together = min(64, power_of_two(rows))
-        row_tiles, tile = -(-rows // together), 16 if interpreted() else 64
-        # As many programs as run at a time.
-        shares = min(-(-centre.positions // tile), max(1, programs(self.device) // row_tiles))
-        self.centre_grid = (shares, row_tiles, 1)
-        arguments = {
-            "first": turning.first, "second": turning.second, "of_first": centre.of_first,
-            "of_second": centre.of_second, "table": turning.table, "table_rest": turning.table_rest,
-            "factor": self.factor, "rows": rows, "positions": centre.positions, "D": self.size, "G": self.group,
-            "K": len(turning.first), "ROWS": together, "TILE": tile, "EXACT": self.dtype == torch.float32,
-        }  # fmt: skip
-        self.centre = Launch(centre_logits, arguments, ("out", "queries"), num_warps=8)
 
     def _block(self, made: Prepared | Joint, number: int, walk: Walk, arguments: dict[str, Any]) -> Launch:
         even = walk.even
@@ -335,9 +337,10 @@ class _Plan:
                 "factor": self.factor, "first_slot": self.packed_tokens, "first_split": self.packed_splits,
                 "all_heads": self.kv_heads,
                 "D": size_of_keys, "E": size_of_values, "D_FILLED": power_of_two(size_of_keys),
-                "E_FILLED": power_of_two(size_of_values), "G": self.group, "N": columns,
-                "ROWS": ROWS, "MASKED": self.masked, "TILE": self.tile,
-                "PRODUCT": _product_dtype(self.dtype),
+                "E_FILLED": power_of_two(size_of_values), "G": self.group, "G_FILLED": self.filled, "N": columns,
+                "K_GROUPS_FILLED": power_of_two(arguments.get("K_GROUPS", 1), 1),
+                "V_GROUPS_FILLED": power_of_two(arguments.get("V_GROUPS", 1), 1),
+                "ROWS": ROWS, "MASKED": self.masked, "TILE": self.tile, "PRODUCT": _product_dtype(self.dtype),
             }
         )  # fmt: skip
         if columns > 16:

@@ -21,78 +21,110 @@ import triton.language as tl
 from ..compiled import interpreted
 
 
-@triton.jit(do_not_specialize_on_alignment=["queries"])
-def query_weights(
-    weights,
-    offsets,
-    queries,
-    channels,
-    units,
-    middles,
+@triton.jit(do_not_specialize=["queried"], do_not_specialize_on_alignment=["queries"])
+def prepare_queries(
+    halves,  # float16: weights [blocks, B * H, SLOTS], and [B * H, K] twice of the product with the centre
+    floats,  # float32: offsets [blocks, B * H], and [B * H] of the product with the centre
+    turned,  # [B * H, D]: queries @ rotation
+    queries,  # [B * H, D]
+    channels,  # int32 [blocks, Hkv, SLOTS], of the slots
+    units,  # float32 [blocks, B, Hkv, SLOTS], of their codes; 0: the slot is empty
+    middles,  # float32 [blocks, Hkv, SLOTS], of their codes
+    first,  # int32 [K], see `Turning`
+    second,
+    of_first,  # float32 [B, Hkv, K], see `Centre`
+    of_second,
+    rotation,  # float32 [D, D]
+    queried,  # B * H
     factor,
     D,
     KV_HEADS,
     G: tl.constexpr,
+    BLOCKS: tl.constexpr,  # whose keys have widths by channel
     SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    D_FILLED: tl.constexpr,
+    EXACT: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
-    """What the codes of each plane's rows are multiplied with: `weights [blocks, B * H, SLOTS]`, float16.
+    """What is needed of a query besides itself. Program: row and query head.
 
-    offsets: `[blocks, B * H]`, the product with the middles of the codes, which each logit is too large by.
-    channels: `[blocks, Hkv, SLOTS]` of the slots, units: `[blocks, B, Hkv, SLOTS]` of their codes, 0 where a slot is
-    empty, middles: `[blocks, Hkv, SLOTS]` of their codes. Program: (row and query head, block).
+    Weights are what the codes of each plane's rows are multiplied with; offsets, the product with the middles of the
+    codes, which each logit is too large by. For the centre's logits, see `centre_logits`.
     """
-    row, block = tl.program_id(0), tl.program_id(1)
-    queried = tl.num_programs(0)
+    row = tl.program_id(0)
+    query = queries + row * D
     slots = tl.arange(0, SLOTS)
-    at = (block * KV_HEADS + row // G % KV_HEADS) * SLOTS + slots
-    q = tl.load(queries + row * D + tl.load(channels + at)).to(tl.float32)
-    units_at = (block * (queried // G) + row // G) * SLOTS + slots
-    w = (q * tl.load(units + units_at) * factor).to(tl.float16)
-    at_out = block * queried + row
-    tl.store(weights + at_out * SLOTS + slots, w)
-    tl.store(offsets + at_out, tl.sum(w.to(tl.float32) * tl.load(middles + at), 0))
+    for block in tl.static_range(BLOCKS):
+        at = (block * KV_HEADS + row // G % KV_HEADS) * SLOTS + slots
+        q = tl.load(query + tl.load(channels + at)).to(tl.float32)
+        w = (q * tl.load(units + (block * (queried // G) + row // G) * SLOTS + slots) * factor).to(tl.float16)
+        tl.store(halves + (block * queried + row) * SLOTS + slots, w)
+        tl.store(floats + block * queried + row, tl.sum(w.to(tl.float32) * tl.load(middles + at), 0))
+
+    halves += BLOCKS * queried * SLOTS + row * K
+    k = tl.arange(0, K)
+    z = tl.load(query + tl.load(first + k)).to(tl.float32) * tl.load(of_first + row // G * K + k)
+    z += tl.load(query + tl.load(second + k)).to(tl.float32) * tl.load(of_second + row // G * K + k)
+    z *= factor
+    most = tl.maximum(tl.max(tl.abs(z), 0), 1e-30)
+    z = z / most
+    high = z.to(tl.float16)
+    tl.store(floats + BLOCKS * queried + row, most)
+    tl.store(halves + k, high)
+    if EXACT:
+        tl.store(halves + queried * K + k, (z - high.to(tl.float32)).to(tl.float16))
+
+    if TURNED:
+        e = tl.arange(0, D_FILLED)
+        sums = tl.zeros([D_FILLED], tl.float32)
+        for begin in range(0, D, 16):
+            d = begin + tl.arange(0, 16)
+            q = tl.load(query + d, mask=d < D, other=0).to(tl.float32)
+            matrix = tl.load(rotation + d[:, None] * D + e[None, :], mask=(d < D)[:, None] & (e < D)[None, :], other=0)
+            sums += tl.sum(q[:, None] * matrix, 0)
+        tl.store(turned + row * D + e, sums.to(turned.dtype.element_ty), mask=e < D)
 
 
-@triton.jit(do_not_specialize=["rows", "positions"], do_not_specialize_on_alignment=["queries"])
+@triton.jit(do_not_specialize=["heads", "positions", "skipped_halves", "skipped_floats"])
 def centre_logits(
     out,
-    queries,
-    first,
-    second,
-    of_first,
-    of_second,
+    halves,
+    floats,
     table,
     table_rest,
-    factor,
-    rows,
+    heads,
     positions,
-    D,
+    skipped_halves,
+    skipped_floats,
     G: tl.constexpr,
+    G_FILLED: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """`out [B * Hkv, positions, G]`: the product of each query with its head's centre, turned to each position.
+    """`out [B * Hkv, positions, G_FILLED]`: the product of each query with its head's centre, turned to each position.
 
-    It is `z @ table.T` with `z[k] = q[first[k]] * of_first[k] + q[second[k]] * of_second[k]`. EXACT: numbers are split
-    into two of float16 each, so that the product is as exact as one in float32. Program: (share of the positions, ROWS
-    rows).
+    It is `z @ table.T` with `z[k] = q[first[k]] * of_first[k] + q[second[k]] * of_second[k]`. Behind so many numbers to
+    be skipped, `floats` has the greatest of a query's z, and `halves` the others in parts of it. EXACT: numbers are
+    split into two of float16 each, so that the product is as exact as one in float32.
+
+    Program: (share of the positions, ROWS query heads). heads: B * Hkv. The query heads of each are filled up to a
+    power of two, whose logits of a position lie side by side.
     """
-    k = tl.arange(0, K)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
-    at = (row // G)[:, None] * K + k[None, :]
-    q_row = queries + row[:, None] * D
-    z = tl.load(q_row + tl.load(first + k)[None, :], mask=real[:, None], other=0).to(tl.float32)
-    z *= tl.load(of_first + at, mask=real[:, None], other=0)
-    q = tl.load(q_row + tl.load(second + k)[None, :], mask=real[:, None], other=0).to(tl.float32)
-    z = (z + q * tl.load(of_second + at, mask=real[:, None], other=0)) * factor
-    most = tl.maximum(tl.max(tl.abs(z), 1), 1e-30)
-    z = z / most[:, None]
-    high = z.to(tl.float16)
-    rest = (z - high.to(tl.float32)).to(tl.float16)
-    # What is made of the queries costs as much as a tile's product, so it serves several tiles.
+    HEADS: tl.constexpr = ROWS // G_FILLED
+    k, r = tl.arange(0, K), tl.arange(0, ROWS)
+    head = tl.program_id(1) * HEADS + r // G_FILLED
+    real = (head < heads) & (r % G_FILLED < G)
+    row = head * G + r % G_FILLED
+    z = halves + tl.multiple_of(skipped_halves, 16) + row[:, None] * K + k[None, :]
+    high = tl.load(z, mask=real[:, None], other=0)
+    most = tl.load(floats + skipped_floats + row, mask=real, other=0)
+    if EXACT:
+        rest = tl.load(z + heads * G * K, mask=real[:, None], other=0)
+    own_head, g = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, G_FILLED)
+    of_head = out + own_head.to(tl.int64)[:, None, None] * positions * G_FILLED + g[None, None, :]
     for begin in tl.range(tl.program_id(0) * TILE, positions, tl.num_programs(0) * TILE):
         position = begin + tl.arange(0, TILE)
         reached = position < positions
@@ -102,8 +134,9 @@ def centre_logits(
         if EXACT:
             t_rest = tl.load(table_rest + at_table, mask=reached[None, :], other=0)
             product = tl.dot(rest, t, tl.dot(high, t_rest, product))
-        at_out = ((row // G).to(tl.int64)[:, None] * positions + position[None, :]) * G + (row % G)[:, None]
-        tl.store(out + at_out, product * most[:, None], mask=real[:, None] & reached[None, :])
+        found = tl.permute(tl.reshape(product * most[:, None], [HEADS, G_FILLED, TILE]), [0, 2, 1])
+        inside = (own_head < heads)[:, None, None] & reached[None, :, None]
+        tl.store(of_head + position[None, :, None] * G_FILLED, found, mask=inside)
 
 
 _INTERPRETED = tl.constexpr(interpreted())
@@ -337,10 +370,23 @@ def _found(found, rows, all_splits, E: tl.constexpr):
     return totals, totals + all_splits.to(tl.int64) * rows
 
 
+@triton.jit
+def _ranges(zeros, spans, token, real, group, GROUPS: tl.constexpr):
+    """The ranges of tokens, uint8 `[TILE, groups]` each; 0 where there is none."""
+    at, there = token[:, None] * GROUPS + group[None, :], real[:, None] & (group < GROUPS)[None, :]
+    return tl.load(zeros + at, mask=there, other=0), tl.load(spans + at, mask=there, other=0)
+
+
+@triton.jit
+def _of_group(x, group, NUMBER: tl.constexpr):
+    """One column of `x [TILE, groups]`."""
+    return tl.sum(tl.where((group == NUMBER)[None, :], x, 0.0), 1)
+
+
 # Numbers that differ from call to call or from layer to layer: none of them is worth a kernel of its own.
 _VARYING = ["P", "length", "of_centre_length", "position_step", "positions_length", "first_slot", "first_split"]
 _VARYING += ["splits", "all_splits", "shown_row", "shown_head", "first_weights", "all_heads"]
-_UNALIGNED = ["queries", "offsets", "of_centre", "positions", "shown", "k_zero", "k_span", "v_zero", "v_span"]
+_UNALIGNED = ["queries", "offsets", "positions", "shown", "k_zero", "k_span", "v_zero", "v_span"]
 
 FIELDS = (
     *("k0", "k1", "k2", "k_zero", "k_span", "v0", "v1", "v_zero", "v_span", "positions", "lines"),  # addresses
@@ -360,10 +406,10 @@ def _address(entry, FIELD: tl.constexpr, like):
 def attend_block(
     found,  # float32, see `_found`
     queries,  # [B * H, D]
-    weights,  # of `query_weights`
-    offsets,  # of `query_weights`
+    weights,  # `halves` of `prepare_queries`
+    offsets,  # `floats` of `prepare_queries`
     lines,  # int32 [Hkv, 3, 3], of each plane of channels, see `_head_lines`
-    of_centre,  # float32 [B * Hkv, of_centre_length, G] of `centre_logits`
+    of_centre,  # float32 [B * Hkv, of_centre_length, G_FILLED] of `centre_logits`
     positions,  # int32 [B, Hkv, positions_length]
     shown,  # uint8, strides shown_row and shown_head, over all slots
     table,  # int64 [groups of heads, FIELDS]
@@ -400,12 +446,15 @@ def attend_block(
     D_FILLED: tl.constexpr,
     E_FILLED: tl.constexpr,
     G: tl.constexpr,
+    G_FILLED: tl.constexpr,
     N: tl.constexpr,
     K_BITS: tl.constexpr,  # 0: widths by channel
     V_BITS: tl.constexpr,
     K_GROUPS: tl.constexpr,
+    K_GROUPS_FILLED: tl.constexpr,
     K_GROUP_FILLED: tl.constexpr,
     V_GROUPS: tl.constexpr,
+    V_GROUPS_FILLED: tl.constexpr,
     SLOTS: tl.constexpr,
     ROOM: tl.constexpr,  # of a plane's channels among the slots
     ROWS: tl.constexpr,  # of a plane's channels, that are multiplied at a time
@@ -457,7 +506,7 @@ def attend_block(
     k_zero, k_span = k_zero + kv * P * K_GROUPS, k_span + kv * P * K_GROUPS
     v_zero, v_span = v_zero + kv * P * V_GROUPS, v_span + kv * P * V_GROUPS
     positions += kv * positions_length + first_slot
-    of_centre += queried * of_centre_length * G
+    of_centre += queried * of_centre_length * G_FILLED
     shown += row.to(tl.int64) * shown_row + head.to(tl.int64) * shown_head + first_slot
     d, e = tl.arange(0, D_FILLED), tl.arange(0, E_FILLED)
     value_words = tl.arange(0, E_FILLED // 4)
@@ -479,10 +528,36 @@ def attend_block(
     total = tl.zeros([TILE, N], tl.float32)
     most = tl.full([N], float("-inf"), tl.float32)
     acc = tl.zeros([E_FILLED, N], tl.float32)
+    t = first * PART + _byte_of(of_tile % PART)
+    token = of_tile // PART * length + t
+    real = (t < length) & (token < P)
+    k_number, v_number = tl.arange(0, K_GROUPS_FILLED), tl.arange(0, V_GROUPS_FILLED)
+    # What there is little of for a token is read a tile ahead.
+    if CENTRED:
+        next_position = tl.load(positions + token, mask=real, other=0)
+    if K_BITS == 0:
+        next_scale = tl.load(k_zero + token, mask=real, other=0)
+    elif K_BITS != 16:
+        next_k_zero, next_k_span = _ranges(k_zero, k_span, token, real, k_number, K_GROUPS)
+    if V_BITS != 16:
+        next_v_zero, next_v_span = _ranges(v_zero, v_span, token, real, v_number, V_GROUPS)
     for tile in range(first, last):
         t_part, t = tile * PART + _byte_of(of_part), tile * PART + _byte_of(of_tile % PART)
         token = of_tile // PART * length + t
         real = (t < length) & (token < P)
+        real_next = (t + PART < length) & (token + PART < P)
+        if CENTRED:
+            position = next_position * position_step
+            next_position = tl.load(positions + token + PART, mask=real_next, other=0)
+        if K_BITS == 0:
+            scale = next_scale.to(tl.float32)
+            next_scale = tl.load(k_zero + token + PART, mask=real_next, other=0)
+        elif K_BITS != 16:
+            k_zeros, k_spans = next_k_zero.to(tl.float32), next_k_span.to(tl.float32)
+            next_k_zero, next_k_span = _ranges(k_zero, k_span, token + PART, real_next, k_number, K_GROUPS)
+        if V_BITS != 16:
+            v_zeros, v_spans = next_v_zero.to(tl.float32), next_v_span.to(tl.float32)
+            next_v_zero, next_v_span = _ranges(v_zero, v_span, token + PART, real_next, v_number, V_GROUPS)
         # Values first, so that they are under way while the logits are made. Those of 8 bits would fill the registers.
         if V_BITS == 16:
             of_head = v0 + row.to(tl.int64) * v_row + head.to(tl.int64) * v_head
@@ -493,13 +568,11 @@ def attend_block(
             y = _token_words(v1, kv, t_part, value_words, length, P, E, 1, EVEN) if V_BITS == 3 else x
 
         if CENTRED:
-            position = tl.load(positions + token, mask=real, other=0) * position_step
-            at = position[:, None] * G + (n % G)[None, :]
+            at = position[:, None] * G_FILLED + (n % G)[None, :]
             centred = tl.load(of_centre + at, mask=real[:, None], other=0)
 
         logits = tl.zeros([TILE, N], tl.float32)
         if K_BITS == 0:
-            scale = tl.load(k_zero + token, mask=real, other=0).to(tl.float32)
             logits, words4 = _plane_product(
                 logits, words4, plane4, count4, weights, tile, length, 4, ROWS, PART, G, N, SLOTS
             )
@@ -515,19 +588,18 @@ def attend_block(
             numbers = tl.load(k0 + at, mask=real[:, None] & (d < D)[None, :], other=0)
             logits = tl.dot(numbers.to(PRODUCT), q.to(PRODUCT), input_precision="ieee") * factor
         else:
-            for g in tl.static_range(K_GROUPS):
+            for k_group in tl.static_range(K_GROUPS):
                 channel = _byte_of(tl.arange(0, K_GROUP_FILLED))
                 inside = channel < D // K_GROUPS
-                at = query[None, :] * D + (g * (D // K_GROUPS) + channel)[:, None]
+                at = query[None, :] * D + (k_group * (D // K_GROUPS) + channel)[:, None]
                 q = tl.load(queries + at, mask=inside[:, None], other=0)
                 q = (q.to(tl.float32) * factor).to(tl.float16)
-                key_words = g * (D // K_GROUPS // 4) + tl.arange(0, K_GROUP_FILLED // 4)
+                key_words = k_group * (D // K_GROUPS // 4) + tl.arange(0, K_GROUP_FILLED // 4)
                 z = _token_words(k0, kv, t_part, key_words, length, P, D, 2 if K_BITS == 3 else K_BITS, EVEN)
                 z1 = _token_words(k1, kv, t_part, key_words, length, P, D, 1, EVEN) if K_BITS == 3 else z
                 numbers = _token_numbers(z, z1, t_part, length, P, K_BITS, EVEN, PART, K_GROUP_FILLED)
-                at = token * K_GROUPS + g
-                zero = tl.load(k_zero + at, mask=real, other=0).to(tl.float32) * (2.0**K_BITS / 255)
-                width = tl.exp2((tl.load(k_span + at, mask=real, other=0).to(tl.float32) - 128) / 8 - K_BITS)
+                zero = _of_group(k_zeros, k_number, k_group) * (2.0**K_BITS / 255)
+                width = tl.exp2((_of_group(k_spans, k_number, k_group) - 128) / 8 - K_BITS)
                 shift = tl.sum(q.to(tl.float32), 0)[None, :] * (0.5 - zero)[:, None]
                 logits += (tl.dot(numbers, q) * _CODES + shift) * width[:, None]
         if V_BITS == 8:
@@ -544,16 +616,15 @@ def attend_block(
             raised, highest = logits, logits
         else:
             # A range is a power of two: it goes into the exponent.
-            at = token * V_GROUPS
+            exponents = v_spans / 8 - 16
+            zeros = 0.5 - v_zeros * (2.0**V_BITS / 255)
+            widest = tl.max(exponents, 1)  # a group that is not there has the least one
             span = tl.zeros([TILE, N], tl.float32)
             zero = tl.zeros([TILE, N], tl.float32)
-            widest = tl.zeros([TILE], tl.float32)
-            for g in tl.static_range(V_GROUPS):
-                of_group = tl.load(v_span + at + g, mask=real, other=0).to(tl.float32) / 8 - 16
-                span = tl.where((group == g)[None, :], of_group[:, None], span)
-                widest = of_group if g == 0 else tl.maximum(widest, of_group)
-                of_group = 0.5 - tl.load(v_zero + at + g, mask=real, other=0).to(tl.float32) * (2.0**V_BITS / 255)
-                zero = tl.where((group == g)[None, :], of_group[:, None], zero)
+            for i in tl.static_range(V_GROUPS):
+                own = (group == i)[None, :]
+                span = tl.where(own, _of_group(exponents, v_number, i)[:, None], span)
+                zero = tl.where(own, _of_group(zeros, v_number, i)[:, None], zero)
             raised, highest = logits + span, logits + widest[:, None]
         now = tl.maximum(most, tl.max(highest, 0))
         base = tl.where(now == float("-inf"), 0.0, now)
