@@ -184,8 +184,13 @@ def test_a_long_generation_never_holds_more_than_budget_and_interval(model: Any,
     assert session.cache.nbytes <= 3 * (40 + 8) * 256
 
 
-def test_the_peak_of_the_prefill_is_one_full_layer(model: Any) -> None:
-    """While a layer attends, the layers before it are compressed already, and those behind it are empty."""
+@pytest.mark.parametrize("late", [False, True])
+def test_the_peak_of_the_prefill_is_one_full_layer(model: Any, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    """While a layer attends, the layers before it are compressed already, and those behind it are empty.
+
+    On a GPU, a layer is compressed when the next one has attended.
+    """
+    monkeypatch.setattr(plan.Plan, "puts_off", lambda *_: late)
     seen: list[list[int]] = []
 
     def watch(module: Any, args: Any, kwargs: Any) -> None:
@@ -197,7 +202,28 @@ def test_the_peak_of_the_prefill_is_one_full_layer(model: Any) -> None:
         model(**prompts([120]), past_key_values=cache)
     for hook in hooks:
         hook.remove()
-    assert seen == [[0, 0, 0], [48, 0, 0], [48, 48, 0]]
+    assert seen == [[0, 0, 0], [120, 0, 0], [48, 120, 0]] if late else [[0, 0, 0], [48, 0, 0], [48, 48, 0]]
+    assert [layer.storage.length for layer in cache.crushed_layers] == [48, 48, 48]
+
+
+@pytest.mark.parametrize("config", [SMALL, {"config": "small", "min_tokens": 0}], ids=["snapkv", "small"])
+def test_it_holds_the_same_when_layers_evict_late(
+    model: Any, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
+) -> None:
+    held = []
+    for late in (False, True):
+        monkeypatch.setattr(plan.Plan, "puts_off", lambda *_, late=late: late)
+        cache = KVCrush(**config).cache(model)
+        with torch.no_grad():
+            for lengths in ([120], [1], [30]):
+                model(input_ids=prompts(lengths)["input_ids"], past_key_values=cache)
+        held.append([tensor for layer in cache.crushed_layers for tensor in layer.read()])
+        with torch.no_grad():
+            model(input_ids=prompts([5])["input_ids"], past_key_values=cache)
+        cache.reset()
+        assert cache.nbytes == 0
+    for one, other in zip(*held, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "h2o"])

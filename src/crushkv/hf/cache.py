@@ -207,6 +207,7 @@ class CrushCache(Cache):
     def reset(self) -> None:
         """Makes the cache as new."""
         self.waiting = None
+        self.plan.forget()
         super().reset()
 
     @property

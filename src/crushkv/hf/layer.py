@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +215,13 @@ class CrushLayer(CacheLayerMixin):
             past, new_real = shown[:, : self.seen - count], shown[:, self.seen - count :]
             self.queries.show(past[:, past.shape[1] - self.queries.count :])
         self.remember(call, new_real, self.plan.clock.is_prompt(self.seen - count, count))
-        if self._evicts_after(count):
+        if not self._evicts_after(count):
+            return
+        if count > 1 and self.plan.puts_off(call.queries.device):
+            nothing = call.queries.new_empty((*call.queries.shape[:2], 0, call.queries.shape[3]))
+            of_call = replace(call, queries=nothing, mask=None)  # what evicting reads of them is in `queries`
+            self.plan.put_off(partial(self.evict, of_call), last=self.index == self.plan.layers - 1)
+        else:
             self.evict(call)
             self.plan.evicted(call.queries.device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -51,6 +51,7 @@ class Plan:
     workspace: Workspace = field(default_factory=Workspace)
     masks: MaskReader = field(default_factory=MaskReader)
     _resident: int | None = None
+    _put_off: Callable[[], None] | None = None
     _unchecked: list[Later] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -59,6 +60,31 @@ class Plan:
         self.share_out(None)
         self.formats = self.config.formats
         self.reads_packed = not self.latent
+
+    def puts_off(self, device: torch.device) -> bool:
+        """Whether a layer that has read a prompt evicts when the next one has attended.
+
+        The host has to wait for what decides on formats. On a GPU, a whole layer is put to the device before that, so
+        that it has work in the meantime.
+        """
+        return device.type != "cpu"
+
+    def put_off(self, evict: Callable[[], None], last: bool) -> None:
+        """Evicts of the layer before; of this one when the next has attended, or at once if it is the last."""
+        self.catch_up()
+        self._put_off = evict
+        if last:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Evicts what was put off."""
+        evict, self._put_off = self._put_off, None
+        if evict is not None:
+            evict()
+
+    def forget(self) -> None:
+        """Drops what was put off: the cache is emptied."""
+        self._put_off = None
 
     def evicted(self, device: torch.device) -> None:
         """A layer has given memory back: where the process grows all the same, the system gets it."""
