@@ -10,7 +10,8 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,16 +150,12 @@ def _measured(model: Any, request: Request, method: str, config: CrushConfig | N
     cache = DynamicCache(config=model.config) if config is None else KVCrush(config).cache(model)
     token = next_token(model, prompt, cache)
     ttft = _now(device) - start
-    times: list[float] = []
-    decoding = last = _now(device)
-    for step in range(WARM_UP + request.new_tokens):
-        token = next_token(model, token, cache)
-        before, last = last, _now(device)
-        if step >= WARM_UP:
-            times.append(last - before)
-        if len(times) >= FEWEST and last - decoding > DECODING_SECONDS:
-            break
-    peak, total = memory.peak(), last - start
+    with cudnn_attention(False):
+        times = decode(model, token, cache, request.new_tokens)
+    peak, total = memory.peak(), _now(device) - start
+    tpot_with_cudnn = None
+    if config is None and device.type == "cuda":
+        tpot_with_cudnn = statistics.median(decode(model, token, cache, FEWEST))
     waits = synchronisations(lambda: next_token(model, token, cache)) if device.type == "cuda" else None
     seen = cache.get_seq_length()
     tpot = statistics.median(times)
@@ -181,7 +178,37 @@ def _measured(model: Any, request: Request, method: str, config: CrushConfig | N
     )
     allocated = cache.report().memory_bytes if isinstance(cache, CrushCache) else kv_bytes(cache)
     spread = {"tpot_least": min(times), "tpot_most": max(times)}
-    return {**vars(record), **spread, "memory_bytes": allocated, "synchronisations": waits}
+    found = {"memory_bytes": allocated, "synchronisations": waits, "tpot_with_cudnn_seconds": tpot_with_cudnn}
+    return {**vars(record), **spread, **found}
+
+
+def decode(model: Any, token: Tensor, cache: Any, new_tokens: int) -> list[float]:
+    """Seconds of each of so many tokens behind the first ones, `WARM_UP`."""
+    times: list[float] = []
+    decoding = last = _now(model.device)
+    for step in range(WARM_UP + new_tokens):
+        token = next_token(model, token, cache)
+        before, last = last, _now(model.device)
+        if step >= WARM_UP:
+            times.append(last - before)
+        if len(times) >= FEWEST and last - decoding > DECODING_SECONDS:
+            break
+    return times
+
+
+@contextmanager
+def cudnn_attention(on: bool) -> Iterator[None]:
+    """Whether PyTorch may attend with cuDNN, which makes a plan for each number of tokens that it has not met before.
+
+    A prompt is read faster with it. For a decoded token, whose number of tokens is always new, the plan takes longer
+    than all else.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(on)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def next_token(model: Any, tokens: Tensor, cache: Any) -> Tensor:
