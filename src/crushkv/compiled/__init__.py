@@ -9,7 +9,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import lru_cache, wraps
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Concatenate, ParamSpec, TypeVar
@@ -32,11 +32,16 @@ def interpreted() -> bool:
 
 def triton_missing() -> str | None:
     """Why Triton cannot be used here; None: it can."""
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if not torch.cuda.is_available() and not interpreted():
         return "there is no CUDA device"
     return None
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None  # looked for on the disk
 
 
 def quantizer(device: torch.device) -> ModuleType | None:
@@ -52,7 +57,7 @@ def centring(device: torch.device) -> ModuleType | None:
 def _module(subject: str, device: torch.device) -> ModuleType | None:
     if os.environ.get(VARIABLE) == "plain":
         return None
-    if device.type == ("cpu" if interpreted() else "cuda") and triton_missing() is None:
+    if device.type == ("cpu" if interpreted() else "cuda") and _has_triton():
         return importlib.import_module(f"{__package__}.gpu_{subject}")
     if device.type == "cpu" and library() is not None:
         return importlib.import_module(f"{__package__}.cpu_{subject}")

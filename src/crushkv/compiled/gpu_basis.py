@@ -27,9 +27,10 @@ def _angles(positions, frequencies):
     return tl.cos(rest), tl.sin(rest)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "of_index", "of_position"])
 def _coordinates(
-    out, x, indices, positions, centre, partner, frequencies, count, heads, of_row, of_head, of_token,
+    out, x, indices, positions, centre, partner, frequencies, count, of_index, of_position, heads,
+    of_row, of_head, of_token,
     D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, CENTRED: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Program: (tokens, row and head)."""
@@ -38,14 +39,14 @@ def _coordinates(
     d = tl.arange(0, D_FILLED)
     real = d < D
     inside = (k < count)[:, None] & real[None, :]
-    t = tl.load(indices + pair * count + k, mask=k < count, other=0).to(tl.int64)
+    t = tl.load(indices + pair * of_index + k, mask=k < count, other=0).to(tl.int64)
     source = x + (pair // heads) * of_row + (pair % heads) * of_head
     number = tl.load(source + t[:, None] * of_token + d[None, :], mask=inside, other=0.0).to(tl.float32)
     if CENTRED:
         of_centre = centre + pair * D
         away = tl.load(of_centre + d, mask=real, other=0.0).to(tl.float32)[None, :]
         if TURNS:
-            p = tl.load(positions + pair * count + k, mask=k < count, other=0)
+            p = tl.load(positions + pair * of_position + k, mask=k < count, other=0)
             cosine, sine = _angles(p, tl.load(frequencies + d, mask=real, other=0.0))
             with_it = tl.load(of_centre + tl.load(partner + d, mask=real, other=0), mask=real, other=0.0)
             away = away * cosine + with_it.to(tl.float32)[None, :] * sine
@@ -69,14 +70,22 @@ def coordinates(
     count = indices.shape[2]
     out = torch.empty((rows, heads, count, size), dtype=torch.float32, device=x.device)
     if out.numel():
-        unused = indices = indices.contiguous()
-        partner, frequencies = turns or (unused, unused)
+        (indices, of_index), (positions, of_position) = _pairs(indices), _pairs(positions)
+        partner, frequencies = turns or (indices, indices)
         _coordinates[(triton.cdiv(count, _TOKENS), rows * heads)](
-            out, x, indices, positions.contiguous(), unused if centre is None else centre.contiguous(), partner,
-            frequencies, count, heads, *_strides(x), D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS,
+            out, x, indices, positions, indices if centre is None else centre.contiguous(), partner, frequencies,
+            count, of_index, of_position, heads, *_strides(x), D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS,
             CENTRED=centre is not None, TURNS=turns is not None, **FUSED,
         )  # fmt: skip
     return out
+
+
+def _pairs(x: Tensor) -> tuple[Tensor, int]:
+    """`[B, Hkv, K]` with numbers side by side, and the distance from one row and head to the next."""
+    rows, heads, _ = x.shape
+    if x.stride(2) != 1 or (rows > 1 and x.stride(0) != heads * x.stride(1)):
+        x = x.contiguous()
+    return x, x.stride(1)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

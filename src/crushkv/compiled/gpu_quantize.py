@@ -33,7 +33,7 @@ def _levels(y, top):
 
 @triton.jit(do_not_specialize=_VARYING)
 def _channel_codes(
-    codes, scales, x, unit, cost, used, last, tokens, heads, octave, middle, least,
+    codes, scales, x, spread, steps, weight, used, last, tokens, heads, octave, middle, least,
     D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Program: (tokens, row and head). See `storage.channels.quantize`."""
@@ -44,8 +44,10 @@ def _channel_codes(
     at = (pair * tokens + t)[:, None] * D + d[None, :]
     inside = (t < tokens)[:, None] & real[None, :]
     number = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    z = number / tl.load(unit + pair * D + d, mask=real, other=1.0)[None, :]
-    price = tl.load(cost + pair * D + d, mask=real, other=0.0)
+    unit = tl.load(spread + pair * D + d, mask=real, other=1.0).to(tl.float32)
+    unit *= tl.load(steps + of_head, mask=real, other=1.0)
+    z = number / unit[None, :]
+    price = tl.load(weight + of_head, mask=real, other=0.0) * unit * unit
     top = tl.load(last + of_head, mask=real, other=0.0)[None, :]
     size = tl.sum(z * z * tl.load(used + of_head, mask=real, other=0.0)[None, :], 1)
     base = tl.log2(tl.maximum(tl.sqrt(size), least))
@@ -69,14 +71,21 @@ def _channel_codes(
 
 @on_its_device
 def channel_codes(
-    x: Tensor, unit: Tensor, cost: Tensor, used: Tensor, last: Tensor, factors: Sequence[float], code: tuple[int, int]
+    x: Tensor,
+    spread: Tensor,
+    steps: Tensor,
+    weight: Tensor,
+    used: Tensor,
+    last: Tensor,
+    factors: Sequence[float],
+    code: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of keys `x [B, Hkv, P, D]`.
 
     Args:
-        unit: float32 `[B, Hkv, D]`, one step of each channel at a scale of 1.
-        cost: `[B, Hkv, D]`, of an error of one step. used: `[Hkv, D]`, weights of the steps in a token's size.
-        last: `[Hkv, D]`, the greatest code.
+        spread: `[B, Hkv, 1, D]`. steps: float32 `[Hkv, 1, D]`; both together are one step at a scale of 1.
+        weight: float32 `[Hkv, D]`, what an error costs. used: `[Hkv, 1, D]`, weights of the steps in a token's size.
+        last: `[Hkv, 1, D]`, the greatest code.
         factors: log2 of the scales that are tried, as parts of the token's size.
         code: what a scale's code counts: parts of an octave, and the code of 1.
 
@@ -89,64 +98,134 @@ def channel_codes(
     scales = torch.empty((rows, heads, tokens, 1), dtype=torch.uint8, device=x.device)
     if tokens:
         _channel_codes[(triton.cdiv(tokens, _TOKENS), rows * heads)](
-            codes, scales, x, unit.contiguous(), cost.contiguous(), used.contiguous(), last.contiguous(),
-            tokens, heads, float(code[0]), float(code[1]), 1e-6,
+            codes, scales, x, spread.contiguous(), steps.contiguous(), weight.contiguous(), used.contiguous(),
+            last.contiguous(), tokens, heads, float(code[0]), float(code[1]), 1e-6,
             D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, FACTORS=tuple(factors), **FUSED,
         )  # fmt: skip
     return codes, scales
 
 
+FITS_SPREADS = True
+
+_WEIGHTS = 1024  # that are added up at a time
+
+
 @triton.jit(do_not_specialize=[*_VARYING, "sampled"])
 def _spread_errors(
-    errors, x, weight, order, unit, used, last, factors, tokens, sampled, whole, step, pairs, heads, least,
-    D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr,
+    errors, x, attended, order, spread, steps, used, last, factors, tokens, sampled, whole, step, pairs, heads, least,
+    every_token, D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, KNOWN: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Program: (row and head, factor). See `storage.channels.fitted_spread`. weight: in descending `order`."""
+    """`errors [F, pairs, D]`, see `storage.channels.fitted_spread`; 0 in channels without bits.
+
+    attended: in descending `order`, -1 behind them where a slot is empty; KNOWN: whether it is there. Program: (row and
+    head, factor).
+    """
     pair, f = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, D_FILLED)
     real, of_head = d < D, (pair % heads) * D + d
-    one_step = tl.load(unit + pair * D + d, mask=real, other=1.0)[None, :]
+    one_step = tl.load(spread + pair * D + d, mask=real, other=1.0).to(tl.float32)
+    one_step = (one_step * tl.load(steps + of_head, mask=real, other=1.0))[None, :]
     share = tl.load(used + of_head, mask=real, other=0.0)[None, :]
-    top = tl.load(last + of_head, mask=real, other=0.0)[None, :]
+    top = tl.load(last + of_head, mask=real, other=0.0)
     factor = tl.load(factors + f)
+    attended += pair * tokens
+    mean = 1.0
+    if KNOWN:
+        sums, counts = tl.zeros([WEIGHTS], tl.float32), tl.zeros([WEIGHTS], tl.float32)
+        for start in range(0, tokens, WEIGHTS):
+            n = start + tl.arange(0, WEIGHTS)
+            weight = tl.load(attended + n, mask=n < tokens, other=-1.0)
+            sums += tl.maximum(weight, 0.0)
+            counts += tl.where(weight < 0, 0.0, 1.0)
+        mean = tl.sum(sums, 0) / tl.maximum(tl.sum(counts, 0), 1.0)
     total = tl.zeros([D_FILLED], tl.float32)
     for start in range(0, sampled, TOKENS):
         n = start + tl.arange(0, TOKENS)
         rank = tl.where(n < whole, n, whole + (n - whole) * step)
-        t = tl.load(order + pair * tokens + rank, mask=n < sampled, other=0)
+        t, weight = rank, tl.where(n < sampled, 1.0, -1.0)
+        if KNOWN:
+            t = tl.load(order + pair * tokens + rank, mask=n < sampled, other=0)
+            weight = tl.load(attended + rank, mask=n < sampled, other=-1.0)
+        weight = tl.where(weight < 0, 0.0, weight + every_token * mean) * tl.where(n < whole, 1, step)
         at = (pair * tokens + t)[:, None] * D + d[None, :]
         z = tl.load(x + at, mask=(n < sampled)[:, None] & real[None, :], other=0.0).to(tl.float32) / one_step
         scale = tl.maximum(tl.sqrt(tl.sum(z * z * share, 1)), least)[:, None] * factor
         y = z / scale
-        off = _levels(y, top) - top / 2 - y
-        counts = tl.load(weight + pair * tokens + rank, mask=n < sampled, other=0.0) * tl.where(n < whole, 1, step)
-        total += tl.sum(off * off * (counts[:, None] * scale * scale), 0)
-    tl.store(errors + (f * pairs + pair) * D + d, total, mask=real)
+        off = _levels(y, top[None, :]) - top[None, :] / 2 - y
+        total += tl.sum(off * off * (weight[:, None] * scale * scale), 0)
+    tl.store(errors + (f * pairs + pair) * D + d, tl.where(top > 0, total, 0.0), mask=real)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _best_spreads(
+    out, errors, spread, factors, parts, pairs, least_error, least, most,
+    D: tl.constexpr, D_FILLED: tl.constexpr, FACTORS: tl.constexpr,
+):  # fmt: skip
+    """The spread of each channel, times the factor that makes the product of its `errors [parts, F, pairs, D]` least.
+
+    A channel in which all are the same has no bits, and keeps its spread. Program: row and head.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D_FILLED)
+    real = d < D
+    best = tl.full([D_FILLED], float("inf"), tl.float32)
+    greatest = tl.full([D_FILLED], float("-inf"), tl.float32)
+    factor = tl.full([D_FILLED], 1.0, tl.float32)
+    for f in range(FACTORS):
+        total = tl.zeros([D_FILLED], tl.float32)
+        for part in range(parts):
+            at = ((part * FACTORS + f) * pairs + pair) * D + d
+            total += tl.log(tl.maximum(tl.load(errors + at, mask=real, other=0.0), least_error))
+        factor = tl.where(total < best, tl.load(factors + f), factor)
+        best, greatest = tl.minimum(best, total), tl.maximum(greatest, total)
+    fitted = tl.load(spread + pair * D + d, mask=real, other=1.0).to(tl.float32)
+    fitted *= tl.where(best < greatest, factor, 1.0)
+    tl.store(out + pair * D + d, tl.minimum(tl.maximum(fitted, least), most).to(tl.float16), mask=real)
+
+
+Fitted = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
 
 
 @on_its_device
-def spread_errors(
-    x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Tensor, sample: tuple[int, int]
+def fitted_spread(
+    spread: Tensor,
+    parts: Sequence[Fitted],
+    factors: Tensor,
+    sample: tuple[int, int],
+    every_token: float,
+    least_error: float,
+    bounds: tuple[float, float],
 ) -> Tensor:
-    """The squared errors of each channel of keys `x [B, Hkv, P, D]`, in squares of its steps, if these were larger by
-    each of `factors [F]`: float32 `[F, B, Hkv, 1, D]`.
+    """The spreads `[B, Hkv, 1, D]`, float16, times those of `factors [F]` that make the product of the errors least.
 
     Args:
-        weight: float32 `[B, Hkv, P]`, how much a token counts; not negative.
-        sample: of the tokens in the order of their weights, the greatest first, so many are looked at, and of the
-            others each of such steps, which counts as many times. The other arguments are those of `channel_codes`.
+        parts: of each format, keys `x [B, Hkv, P, D]`, the attention that they receive, float32 `[B, Hkv, P]` (-1 where
+            a slot is empty; None: it is not known), and `steps`, `used` and `last` as in `channel_codes`.
+        sample: of the tokens in the order of their attention, the greatest first, so many are looked at, and of the
+            others each of such steps, which counts as many times.
+        every_token: so many times the mean of the attention counts besides.
+        least_error: of which a logarithm is taken. bounds: of the spreads.
     """
-    rows, heads, tokens, size = x.shape
+    rows, heads, _, size = spread.shape
+    spread, pairs, count = spread.contiguous(), rows * heads, len(factors)
+    errors = torch.empty((len(parts), count, pairs * size), device=spread.device)
+    shape = {"D": size, "D_FILLED": power_of_two(size)}
     whole, step = sample
-    sampled = min(tokens, whole) + triton.cdiv(max(0, tokens - whole), step)
-    errors = torch.empty((len(factors), rows, heads, 1, size), device=x.device)
-    weight, order = weight.contiguous().sort(dim=-1, descending=True, stable=True)
-    _spread_errors[(rows * heads, len(factors))](
-        errors, x.contiguous(), weight, order, unit.contiguous(), used.contiguous(), last.contiguous(), factors,
-        tokens, sampled, whole, step, rows * heads, heads, 1e-6,
-        D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, **FUSED,
-    )  # fmt: skip
-    return errors
+    for number, (x, attended, steps, used, last) in enumerate(parts):
+        tokens, known = x.shape[2], attended is not None
+        sampled = min(tokens, whole) + triton.cdiv(max(0, tokens - whole), step)
+        ordered, order = (x, x) if attended is None else attended.sort(dim=-1, descending=True, stable=True)
+        _spread_errors[(pairs, count)](
+            errors[number], x.contiguous(), ordered, order, spread, steps.contiguous(), used.contiguous(),
+            last.contiguous(), factors, tokens, sampled, whole, step, pairs, heads, 1e-6, every_token,
+            TOKENS=_TOKENS, KNOWN=known, WEIGHTS=_WEIGHTS, **shape, **FUSED,
+        )  # fmt: skip
+    fitted = torch.empty(spread.shape, dtype=torch.float16, device=spread.device)
+    _best_spreads[(pairs,)](
+        fitted, errors, spread, factors, len(parts), pairs, least_error, *bounds, FACTORS=count, **shape, **FUSED
+    )
+    return fitted
 
 
 # Numbers with a range for each group of a token

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -215,9 +215,15 @@ def _ranked(
         Tier.RECENT: text[..., tokens - recent :],
     }
     return {
-        tier: Kept(x, torch.full_like(x, tier, dtype=torch.uint8), torch.full((rows,), x.shape[2]))
-        for tier, x in found.items()
+        tier: Kept(x, _one(tier, device).expand_as(x), torch.full((rows,), x.shape[2])) for tier, x in found.items()
     }
+
+
+@lru_cache
+def _one(tier: Tier, device: torch.device) -> Tensor:
+    """uint8 `[1, 1, 1]`."""
+    with torch.inference_mode(False):
+        return torch.full((1, 1, 1), tier, dtype=torch.uint8, device=device)
 
 
 def _places(members: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,8 +69,7 @@ def _blockwise(
     keys = keys.reshape(-1, tokens, size).transpose(-1, -2)
     if real is not None:
         real = (real[:, None] if real.ndim == 2 else real).expand(rows, kv_heads, tokens).reshape(-1, tokens)
-    row = torch.arange(rows * kv_heads, device=keys.device) // kv_heads  # of each n
-    head = torch.arange(rows * kv_heads, device=keys.device) % kv_heads
+    of_n = torch.arange(rows * kv_heads, device=keys.device) if weight is not None or view.sinks is not None else None
     mass = torch.zeros((rows * kv_heads, group, tokens), dtype=torch.float32, device=keys.device)
     output = None
     if attend:
@@ -82,7 +82,9 @@ def _blockwise(
         some_keys = keys[some].to(dtype)
         some_values = values[some].to(dtype) if attend else None
         padding = None if real is None else ~real[some, None, None]  # [n, 1, 1, S]
-        counted = None if weight is None else weight[row[some], None, :, None]  # [n, 1, T, 1]
+        counted = None
+        if weight is not None and of_n is not None:
+            counted = weight[of_n[some] // kv_heads, None, :, None]  # [n, 1, T, 1]
         for start in range(0, count, block):
             end = min(start + block, count)
             seen = tokens - count + end  # keys up to the last query of the block
@@ -96,14 +98,13 @@ def _blockwise(
             if view.softcap is not None:
                 logits = logits.div_(view.softcap).tanh_().mul_(view.softcap)
             # Only the block's own keys can lie in the future of one of its queries.
-            future = torch.ones((end - start, end - start), dtype=torch.bool, device=keys.device).triu(1)
-            logits[..., seen - (end - start) :].masked_fill_(future, -torch.inf)
+            logits[..., seen - (end - start) :].masked_fill_(_future(end - start, keys.device), -torch.inf)
             if padding is not None:
                 logits.masked_fill_(padding[..., :seen], torch.finfo(torch.float32).min)
             left = None
-            if view.sinks is not None:
+            if view.sinks is not None and of_n is not None:
                 # What a softmax over tokens and sink gives the tokens, of one over the tokens alone.
-                beside = view.sinks.view(kv_heads, group).float()[head[some]][:, :, None]
+                beside = view.sinks.view(kv_heads, group).float()[of_n[some] % kv_heads][:, :, None]
                 left = torch.sigmoid(logits.logsumexp(-1) - beside)[..., None]
             weights = torch.softmax(logits, -1, out=logits)
             if left is not None:
@@ -119,6 +120,13 @@ def _blockwise(
             else:
                 mass[some, :, :seen] += weights.sum(-2)
     return None if output is None else output.view(rows, heads, count, -1), mass.view(rows, heads, tokens)
+
+
+@lru_cache(maxsize=8)
+def _future(count: int, device: torch.device) -> Tensor:
+    """Which of some tokens are later than each of them, bool `[count, count]`."""
+    with torch.inference_mode(False):
+        return torch.ones((count, count), dtype=torch.bool, device=device).triu(1)
 
 
 def window_mass(view: LayerView, half_life: float = 0) -> Tensor:

@@ -110,12 +110,12 @@ def fit_channels(keys: Tensor, positions: Tensor, real: Tensor | None, rope: Rop
 
 
 # What float16 holds, with room for the scales of single tokens.
-_LEAST_SPREAD, _MOST_SPREAD = 2.0**-14, 2.0**15
+LEAST_SPREAD, MOST_SPREAD = 2.0**-14, 2.0**15
 
 
 def as_spread(x: Tensor) -> Tensor:
     """Spreads as they are held."""
-    return x.clamp(_LEAST_SPREAD, _MOST_SPREAD).half()
+    return x.clamp(LEAST_SPREAD, MOST_SPREAD).half()
 
 
 def _weight(real: Tensor | None) -> Tensor | None:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compiled import quantizer
-from .basis import as_spread
+from .basis import LEAST_SPREAD, MOST_SPREAD, as_spread
 from .buffers import Pick, take
 from .widths import STEPS
 
 # Scales that are tried, as parts of the token's root mean square.
 _FACTORS = (0.8, 1.0, 1.25, 1.6, 2.2)
+_LOGS = tuple(map(math.log2, _FACTORS))
 # A scale is a power of 2 ** (1 / 16) in eight bits: finer than what the search is about.
 _OCTAVE, _UNIT = 16, 128
 _LEAST = 1e-6
@@ -140,12 +141,8 @@ def quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
     """
     rows, heads, _, size = x.shape
     if (compiled := quantizer(x.device)) is not None:
-        unit = spread.float() * form.steps
-        cost = form.weight[:, None] * unit.square()
-        logs = [math.log2(factor) for factor in _FACTORS]
-        return ChannelCodes(
-            *compiled.channel_codes(x, unit, cost, form.size_weights, form.last, logs, (_OCTAVE, _UNIT))
-        )
+        of_form = form.steps, form.weight, form.size_weights, form.last
+        return ChannelCodes(*compiled.channel_codes(x, spread, *of_form, _LOGS, (_OCTAVE, _UNIT)))
     together = _TOGETHER if x.device.type == "cpu" else max(_TOGETHER, _NUMBERS_TOGETHER // (rows * heads * size))
     parts = [_quantize(part, spread.float(), form) for part in x.split(together, dim=2)]
     return ChannelCodes(*(torch.cat([getattr(p, name) for p in parts], dim=2) for name in ("codes", "scale")))
@@ -164,20 +161,28 @@ def fitted_spread(
         parts: keys less their centre in each format, float32 `[B, Hkv, P, D]` each; those without one do not count.
         attended: float32 `[B, Hkv, sum of P]` or more, as in `TieredStorage.keep`.
     """
-    total, used, start = None, None, 0
+    of_parts, start = list[tuple[Tensor, Tensor | None, ChannelFormat]](), 0
     for x, form in zip(parts, forms, strict=True):
         weight = None if attended is None else attended[..., start : start + x.shape[2]]
         start += x.shape[2]
         if form is not None and x.shape[2]:
-            # In logarithms, the format with few bits does not decide alone.
-            error = _spread_errors(x, weight, spread.float(), form).clamp_(min=_LEAST_ERROR).log_()
-            total = error if total is None else total + error
-            used = form.used if used is None else used | form.used
-    if total is None or used is None:
+            of_parts.append((x, weight, form))
+    if not of_parts:
         return spread
+    factors = _spreads(spread.device)
+    if (compiled := quantizer(spread.device)) is not None and compiled.FITS_SPREADS:
+        given = [(x, weight, form.steps, form.size_weights, form.last) for x, weight, form in of_parts]
+        how = (_ALL_OF, _STEP), _EVERY_TOKEN, _LEAST_ERROR, (LEAST_SPREAD, MOST_SPREAD)
+        fitted: Tensor = compiled.fitted_spread(spread, given, factors, *how)
+        return fitted
+    # In logarithms, the format with few bits does not decide alone.
+    errors = [
+        _spread_errors(x, weight, spread.float(), form).clamp_(min=_LEAST_ERROR).log_() for x, weight, form in of_parts
+    ]
+    total = torch.stack(errors).sum(0)
+    used = torch.stack([form.used for _, _, form in of_parts]).any(0)
     # A channel without bits has the same error whatever its spread.
-    factors = _spreads(spread.device)[total.argmin(0)].masked_fill(~used, 1)
-    return as_spread(spread.float() * factors)
+    return as_spread(spread.float() * factors[total.argmin(0)].masked_fill(~used, 1))
 
 
 @lru_cache

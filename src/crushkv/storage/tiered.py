@@ -199,6 +199,11 @@ class TieredStorage:
         recent = recent.expand(self.rows, self.kv_heads, -1)
         return recent if self._positions is None else torch.cat([self._positions.long(), recent], dim=2)
 
+    def _positions_of(self, slots: Tensor) -> Tensor:
+        """`positions` of some slots, int64 `[B, Hkv, K]`."""
+        untouched = self._positions is None and self.seen == self.length
+        return slots if untouched else self.positions.gather(2, slots)
+
     @property
     def centred_before_rope(self) -> bool:
         """Whether keys are held less their mean before RoPE."""
@@ -298,7 +303,7 @@ class TieredStorage:
         *blocks, stays = indices.split(list(lengths), dim=2)
         # What only fills rows up may point into a block.
         dense = (stays - self.blocked).clamp(min=0)
-        positions = self.positions.gather(2, indices).to(torch.int32)
+        positions = self._positions_of(indices).to(torch.int32)
         self._set_blocks(list(zip(self._moved_keys(blocks, attended), self._moved(1, blocks), strict=True)))
         self._positions = positions
         self.dense.keep(dense)
@@ -316,14 +321,13 @@ class TieredStorage:
             return []
         x, basis = self._source(which)
         widest, group_size = int(self.formats.important[which]), self.formats.group_size
-        positions = self.positions
         if self.blocks:
             held = [part.coordinates() for block in self.blocks if isinstance(part := block[which], PackedTensor)]
-            new = Coordinates.of(x, basis, positions[..., self.blocked :], widest, group_size)
+            new = Coordinates.of(x, basis, self.positions[..., self.blocked :], widest, group_size)
             source = Coordinates.joined([*held, new])
             moved = [source.gather(part) for part in parts]
         else:  # a whole prompt, most of which goes: only what stays is quantized
-            numbers = (basis.taken(x, part, positions.gather(2, part)) for part in parts)
+            numbers = (basis.taken(x, part, self._positions_of(part)) for part in parts)
             moved = [Coordinates.of_numbers(of, x.dtype, widest, group_size) for of in numbers]
         widths = (int(bits[which]) for bits in self.formats.blocks)
         return [PackedTensor.of(tokens, bits) for tokens, bits in zip(moved, widths, strict=True)]
@@ -353,17 +357,18 @@ class TieredStorage:
         of_parts = zip(parts, all_numbers, before, self.formats.blocks, self.forms, strict=True)
         for part, numbers, old, bits, form in of_parts:
             end = start + (0 if old is None else old.tokens)
-            stays = (part >= start) & (part < end) if end > start else None
-            at = (part - start).clamp(0, max(0, end - start - 1))
+            staying: tuple[Tensor, Tensor] | None = None  # where they stand, and which these are
+            if end > start:
+                staying = (part - start).clamp(0, end - start - 1), (part >= start) & (part < end)
             if form is None:
                 made = Coordinates.of_numbers(numbers, self._dense_keys.dtype, int(bits[0]), self.formats.group_size)
-                if stays is not None and isinstance(old, PackedTensor):
-                    made = made.replaced(old.coordinates().gather(at), stays)
+                if staying is not None and isinstance(old, PackedTensor):
+                    made = made.replaced(old.coordinates().gather(staying[0]), staying[1])
                 result.append(PackedTensor.of(made, int(bits[0])))
             else:
                 codes = channels.quantize(numbers, basis.spread, form)
-                if stays is not None and isinstance(old, ChannelTensor):
-                    codes = codes.replaced(old.codes().gather(at), stays)
+                if staying is not None and isinstance(old, ChannelTensor):
+                    codes = codes.replaced(old.codes().gather(staying[0]), staying[1])
                 result.append(ChannelTensor.of(codes, form))
             start = end
         return result
@@ -371,15 +376,14 @@ class TieredStorage:
     def _numbers(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Keys less their centre of the tokens in the slots of each part, float32 `[B, Hkv, P, D]`."""
         x, basis = self._source(0)
-        positions = self.positions
         if not self.blocks:  # a whole prompt, most of which goes: only what stays is looked at
-            return [basis.taken(x, part, positions.gather(2, part)) for part in parts]
+            return [basis.taken(x, part, self._positions_of(part)) for part in parts]
         blocked = self.blocked
         numbers, start = torch.empty((self.rows, self.kv_heads, self.length, x.shape[-1]), device=x.device), 0
         for keys, _ in self.blocks:
             self._write_numbers(keys, numbers[:, :, start : start + keys.tokens])
             start += keys.tokens
-        numbers[:, :, blocked:] = basis.coordinates(x, positions[..., blocked:])
+        numbers[:, :, blocked:] = basis.coordinates(x, self.positions[..., blocked:])
         return [take(numbers, part) for part in parts]
 
     # What comes out
