@@ -10,8 +10,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from crushkv.hf.rope import find_ropes
 from crushkv.presets import PRESETS
 from crushkv.profile import Profile
 from crushkv.timing import ENGINE, FULL, Record, share
-from crushkv.timing.measure import PeakMemory
+from crushkv.timing.measure import PeakMemory, cudnn_attention
 
 LLAMA_8B: dict[str, Any] = {
     "hidden_size": 4096,
@@ -194,21 +193,6 @@ def decode(model: Any, token: Tensor, cache: Any, new_tokens: int) -> list[float
         if len(times) >= FEWEST and last - decoding > DECODING_SECONDS:
             break
     return times
-
-
-@contextmanager
-def cudnn_attention(on: bool) -> Iterator[None]:
-    """Whether PyTorch may attend with cuDNN, which makes a plan for each number of tokens that it has not met before.
-
-    A prompt is read faster with it. For a decoded token, whose number of tokens is always new, the plan takes longer
-    than all else.
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(on)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def next_token(model: Any, tokens: Tensor, cache: Any) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from architectures import small_model
 from crushkv import ConfigError, CrushConfig
 from crushkv.timing import Record, Request, measure_request, read_records, repeated_prompt, summarize, write_record
+from crushkv.timing.measure import measure
 from crushkv.timing.plots import plot, save
 
 
@@ -106,6 +107,18 @@ def test_a_request_is_measured(batch: int) -> None:
     assert ours.kv_bytes and full.kv_bytes and 0.2 < ours.kv_bytes / full.kv_bytes < 0.6  # with room to grow
     assert full.stages is None
     assert ours.stages and {"importance", "signatures", "distances", "grouping", "gather"} <= ours.stages.keys()
+
+
+def test_tokens_are_decoded_without_cudnn() -> None:
+    """It makes a plan for each number of tokens, which would count as the full cache's time."""
+    model, passes = small_model(), list[bool]()
+    allowed = torch.backends.cuda.cudnn_sdp_enabled
+    before = allowed()
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(allowed()))
+    measure(model, torch.randint(1, 100, (1, 20)), max_new_tokens=4, do_sample=False)
+    hook.remove()
+    assert passes == [before, False, False, False]
+    assert allowed() is before is True
 
 
 def test_rows_of_a_prompt_differ() -> None:
