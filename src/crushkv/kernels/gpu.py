@@ -169,6 +169,7 @@ class _Plan:
 
     Attributes:
         blocks: the launch of each, and how many programs share the tokens of a head.
+        room: numbers of what is prepared of the queries: in float16, in float32, and the centres' logits.
         dense: of the tokens that are not packed.
     """
 
@@ -232,9 +233,8 @@ class _Plan:
         of_keys, of_values = self.rotations
         if self.blocks:
             turned = queries if of_keys is None else torch.empty_like(queries)
-            halves = self._new(self.halves, dtype=torch.float16)
-            floats = self._new(self.floats)
-            logits = self._new(self.logits)
+            halves = self._new(self.room[0], dtype=torch.float16)
+            floats, logits = self._new(self.room[1]), self._new(self.room[2])
             self.prepare((rows, 1, 1), halves, floats, turned, queries)
             self.centre(self.centre_grid, logits, halves, floats)
             for launch, of in self.blocks:
@@ -265,11 +265,9 @@ class _Plan:
         if made.channels is not None:
             self.slots = made.channels.shape[0], made.channels.shape[2]
         blocks, slots = self.slots
-        channels, middles, units = (
-            (unused, unused, unused) if made.channels is None else (made.channels, made.middles, made.units)
-        )
+        of_slots = {"channels": made.channels, "units": made.units, "middles": made.middles}
         arguments = {
-            "channels": channels, "units": units, "middles": middles,
+            **(of_slots if blocks else dict.fromkeys(of_slots, unused)),
             "first": turning.first, "second": turning.second, "of_first": centre.of_first,
             "of_second": centre.of_second, "rotation": unused if of_keys is None else of_keys, "queried": rows,
             "factor": self.factor, "D": self.size, "KV_HEADS": self.kv_heads, "G": self.group, "BLOCKS": blocks,
@@ -277,8 +275,8 @@ class _Plan:
             "TURNED": of_keys is not None,
         }  # fmt: skip
         self.prepare = Launch(prepare_queries, arguments, ("halves", "floats", "turned", "queries"), num_warps=4)
-        self.halves, self.floats = rows * (blocks * slots + width * (1 + exact)), rows * (blocks + 1)
-        self.logits = heads * centre.positions * self.filled
+        of_queries = rows * (blocks * slots + width * (1 + exact)), rows * (blocks + 1)
+        self.room = *of_queries, heads * centre.positions * self.filled
 
         together = min(64, power_of_two(heads * self.filled))
         tiles, tile = -(-heads * self.filled // together), 16 if interpreted() else 64
