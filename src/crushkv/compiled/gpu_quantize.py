@@ -105,7 +105,7 @@ def channel_codes(
     return codes, scales
 
 
-FITS_SPREADS = True
+FITS_SPREADS = True  # `fitted_spread` is compiled
 
 _WEIGHTS = 1024  # that are added up at a time
 

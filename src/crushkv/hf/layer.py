@@ -217,7 +217,8 @@ class CrushLayer(CacheLayerMixin):
         self.remember(call, new_real, self.plan.clock.is_prompt(self.seen - count, count))
         if not self._evicts_after(count):
             return
-        if count > 1 and self.plan.puts_off(call.queries.device):
+        # The keys that a layer makes of its latents are not held for longer than it attends.
+        if count > 1 and not self.plan.latent and self.plan.puts_off(call.queries.device):
             nothing = call.queries.new_empty((*call.queries.shape[:2], 0, call.queries.shape[3]))
             of_call = replace(call, queries=nothing, mask=None)  # what evicting reads of them is in `queries`
             self.plan.put_off(partial(self.evict, of_call), last=self.index == self.plan.layers - 1)
