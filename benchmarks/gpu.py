@@ -8,8 +8,8 @@ requests of a model of Llama-3.1-8B's shape with random weights, each preset aga
 tests that need a GPU. Rows are printed as they come, and FOLDER/gpu.json is written anew after each, so that a run that
 is cut off leaves its results. `--tiny` runs the same code with a tiny model on whatever is there, in seconds.
 
-Transformers' full cache copies itself for each decoded token, which is a part of its time. While decoding, it attends
-with PyTorch's flash attention: cuDNN's plans for each new number of tokens, `tpot_with_cudnn_seconds` says how long.
+Transformers' full cache copies itself for each decoded token, which is a part of its time. While decoding, it
+attends without cuDNN, which makes a plan for each new number of tokens; `tpot_with_cudnn_seconds` is its time with it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from functools import lru_cache, wraps
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,22 @@ VARIABLE = "CRUSHKV_KERNELS"
 """Environment variable that names what computes attention over packed tokens; `plain` for nothing compiled at all."""
 FUSED = {"enable_fp_fusion": True}
 """Options of Triton's compiler: a product and a sum in one. Releases differ in what they do unasked."""
+
+
+class Levels(NamedTuple):
+    """What the levels of a layer's key channels have in common for all tokens; see `storage.ChannelFormat`.
+
+    Attributes:
+        steps: float32 `[Hkv, 1, D]`; a channel's spread times its step is one step at a scale of 1.
+        weight: float32 `[Hkv, D]`, what an error costs.
+        used: float32 `[Hkv, 1, D]`, weights of the steps in a token's size.
+        last: float32 `[Hkv, 1, D]`, the greatest code.
+    """
+
+    steps: Tensor
+    weight: Tensor
+    used: Tensor
+    last: Tensor
 
 
 def interpreted() -> bool:

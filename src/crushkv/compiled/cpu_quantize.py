@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import Levels
 from .cpu_library import call
 
 _SCALES = 5  # that are tried for a token: as in cpu_quantize.cpp
@@ -19,22 +20,15 @@ FITS_SPREADS = False  # a part of it, `spread_errors`, is compiled here
 
 
 def channel_codes(
-    x: Tensor,
-    spread: Tensor,
-    steps: Tensor,
-    weight: Tensor,
-    used: Tensor,
-    last: Tensor,
-    factors: Sequence[float],
-    code: tuple[int, int],
+    x: Tensor, spread: Tensor, levels: Levels, factors: Sequence[float], code: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     assert len(factors) == _SCALES, "another number of scales was compiled"
     rows, heads, tokens, size = x.shape
     codes = torch.empty(x.shape, dtype=torch.uint8)
     scales = torch.empty((rows, heads, tokens, 1), dtype=torch.uint8)
-    unit = spread.float() * steps
-    cost = weight[:, None] * unit.square()
-    given = [_floats(part) for part in (x, unit, cost, used, last, torch.tensor(factors))]
+    unit = spread.float() * levels.steps
+    cost = levels.weight[:, None] * unit.square()
+    given = [_floats(part) for part in (x, unit, cost, levels.used, levels.last, torch.tensor(factors))]
     call(
         "channel_codes", given[0], codes, scales, *given[1:], *map(float, code),
         rows * heads, heads, tokens, size,
@@ -43,19 +37,19 @@ def channel_codes(
 
 
 def spread_errors(
-    x: Tensor, weight: Tensor, unit: Tensor, used: Tensor, last: Tensor, factors: Tensor, sample: tuple[int, int]
+    x: Tensor, weight: Tensor, spread: Tensor, levels: Levels, factors: Tensor, sample: tuple[int, int]
 ) -> Tensor:
     """The squared errors of each channel of keys `x [B, Hkv, P, D]`, in squares of its steps, if these were larger by
     each of `factors [F]`: float32 `[F, B, Hkv, 1, D]`.
 
     Args:
         weight: float32 `[B, Hkv, P]`, how much a token counts; not negative.
-        unit: float32 `[B, Hkv, 1, D]`, one step of each channel at a scale of 1.
+        spread: float32 `[B, Hkv, 1, D]`.
         sample: of the tokens in the order of their weights; see `gpu_quantize.fitted_spread`.
     """
     rows, heads, tokens, size = x.shape
     errors = torch.empty((len(factors), rows, heads, 1, size))
-    given = [_floats(part) for part in (x, weight, unit, used, last, factors)]
+    given = [_floats(part) for part in (x, weight, spread * levels.steps, levels.used, levels.last, factors)]
     call("spread_errors", errors, *given, len(factors), *sample, rows * heads, heads, tokens, size)
     return errors
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import FUSED, on_its_device, power_of_two
+from . import FUSED, Levels, on_its_device, power_of_two
 
 _TOKENS = 32
 _VARYING = ["tokens"]
@@ -71,21 +71,12 @@ def _channel_codes(
 
 @on_its_device
 def channel_codes(
-    x: Tensor,
-    spread: Tensor,
-    steps: Tensor,
-    weight: Tensor,
-    used: Tensor,
-    last: Tensor,
-    factors: Sequence[float],
-    code: tuple[int, int],
+    x: Tensor, spread: Tensor, levels: Levels, factors: Sequence[float], code: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of keys `x [B, Hkv, P, D]`.
 
     Args:
-        spread: `[B, Hkv, 1, D]`. steps: float32 `[Hkv, 1, D]`; both together are one step at a scale of 1.
-        weight: float32 `[Hkv, D]`, what an error costs. used: `[Hkv, 1, D]`, weights of the steps in a token's size.
-        last: `[Hkv, 1, D]`, the greatest code.
+        spread: `[B, Hkv, 1, D]`.
         factors: log2 of the scales that are tried, as parts of the token's size.
         code: what a scale's code counts: parts of an octave, and the code of 1.
 
@@ -98,8 +89,8 @@ def channel_codes(
     scales = torch.empty((rows, heads, tokens, 1), dtype=torch.uint8, device=x.device)
     if tokens:
         _channel_codes[(triton.cdiv(tokens, _TOKENS), rows * heads)](
-            codes, scales, x, spread.contiguous(), steps.contiguous(), weight.contiguous(), used.contiguous(),
-            last.contiguous(), tokens, heads, float(code[0]), float(code[1]), 1e-6,
+            codes, scales, x, spread.contiguous(), *(part.contiguous() for part in levels), tokens, heads,
+            float(code[0]), float(code[1]), 1e-6,
             D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, FACTORS=tuple(factors), **FUSED,
         )  # fmt: skip
     return codes, scales
@@ -184,13 +175,10 @@ def _best_spreads(
     tl.store(out + pair * D + d, tl.minimum(tl.maximum(fitted, least), most).to(tl.float16), mask=real)
 
 
-Fitted = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
-
-
 @on_its_device
 def fitted_spread(
     spread: Tensor,
-    parts: Sequence[Fitted],
+    parts: Sequence[tuple[Tensor, Tensor | None, Levels]],
     factors: Tensor,
     sample: tuple[int, int],
     every_token: float,
@@ -201,7 +189,7 @@ def fitted_spread(
 
     Args:
         parts: of each format, keys `x [B, Hkv, P, D]`, the attention that they receive, float32 `[B, Hkv, P]` (-1 where
-            a slot is empty; None: it is not known), and `steps`, `used` and `last` as in `channel_codes`.
+            a slot is empty; None: it is not known), and the levels.
         sample: of the tokens in the order of their attention, the greatest first, so many are looked at, and of the
             others each of such steps, which counts as many times.
         every_token: so many times the mean of the attention counts besides.
@@ -212,14 +200,14 @@ def fitted_spread(
     errors = torch.empty((len(parts), count, pairs * size), device=spread.device)
     shape = {"D": size, "D_FILLED": power_of_two(size)}
     whole, step = sample
-    for number, (x, attended, steps, used, last) in enumerate(parts):
+    for number, (x, attended, levels) in enumerate(parts):
         tokens, known = x.shape[2], attended is not None
         sampled = min(tokens, whole) + triton.cdiv(max(0, tokens - whole), step)
         ordered, order = (x, x) if attended is None else attended.sort(dim=-1, descending=True, stable=True)
         _spread_errors[(pairs, count)](
-            errors[number], x.contiguous(), ordered, order, spread, steps.contiguous(), used.contiguous(),
-            last.contiguous(), factors, tokens, sampled, whole, step, pairs, heads, 1e-6, every_token,
-            TOKENS=_TOKENS, KNOWN=known, WEIGHTS=_WEIGHTS, **shape, **FUSED,
+            errors[number], x.contiguous(), ordered, order, spread, levels.steps.contiguous(),
+            levels.used.contiguous(), levels.last.contiguous(), factors, tokens, sampled, whole, step, pairs, heads,
+            1e-6, every_token, TOKENS=_TOKENS, KNOWN=known, WEIGHTS=_WEIGHTS, **shape, **FUSED,
         )  # fmt: skip
     fitted = torch.empty(spread.shape, dtype=torch.float16, device=spread.device)
     _best_spreads[(pairs,)](

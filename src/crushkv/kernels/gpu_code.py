@@ -371,6 +371,16 @@ def _found(found, rows, all_splits, E: tl.constexpr):
 
 
 @triton.jit
+def _tokens_of(tile, length, P, TILE: tl.constexpr):
+    """The tokens of a tile by their place in a stretch, by their number, and which of them are there."""
+    PART: tl.constexpr = TILE // 8
+    of_tile = tl.arange(0, TILE)
+    t = tile * PART + _byte_of(of_tile % PART)
+    token = of_tile // PART * length + t
+    return t, token, (t < length) & (token < P)
+
+
+@triton.jit
 def _ranges(zeros, spans, token, real, group, GROUPS: tl.constexpr):
     """The ranges of tokens, uint8 `[TILE, groups]` each; 0 where there is none."""
     at, there = token[:, None] * GROUPS + group[None, :], real[:, None] & (group < GROUPS)[None, :]
@@ -498,7 +508,7 @@ def attend_block(
     query = queried * G + n % G
     group = tl.where(real_column, n // G, 0)
     PART: tl.constexpr = TILE // 8
-    of_part, of_tile = tl.arange(0, PART), tl.arange(0, TILE)
+    of_part = tl.arange(0, PART)
     tiles = (length + PART - 1) // PART
     first, last = tiles * split // splits, tiles * (split + 1) // splits
 
@@ -528,9 +538,7 @@ def attend_block(
     total = tl.zeros([TILE, N], tl.float32)
     most = tl.full([N], float("-inf"), tl.float32)
     acc = tl.zeros([E_FILLED, N], tl.float32)
-    t = first * PART + _byte_of(of_tile % PART)
-    token = of_tile // PART * length + t
-    real = (t < length) & (token < P)
+    _, token, real = _tokens_of(first, length, P, TILE)
     k_number, v_number = tl.arange(0, K_GROUPS_FILLED), tl.arange(0, V_GROUPS_FILLED)
     # What there is little of for a token is read a tile ahead.
     if CENTRED:
@@ -542,9 +550,8 @@ def attend_block(
     if V_BITS != 16:
         next_v_zero, next_v_span = _ranges(v_zero, v_span, token, real, v_number, V_GROUPS)
     for tile in range(first, last):
-        t_part, t = tile * PART + _byte_of(of_part), tile * PART + _byte_of(of_tile % PART)
-        token = of_tile // PART * length + t
-        real = (t < length) & (token < P)
+        t_part = tile * PART + _byte_of(of_part)
+        t, token, real = _tokens_of(tile, length, P, TILE)
         real_next = (t + PART < length) & (token + PART < P)
         if CENTRED:
             position = next_position * position_step

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compiled import quantizer
+from ..compiled import Levels, quantizer
 from .basis import LEAST_SPREAD, MOST_SPREAD, as_spread
 from .buffers import Pick, take
 from .widths import STEPS
@@ -99,6 +99,11 @@ class ChannelFormat:
         """The greatest code, float32 `[Hkv, 1, D]`."""
         return self._moved(((1 << self.widths) - 1).float()[:, None])
 
+    @cached_property
+    def levels(self) -> Levels:
+        """What is compiled is given of these."""
+        return Levels(self.steps, self.weight, self.size_weights, self.last)
+
     def _moved(self, x: Tensor) -> Tensor:
         return x.to(self.weight.device, non_blocking=True)
 
@@ -141,8 +146,7 @@ def quantize(x: Tensor, spread: Tensor, form: ChannelFormat) -> ChannelCodes:
     """
     rows, heads, _, size = x.shape
     if (compiled := quantizer(x.device)) is not None:
-        of_form = form.steps, form.weight, form.size_weights, form.last
-        return ChannelCodes(*compiled.channel_codes(x, spread, *of_form, _LOGS, (_OCTAVE, _UNIT)))
+        return ChannelCodes(*compiled.channel_codes(x, spread, form.levels, _LOGS, (_OCTAVE, _UNIT)))
     together = _TOGETHER if x.device.type == "cpu" else max(_TOGETHER, _NUMBERS_TOGETHER // (rows * heads * size))
     parts = [_quantize(part, spread.float(), form) for part in x.split(together, dim=2)]
     return ChannelCodes(*(torch.cat([getattr(p, name) for p in parts], dim=2) for name in ("codes", "scale")))
@@ -171,7 +175,7 @@ def fitted_spread(
         return spread
     factors = _spreads(spread.device)
     if (compiled := quantizer(spread.device)) is not None and compiled.FITS_SPREADS:
-        given = [(x, weight, form.steps, form.size_weights, form.last) for x, weight, form in of_parts]
+        given = [(x, weight, form.levels) for x, weight, form in of_parts]
         how = (_ALL_OF, _STEP), _EVERY_TOKEN, _LEAST_ERROR, (LEAST_SPREAD, MOST_SPREAD)
         fitted: Tensor = compiled.fitted_spread(spread, given, factors, *how)
         return fitted
@@ -201,15 +205,13 @@ def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: Chann
     weight = weight.clamp(min=0)
     mean = weight.sum(-1, keepdim=True) / (x.shape[2] - empty.sum(-1, keepdim=True)).clamp(min=1)
     weight = (weight + _EVERY_TOKEN * mean).masked_fill_(empty, 0)
-    unit = spread * form.steps
     if (compiled := quantizer(x.device)) is not None:
-        given = x, weight, unit, form.size_weights, form.last, _spreads(x.device)
-        errors: Tensor = compiled.spread_errors(*given, (_ALL_OF, _STEP))
+        errors: Tensor = compiled.spread_errors(x, weight, spread, form.levels, _spreads(x.device), (_ALL_OF, _STEP))
         return errors
     weight, order = weight.sort(dim=-1, descending=True, stable=True)
     weight = torch.cat([weight[..., :_ALL_OF], _STEP * weight[..., _ALL_OF::_STEP]], dim=-1)
     x = take(x, torch.cat([order[..., :_ALL_OF], order[..., _ALL_OF::_STEP]], dim=-1))
-    z = x / unit
+    z = x / (spread * form.steps)
     size = (z.square() @ form.size_weights.transpose(-1, -2)).sqrt().clamp(min=_LEAST)
     scale = size * _spreads(x.device).view(-1, 1, 1, 1, 1)
     y = z / scale
