@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -104,7 +103,7 @@ class _RecordingLayer(CrushLayer):
 
     def after_attention(self, call: AttentionCall) -> None:
         queries = call.queries if self.call is None else torch.cat([self.call.queries, call.queries], dim=2)
-        self.call = replace(call, queries=queries, mask=None, shown=None)  # one row without padding has nothing to hide
+        self.call = call._replace(queries=queries, mask=None, shown=None)  # one row without padding has nothing to hide
 
 
 class _RecordingCache(CrushCache):

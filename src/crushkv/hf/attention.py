@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,7 @@ SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_a
 _installing = threading.Lock()
 
 
-@dataclass(frozen=True)
-class _Attended:
+class _Attended(NamedTuple):
     """How a layer attended to its keys, for other layers that attend to the very same tensor after it (Gemma 3n)."""
 
     module: torch.nn.Module
@@ -48,8 +47,7 @@ class _Attended:
     parted: bool = False  # the keys that were returned are not those of any head
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """How an attention call is to be answered."""
 
     module: torch.nn.Module
@@ -66,7 +64,7 @@ class _Mark:
     cache: CrushCache
     layer: CrushLayer
     values: Tensor
-    packed: bool = False  # what was returned leaves out what the layer holds packed
+    partial: bool = False  # what was returned is not all that the layer holds
     attended: _Attended | None = None
 
     def belongs(self, key: Tensor) -> bool:
@@ -85,7 +83,7 @@ _latent = _Latent()
 
 def mark(keys: Tensor, values: Tensor, layer: CrushLayer, cache: CrushCache) -> None:
     """Marks keys that a cache returns, so that the attention call that receives them is known."""
-    found = _Mark(cache, layer, values, packed=keys.shape[2] < layer.length)
+    found = _Mark(cache, layer, values, partial=keys.shape[2] < layer.length)
     if layer.plan.latent:
         _latent.mark = found
     else:
@@ -157,11 +155,16 @@ class CrushAttention:
         output: tuple[Tensor | None, ...]
         if (shared := found.attended) is not None:
             # These layers need all keys and values as tensors, and before anything of them is evicted.
-            found.layer.plan.reads_packed = False
             if shared.parted:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} attends to the keys of another layer, whose heads hold different numbers "
                     "of tokens: use heads='equal'"
+                )
+            if found.partial:
+                found.layer.plan.reads_packed = False
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} attends to the keys of another layer, of which its configuration says "
+                    "nothing (num_kv_shared_layers): reset() the cache, and read the prompt once more"
                 )
             with full_precision(query.device):
                 turned = query if shared.turned_keys is None else turn(query, shared.turned_keys)
@@ -188,14 +191,14 @@ class CrushAttention:
         elif plain and count > 1 and attention_mask is None and self._can_give_mass(layer, query, key):
             # The policy would compute QK^T once more.
             attended, mass = attention_with_mass(LayerView(key, value, query, scaling))
-            call = replace(call, mass=mass)
+            call = call._replace(mass=mass)
             output = (attended.transpose(1, 2).contiguous(), None)
             found.attended = _Attended(module, None, None, None)
         else:
-            held = None if found.packed else (key, value)
+            held = None if found.partial else (key, value)
             output, found.attended = self._attend_group(layer.groups[0], held, asked)
         if layer.plan.latent:
-            call = replace(call, keys=key, values=value)
+            call = call._replace(keys=key, values=value)
         with full_precision(query.device):
             layer.after_attention(call)
         return output
@@ -219,7 +222,7 @@ class CrushAttention:
             if not decodes:
                 keys, values = group.storage.attended()
                 held = refuse_gradient(keys, key), refuse_gradient(values, key)
-            output, _ = self._attend_group(group, held, replace(asked, call=of_group, kwargs=kwargs))
+            output, _ = self._attend_group(group, held, asked._replace(call=of_group, kwargs=kwargs))
             assert output[0] is not None
             outputs.append(output[0])
             if output[1] is not None:

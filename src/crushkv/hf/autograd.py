@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 
+_AS_IT_IS = contextlib.nullcontext()
+
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Switches autocast off: what is held and scored has its own dtypes, and is not to be rounded once more."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
 class _Refuse(torch.autograd.Function):

@@ -34,6 +34,7 @@ from .support import (
     is_latent,
     keeps_heads_together,
     rereads_beyond,
+    shares_keys,
 )
 
 
@@ -132,7 +133,9 @@ class CrushCache(Cache):
         # A plan keeps no model alive; a model whose RoPE depends on the length of a prompt is asked again (`begin`).
         self._model = weakref.ref(model)
         self._thrown_away_beyond = rereads_beyond(model)
-        self.plan = Plan(self.config, layers=len(compressible), latent=is_latent(model.config))
+        latent = is_latent(model.config)
+        reads_packed = not (latent or shares_keys(model.config))
+        self.plan = Plan(self.config, len(compressible), latent=latent, reads_packed=reads_packed)
         if not self.plan.formats.raw:
             self.plan.ropes = find_ropes(model)
         by_need = self.config.heads == "profile"

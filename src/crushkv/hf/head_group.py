@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,7 @@ from .masks import Slots, physical_mask
 from .plan import Plan
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """What the attention function was called with, as far as scoring needs it."""
 
     queries: Tensor  # [B, Hq, q, D], after RoPE
@@ -60,6 +60,13 @@ class Heads:
         if self._follow:
             return x.narrow(dim, self.numbers[0] * each, len(self) * each)
         return x.index_select(dim, _places(self.numbers, each, x.device))
+
+    def put(self, x: Tensor, out: Tensor) -> None:
+        """Writes what belongs to these KV heads of `x [B, Hkv, ...]` to `out`, without a copy in between."""
+        if self._follow:
+            out.copy_(x.narrow(1, self.numbers[0], len(self)))
+        else:
+            torch.index_select(x.to(out.dtype), 1, _places(self.numbers, 1, x.device), out=out)
 
 
 @lru_cache(maxsize=1024)
@@ -111,7 +118,7 @@ class HeadGroup:
             return call
         sinks = None if call.sinks is None else heads.pick(call.sinks, 0)
         mass = None if call.mass is None else heads.pick(call.mass)
-        return replace(call, queries=heads.pick(call.queries), sinks=sinks, mass=mass)
+        return call._replace(queries=heads.pick(call.queries), sinks=sinks, mass=mass)
 
     @property
     def _numbers(self) -> tuple[int, ...] | None:
@@ -130,9 +137,10 @@ class HeadGroup:
 
     def append(self, keys: Tensor, values: Tensor, reserve: int) -> None:
         """Takes in the tokens of a pass, of all heads of the layer."""
-        if self.heads is not None:
-            keys, values = self.heads.pick(keys), self.heads.pick(values)
-        self.storage.append(keys, values, reserve)
+        if (heads := self.heads) is None:
+            self.storage.append(keys, values, reserve)
+        else:
+            self.storage.append(keys, values, reserve, len(heads), heads.put)
 
     # Masks
 

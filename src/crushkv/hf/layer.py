@@ -102,26 +102,23 @@ class CrushLayer(CacheLayerMixin):
         """Takes in the tokens of a pass; returns all keys and values, or a part of them.
 
         The attention function, which sees what is returned here, reads packed tokens as they are, and heads that hold
-        different numbers of tokens group by group: while decoding it gets what is not packed, and from heads that have
-        parted what came in. Before anything is packed, it has received a whole prompt's keys from here.
+        different numbers of tokens group by group: while decoding, and from heads that have parted, it gets what came
+        in. Before anything is packed, it has received a whole prompt's keys from here.
         """
-        if self.batch_size not in (-1, key_states.shape[0]):
-            raise UnsupportedModelError(
-                f"the cache holds {self.batch_size} rows, but the input has {key_states.shape[0]}: use one cache a "
-                "batch"
-            )
-        if not self.any_storage.empty and self.any_storage.device != key_states.device:
-            self._move(key_states.device)
+        rows, _, new, _ = key_states.shape
+        if not (storage := self.any_storage).empty:
+            if storage.rows != rows:
+                raise UnsupportedModelError(
+                    f"the cache holds {storage.rows} rows, but the input has {rows}: use one cache a batch"
+                )
+            if storage.device != key_states.device:
+                self._move(key_states.device)
         end = self.plan.clock.prompt_end
-        reserve = 0 if end is None else max(0, end - self.seen - key_states.shape[2])
+        reserve = 0 if end is None else max(0, end - self.seen - new)
         for group in self.groups:
             group.append(key_states, value_states, reserve)
-        if self.parted:
+        if self.parted or (self.plan.reads_packed and new == 1 and not torch.is_grad_enabled()):
             return key_states.view_as(key_states), value_states
-        if self.plan.reads_packed and key_states.shape[2] == 1 and not torch.is_grad_enabled():
-            keys, values = self.storage.dense.keys, self.storage.dense.values
-            assert keys is not None and values is not None
-            return keys, values
         return self.storage.attended()
 
     # Its heads
@@ -220,7 +217,7 @@ class CrushLayer(CacheLayerMixin):
         # The keys that a layer makes of its latents are not held for longer than it attends.
         if count > 1 and not self.plan.latent and self.plan.puts_off(call.queries.device):
             nothing = call.queries.new_empty((*call.queries.shape[:2], 0, call.queries.shape[3]))
-            of_call = replace(call, queries=nothing, mask=None)  # what evicting reads of them is in `queries`
+            of_call = call._replace(queries=nothing, mask=None)  # what evicting reads of them is in `queries`
             self.plan.put_off(partial(self.evict, of_call), last=self.index == self.plan.layers - 1)
         else:
             self.evict(call)

@@ -33,7 +33,8 @@ class Plan:
         ropes: how the keys of each compressed layer turn; none where nothing is quantized.
         profile: of the model; None: widths of channels are chosen from each prompt.
         latent: the cache holds latents (MLA), from which each layer makes the keys and values that it attends to.
-        reads_packed: attention reads packed tokens from the storage, and need not receive them from the cache.
+        reads_packed: attention reads what is held from the storage while decoding, and need not receive it from the
+            cache. Layers that share keys need it.
         clock: says when tokens are evicted, in logical lengths; it knows where the prompt being read ends.
     """
 
@@ -42,8 +43,8 @@ class Plan:
     ropes: Sequence[Rope | None] = ()
     profile: Profile | None = None
     latent: bool = False
+    reads_packed: bool = True
     warned: bool = False
-    reads_packed: bool = field(init=False)
     clock: Clock = field(init=False)
     evictor: Evictor = field(init=False)
     shares: Shares = field(init=False)
@@ -59,7 +60,6 @@ class Plan:
         self.evictor = Evictor(self.config)
         self.share_out(None)
         self.formats = self.config.formats
-        self.reads_packed = not self.latent
 
     def puts_off(self, device: torch.device) -> bool:
         """Whether a layer that has read a prompt evicts when the next one has attended.

@@ -145,12 +145,17 @@ def is_latent(model_config: PreTrainedConfig) -> bool:
     return bool(getattr(model_config.get_text_config(decoder=True), "kv_lora_rank", None))
 
 
+def shares_keys(model_config: PreTrainedConfig) -> bool:
+    """Whether some layers attend to the keys and values of other ones (Gemma 3n, Gemma 4)."""
+    return bool(getattr(model_config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
+
+
 def keeps_heads_together(model: Any) -> str | None:
     """Why all heads of a layer have to hold the same number of tokens; None: they need not."""
     config = model.config.get_text_config(decoder=True)
     if is_latent(model.config):
         return "the cache holds one latent for all heads"
-    if getattr(config, "num_kv_shared_layers", 0):
+    if shares_keys(model.config):
         return "other layers attend to the keys of a layer, too"
     if config._attn_implementation == "eager" and any(hasattr(part, "sinks") for part in model.modules()):
         return "eager attention of this model adds the sinks of all heads by itself"

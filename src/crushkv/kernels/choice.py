@@ -14,6 +14,7 @@ from torch import Tensor
 from ..compiled import VARIABLE
 from ..errors import ConfigError, nearest
 from ..storage import TieredStorage
+from . import plain
 
 # The fastest first. The last one runs everywhere.
 NAMES = ("gpu", "cpu", "plain")
@@ -34,8 +35,8 @@ class Kernels(Protocol):
     def refusal(self, queries: Tensor, store: TieredStorage) -> str | None:
         """Why it cannot attend to what is held; None: it can."""
 
-    def attend(self, queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
-        """As `attend` below."""
+    def attend(self, queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor | None:
+        """As `attend` below; None: it cannot."""
 
     def attend_together(
         self, queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
@@ -64,6 +65,10 @@ def chosen(device: torch.device) -> str:
     return _chosen(os.environ.get(VARIABLE, ""), device.type)
 
 
+def _kernels(device: torch.device) -> Kernels:
+    return _named(chosen(device))
+
+
 @lru_cache
 def _chosen(named: str, device_type: str) -> str:
     device = torch.device(device_type)
@@ -90,7 +95,7 @@ def reader(store: TieredStorage) -> str:
     if not store.blocks:
         return "plain (nothing is packed)"
     queries = torch.empty((store.rows, store.kv_heads, 1, store.sizes().sizes[0]), dtype=store.dtype, device="meta")
-    reason = _named(chosen(store.device)).refusal(queries, store)
+    reason = _kernels(store.device).refusal(queries, store)
     return described(store.device) if reason is None else f"plain ({reason})"
 
 
@@ -106,7 +111,7 @@ def attend_together(
     Returns:
         `[B, Hq, 1, Dv]`; None where these groups have to be asked for one by one.
     """
-    return _named(chosen(queries.device)).attend_together(queries, stores, heads, scaling)
+    return _kernels(queries.device).attend_together(queries, stores, heads, scaling)
 
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None = None) -> Tensor:
@@ -122,7 +127,5 @@ def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor 
     Returns:
         `[B, Hq, 1, Dv]`, in the dtype of the queries.
     """
-    kernels = _named(chosen(queries.device))
-    if kernels.refusal(queries, store) is not None:
-        kernels = _named("plain")
-    return kernels.attend(queries, store, scaling, shown)
+    found = _kernels(queries.device).attend(queries, store, scaling, shown)
+    return plain.attend(queries, store, scaling, shown) if found is None else found

@@ -51,8 +51,10 @@ def _of_queries(queries: Tensor, held: torch.dtype, kv_heads: int) -> str | None
     return f"{group} query heads a KV head" if group > _HEADS else None
 
 
-def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
+def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor | None:
     """See `kernels.attend`."""
+    if refusal(queries, store) is not None:
+        return None
     queries = queries.contiguous()
     prepared = prepare(store)
     layer = prepared.layer

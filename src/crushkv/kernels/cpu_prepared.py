@@ -135,6 +135,7 @@ class Prepared:
     def __init__(self, store: TieredStorage) -> None:
         self.version = store.version
         self.held: list[Tensor] = []  # referred to by pointers alone
+        self._buffers: tuple[Tensor | None, Tensor | None] = (None, None)  # of the tokens that came since
         self.refusal = _refusal(store)
         self.layer = Layer()
         if self.refusal is None:
@@ -155,6 +156,7 @@ class Prepared:
         layer.kept, layer.blocks = store.kept, len(store.blocks)
         layer.dtype = DTYPES[keys.dtype]
         self.block_array = (Block * (layer.blocks + 1))()
+        self.came = self.block_array[layer.blocks]
         layer.block = ctypes.cast(self.block_array, ctypes.c_void_p)
         for block, (of_block, its_values) in zip(self.block_array, store.blocks, strict=False):
             block.tokens = its_values.tokens
@@ -218,12 +220,14 @@ class Prepared:
 
     def see_dense(self, store: TieredStorage) -> None:
         """Tells the library where the tokens are that came since."""
-        block, dense = self.block_array[self.layer.blocks], store.dense
-        keys, values = dense.keys_buffer, dense.values_buffer
-        assert keys is not None and values is not None
-        block.tokens = dense.length
-        _raw(block.keys, keys)
-        _raw(block.values, values)
+        came, dense = self.came, store.dense
+        keys, values = buffers = dense.keys_buffer, dense.values_buffer
+        came.tokens = dense.length
+        if self._buffers[0] is not keys or self._buffers[1] is not values:
+            assert keys is not None and values is not None
+            _raw(came.keys, keys)
+            _raw(came.values, values)
+            self._buffers = buffers
 
 
 def _raw(numbers: Numbers, tensor: Tensor) -> None:

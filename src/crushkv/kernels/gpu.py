@@ -94,8 +94,10 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
     return None
 
 
-def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor:
+def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor | None:
     """See `kernels.attend`."""
+    if queries.requires_grad and torch.is_grad_enabled():
+        return None
     with torch.no_grad(), where(queries):
         queries = queries.contiguous()
         if shown is not None:
@@ -106,8 +108,9 @@ def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor 
         key = (made, queries.shape, queries.dtype, scaling, shown is not None, _like(tail))
         found = _plans.get(store)
         if found is None or found[0] != key:
-            found = _plans[store] = key, _Plan(queries, [store], scaling, shown is not None, made)
-        return found[1](queries, [tail], shown)
+            refused = refusal(queries, store) is not None
+            found = _plans[store] = key, None if refused else _Plan(queries, [store], scaling, shown is not None, made)
+        return None if found[1] is None else found[1](queries, [tail], shown)
 
 
 def attend_together(
@@ -143,8 +146,9 @@ def _joint(
 
 
 Tail = tuple[Tensor, Tensor]  # keys and values of the tokens that are not packed
-_plans: WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], _Plan]] = WeakKeyDictionary()
-_plans_together: WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], _Plan | None]] = WeakKeyDictionary()
+Plans = WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], "_Plan | None"]]  # None: refused
+_plans: Plans = WeakKeyDictionary()
+_plans_together: Plans = WeakKeyDictionary()
 
 
 def _tail(store: TieredStorage) -> Tail:
@@ -158,7 +162,8 @@ def _like(tail: Tail) -> tuple[Any, ...]:
     keys, values = tail
     strides = (*keys.stride()[:2], *values.stride()[:2])
     alike = ((stride % 16, stride >> 31) for stride in strides)
-    return (keys.shape[-1], values.shape[-1], keys.data_ptr() % 16, values.data_ptr() % 16, *alike)
+    kinds = keys.dtype, values.dtype, keys.shape[-1], values.shape[-1]
+    return (*kinds, keys.data_ptr() % 16, values.data_ptr() % 16, *alike)
 
 
 class _Plan:

@@ -13,7 +13,7 @@ from ..rope import Rope
 from . import channels
 from .basis import Basis, fit, fit_channels
 from .block import Coordinates, PackedTensor
-from .buffers import Pick, take
+from .buffers import Pick, Put, put_all, take
 from .channels import ChannelFormat, ChannelTensor
 from .dense import DenseStorage
 from .formats import RAW, Formats, LayerSizes
@@ -211,10 +211,12 @@ class TieredStorage:
 
     # What goes in
 
-    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> None:
-        """Adds tokens at the end, with room for `reserve` more."""
+    def append(
+        self, keys: Tensor, values: Tensor, reserve: int = 0, heads: int | None = None, put: Put = put_all
+    ) -> None:
+        """Adds tokens at the end; see `DenseStorage.append`."""
         self.seen += keys.shape[2]
-        self.dense.append(keys, values, reserve)
+        self.dense.append(keys, values, reserve, heads, put)
 
     @torch.no_grad()
     def fit(
