@@ -32,7 +32,7 @@ def error(store: TieredStorage, queries: torch.Tensor, shown: torch.Tensor | Non
     scaling = queries.shape[-1] ** -0.5
     found = cpu.attend(queries, store, scaling, shown)
     expected = plain.attend(queries, store, scaling, shown)
-    assert found.dtype == expected.dtype and found.shape == expected.shape
+    assert found is not None and found.dtype == expected.dtype and found.shape == expected.shape
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
@@ -89,6 +89,34 @@ def test_heads_that_hold_different_numbers_of_tokens(threads: int, build: str) -
         assert found is not None and float((found - expected).norm() / expected.norm()) < 1e-5
     stores[1] = store_of(Formats(), shapes[1])
     assert cpu.attend_together(queries, stores, heads, 0.1) is None, "nothing is packed in one of them"
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_a_token_is_added_to_all_heads_at_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads, size = [(1, 4), (0,), (2, 3)], 20
+    shapes = [
+        Shape(rows=2, kv_heads=len(own), size=size, value_size=12, seen=300, kept=kept, since=0)
+        for own, kept in zip(heads, (200, 61, 100), strict=True)
+    ]
+    stores = [store_of(FORMATS["small"], shape, dtype, rope_of(size)) for shape in shapes]
+    expected = copy.deepcopy(stores)
+    at_once = 0
+    for _ in range(70):
+        keys, values = (torch.randn(2, 1, 5, n, dtype=dtype).transpose(1, 2) for n in (size, 12))
+        done = cpu.append(keys, values, stores, heads)
+        at_once += done
+        for own, store, other in zip(heads, stores, expected, strict=True):
+            other.append(keys[:, list(own)], values[:, list(own)])
+            if not done:
+                store.append(keys[:, list(own)], values[:, list(own)])
+    assert at_once == 68, "the first token and the 65th need room"
+    for store, other in zip(stores, expected, strict=True):
+        assert store.length == other.length and store.seen == other.seen
+        torch.testing.assert_close((store.dense.keys, store.dense.values), (other.dense.keys, other.dense.values))
+    assert not cpu.append(keys.double(), values, stores, heads), "what is held is of another dtype"
+    assert not cpu.append(torch.randn(2, 5, 1, 2 * size, dtype=dtype)[..., ::2], values, stores, heads), "it has gaps"
 
 
 @needs_library

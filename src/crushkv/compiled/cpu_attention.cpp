@@ -174,12 +174,38 @@ void work(void* data) {
     }
 }
 
+// Writes a token's numbers as the model made them, which stand at a place in `x`.
+void put(const Numbers& held, int32_t dtype, int64_t size, int64_t row, int64_t head, int64_t token, const void* x,
+         int64_t place) {
+    const int64_t bytes = dtype == FLOAT32 ? 4 : 2;
+    const int64_t at = row * held.row_stride + head * held.head_stride + token * size;
+    std::memcpy(static_cast<uint8_t*>(held.raw) + at * bytes, static_cast<const uint8_t*>(x) + place * bytes,
+                size * bytes);
+}
+
 }  // namespace
 
 extern "C" {
 
 int64_t size_of_layer() { return sizeof(Layer); }
 int64_t size_of_block() { return sizeof(Block); }
+
+// Writes a new token's keys or values `[B, all_heads, size]` behind what is not packed, of `count` groups of heads of one
+// layer.
+void append(const Layer* const* layers, int64_t count, const void* keys, int64_t key_row, int64_t key_head,
+            const void* values, int64_t value_row, int64_t value_head) {
+    for (int64_t i = 0; i < count; ++i) {
+        const Layer& layer = *layers[i];
+        const Block& came = layer.block[layer.blocks];
+        for (int64_t row = 0; row < layer.rows; ++row)
+            for (int64_t head = 0; head < layer.kv_heads; ++head) {
+                const int64_t place = layer.head_places ? layer.head_places[head] : head;
+                put(came.keys, layer.dtype, layer.size, row, head, came.tokens, keys, row * key_row + place * key_head);
+                put(came.values, layer.dtype, layer.value_size, row, head, came.tokens, values,
+                    row * value_row + place * value_head);
+            }
+    }
+}
 
 // Attends to the tokens of `count` layers, or groups of heads of one layer, at once.
 void attend(const Layer* const* layers, int64_t count) {

@@ -18,7 +18,7 @@ struct Numbers {
     const uint8_t* planes[3];  // BY_TOKEN: the high bits first; BY_CHANNEL: of 4, 2 and 1 bits
     int64_t plane_rows[3];     // BY_CHANNEL: channels of all heads in a plane
     const uint8_t *zero, *span;  // BY_CHANNEL: `span` has the scales
-    const void* raw;             // RAW: in the model's dtype
+    void* raw;                   // RAW: in the model's dtype
     int64_t row_stride, head_stride;  // RAW: in numbers
 };
 

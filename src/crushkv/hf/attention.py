@@ -208,9 +208,7 @@ class CrushAttention:
         call = asked.call
         decodes = asked.plain and call.queries.shape[2] == 1
         if decodes and call.mask is None and all(group.whole for group in layer.groups):
-            stores = [group.storage for group in layer.groups]
-            numbers = [group.heads.numbers for group in layer.groups if group.heads is not None]
-            attended = kernels.attend_together(call.queries, stores, numbers, call.scaling)
+            attended = kernels.attend_together(call.queries, layer.stores, layer.heads, call.scaling)
             if attended is not None:
                 return attended.transpose(1, 2), None
         outputs, weights = list[Tensor](), list[Tensor]()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .. import kernels
 from ..core import BatchTail, Scored
 from ..errors import UnsupportedModelError
 from ..storage import TieredStorage
@@ -30,6 +31,7 @@ class CrushLayer(CacheLayerMixin):
 
     Attributes:
         groups: what the heads hold: one group of them all, until heads of unequal budgets part.
+        stores: what each of them holds. heads: the KV heads of each; none, where it is one group of them all.
         any_storage: of one of the groups, for what is the same in all.
     """
 
@@ -57,7 +59,9 @@ class CrushLayer(CacheLayerMixin):
     def _set_groups(self, groups: list[HeadGroup]) -> None:
         self.groups = groups
         self.any_storage = groups[0].storage
-        places = [head for group in groups if group.heads is not None for head in group.heads.numbers]
+        self.stores = [group.storage for group in groups]
+        self.heads = [group.heads.numbers for group in groups if group.heads is not None]
+        places = [head for numbers in self.heads for head in numbers]
         # Where each head of the model stands when what the groups hold is joined.
         self._back = Heads(tuple(map(places.index, range(len(places)))), len(places)) if places else None
 
@@ -115,8 +119,10 @@ class CrushLayer(CacheLayerMixin):
                 self._move(key_states.device)
         end = self.plan.clock.prompt_end
         reserve = 0 if end is None else max(0, end - self.seen - new)
-        for group in self.groups:
-            group.append(key_states, value_states, reserve)
+        at_once = new == 1 and self.parted
+        if not at_once or not kernels.append(key_states, value_states, self.stores, self.heads):
+            for group in self.groups:
+                group.append(key_states, value_states, reserve)
         if self.parted or (self.plan.reads_packed and new == 1 and not torch.is_grad_enabled()):
             return key_states.view_as(key_states), value_states
         return self.storage.attended()

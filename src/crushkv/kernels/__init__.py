@@ -4,6 +4,6 @@ Nothing heavy is imported here: an implementation is imported when it is first a
 """
 
 from ..compiled import VARIABLE
-from .choice import attend, attend_together, available, chosen, described, reader
+from .choice import append, attend, attend_together, available, chosen, described, reader
 
-__all__ = ["VARIABLE", "attend", "attend_together", "available", "chosen", "described", "reader"]
+__all__ = ["VARIABLE", "append", "attend", "attend_together", "available", "chosen", "described", "reader"]

@@ -38,6 +38,11 @@ class Kernels(Protocol):
     def attend(self, queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor | None:
         """As `attend` below; None: it cannot."""
 
+    def append(
+        self, keys: Tensor, values: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]
+    ) -> bool:
+        """As below."""
+
     def attend_together(
         self, queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
     ) -> Tensor | None:
@@ -97,6 +102,19 @@ def reader(store: TieredStorage) -> str:
     queries = torch.empty((store.rows, store.kv_heads, 1, store.sizes().sizes[0]), dtype=store.dtype, device="meta")
     reason = _kernels(store.device).refusal(queries, store)
     return described(store.device) if reason is None else f"plain ({reason})"
+
+
+def append(keys: Tensor, values: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]) -> bool:
+    """Adds one new token a row to what heads hold that hold different numbers of tokens, at once.
+
+    Args:
+        keys: `[B, Hkv, 1, D]`, of all heads. values: `[B, Hkv, 1, Dv]`.
+        stores: what each group of heads holds. heads: the KV heads of each group.
+
+    Returns:
+        Whether it was done: it is not where there is no room yet, or nothing that does this. Then each is asked.
+    """
+    return _kernels(keys.device).append(keys, values, stores, heads)
 
 
 def attend_together(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..compiled import cpu_library
 from ..compiled.cpu_library import DTYPES
 from ..storage import TieredStorage
-from .cpu_prepared import Block, Layer, Prepared, prepare
+from .cpu_prepared import Block, Layer, prepare
 
 # Query heads a KV head, as in cpu_attention.h.
 _HEADS = 16
@@ -24,7 +25,8 @@ def missing() -> str | None:
     sizes = found.size_of_layer, found.size_of_block
     for size in sizes:
         size.restype = ctypes.c_int64
-    if [size() for size in sizes] != [ctypes.sizeof(Layer), ctypes.sizeof(Block)]:
+    expected = [ctypes.sizeof(Layer), ctypes.sizeof(Block)]
+    if [size() for size in sizes] != expected or not hasattr(found, "append"):
         return "its library was built from another version of crushkv: install crushkv again"
     return None
 
@@ -51,42 +53,64 @@ def _of_queries(queries: Tensor, held: torch.dtype, kv_heads: int) -> str | None
     return f"{group} query heads a KV head" if group > _HEADS else None
 
 
-def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor | None:
-    """See `kernels.attend`."""
-    if refusal(queries, store) is not None:
-        return None
-    queries = queries.contiguous()
-    prepared = prepare(store)
-    layer = prepared.layer
-    output = prepared.output_of(queries)
-    layer.all_heads, layer.head_places, layer.shown = layer.kv_heads, None, None
-    if shown is not None:
-        shown = shown.to(torch.uint8).contiguous()
-        layer.shown = shown.data_ptr()
-        by_head = shown.ndim == 3
-        layer.shown_head = shown.shape[-1] if by_head else 0
-        layer.shown_row = shown.shape[-1] * (shown.shape[1] if by_head else 1)
-    _run([prepared], [store], queries, output, scaling)
-    return output
+class _Layer:
+    """What some groups of heads of a layer hold, as the library is given it, until one of them evicts.
+
+    Args:
+        heads: the KV heads of each group; none: there is one of all.
+    """
+
+    def __init__(self, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]) -> None:
+        self.heads = heads  # what stores hold is found by these, and must not keep them alive
+        self.prepared = [prepare(store) for store in stores]
+        self.refusal = next((of_store.refusal for of_store in self.prepared if of_store.refusal), None)
+        self.kv_heads = sum(map(len, heads)) or stores[0].kv_heads
+        self.groups = [Layer.from_buffer_copy(of_store.layer) for of_store in self.prepared]
+        for group in self.groups:
+            group.all_heads = self.kv_heads
+        for group, own in zip(self.groups, heads, strict=False):
+            group.head_places = _places(own).data_ptr()
+        self._array = (ctypes.c_void_p * len(stores))(*map(ctypes.addressof, self.groups))
+
+    def holds(self, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]) -> bool:
+        """Whether it is still what these hold."""
+        return self.heads == heads and all(
+            of_store.version == store.version for of_store, store in zip(self.prepared, stores, strict=True)
+        )
+
+    def see_dense(self, stores: Sequence[TieredStorage]) -> None:
+        for of_store, store in zip(self.prepared, stores, strict=True):
+            of_store.see_dense(store)
+
+    def attend(self, queries: Tensor, stores: Sequence[TieredStorage], scaling: float) -> Tensor:
+        """`[B, Hq, 1, Dv]`."""
+        queries = queries.contiguous()
+        output = self.prepared[0].output_of(queries)
+        of_queries, of_output, threads = queries.data_ptr(), output.data_ptr(), torch.get_num_threads()
+        for group, store in zip(self.groups, stores, strict=True):
+            group.group, group.slots, group.threads = queries.shape[1] // self.kv_heads, store.length, threads
+            group.queries, group.output, group.scaling = of_queries, of_output, scaling
+        self.see_dense(stores)
+        self.call("attend")
+        return output
+
+    def call(self, name: str, *given: int) -> None:
+        compiled = cpu_library.library()
+        assert compiled is not None
+        getattr(compiled, name)(self._array, *map(ctypes.c_int64, (len(self.groups), *given)))
 
 
-def attend_together(
-    queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
-) -> Tensor | None:
-    """See `kernels.attend_together`."""
-    all_heads = sum(map(len, heads))
+_layers: WeakKeyDictionary[TieredStorage, _Layer] = WeakKeyDictionary()
+
+
+def _layer(stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]] = ()) -> _Layer | None:
+    """None: the library cannot read them."""
     if not all(store.blocks for store in stores):
         return None
-    prepared = [prepare(store) for store in stores]
-    if any(of_store.refusal for of_store in prepared) or _of_queries(queries, stores[0].dtype, all_heads):
-        return None
-    queries = queries.contiguous()
-    output = prepared[0].output_of(queries)
-    for of_store, own in zip(prepared, heads, strict=True):
-        layer = of_store.layer
-        layer.all_heads, layer.head_places, layer.shown = all_heads, _places(own).data_ptr(), None
-    _run(prepared, stores, queries, output, scaling)
-    return output
+    found = _layers.get(stores[0])
+    if found is None or not found.holds(stores, heads):
+        found = _layers[stores[0]] = _Layer(stores, heads)
+    return None if found.refusal else found
 
 
 @lru_cache(maxsize=1024)
@@ -95,17 +119,41 @@ def _places(heads: tuple[int, ...]) -> Tensor:
         return torch.tensor(heads)
 
 
-def _run(
-    prepared: Sequence[Prepared], stores: Sequence[TieredStorage], queries: Tensor, output: Tensor, scaling: float
-) -> None:
-    for of_store, store in zip(prepared, stores, strict=True):
-        layer = of_store.layer
-        layer.group = queries.shape[1] // layer.all_heads
-        layer.slots = store.length
-        layer.threads = torch.get_num_threads()
-        layer.queries, layer.output, layer.scaling = queries.data_ptr(), output.data_ptr(), scaling
-        of_store.see_dense(store)
-    compiled = cpu_library.library()
-    assert compiled is not None
-    layers = (ctypes.c_void_p * len(prepared))(*(ctypes.addressof(of_store.layer) for of_store in prepared))
-    compiled.attend(layers, ctypes.c_int64(len(prepared)))
+def append(keys: Tensor, values: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]) -> bool:
+    """See `kernels.append`."""
+    of_keys, of_values = keys.stride(), values.stride()
+    if of_keys[3] != 1 or of_values[3] != 1 or not all(store.dense.has_room(keys, values) for store in stores):
+        return False
+    if (layer := _layer(stores, heads)) is None:
+        return False
+    layer.see_dense(stores)
+    layer.call("append", keys.data_ptr(), *of_keys[:2], values.data_ptr(), *of_values[:2])
+    for store in stores:
+        store.appended()
+    return True
+
+
+def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor | None:
+    """See `kernels.attend`."""
+    layer = _layer([store])
+    if layer is None or _of_queries(queries, store.dtype, store.kv_heads):
+        return None
+    (group,) = layer.groups
+    group.shown = None
+    if shown is not None:
+        shown = shown.to(torch.uint8).contiguous()
+        group.shown = shown.data_ptr()
+        by_head = shown.ndim == 3
+        group.shown_head = shown.shape[-1] if by_head else 0
+        group.shown_row = shown.shape[-1] * (shown.shape[1] if by_head else 1)
+    return layer.attend(queries, [store], scaling)
+
+
+def attend_together(
+    queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
+) -> Tensor | None:
+    """See `kernels.attend_together`."""
+    layer = _layer(stores, heads)
+    if layer is None or _of_queries(queries, stores[0].dtype, layer.kv_heads):
+        return None
+    return layer.attend(queries, stores, scaling)

@@ -94,6 +94,11 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
     return None
 
 
+def append(keys: Tensor, values: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]) -> bool:
+    """See `kernels.append`."""
+    return False
+
+
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor | None:
     """See `kernels.attend`."""
     if queries.requires_grad and torch.is_grad_enabled():

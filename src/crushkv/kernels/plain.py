@@ -41,6 +41,11 @@ def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor 
     return output if of_values is None else turn(output, of_values.T)
 
 
+def append(keys: Tensor, values: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]) -> bool:
+    """See `kernels.append`: nothing is gained by it here."""
+    return False
+
+
 def attend_together(
     queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
 ) -> Tensor | None:

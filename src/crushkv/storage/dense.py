@@ -68,6 +68,16 @@ class DenseStorage:
         put(values, self._values.narrow(2, start, new))
         self.length = start + new
 
+    def has_room(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether new tokens fit into the buffers as they are."""
+        held = self._keys
+        return (
+            held is not None
+            and self.length + keys.shape[2] <= held.shape[2]
+            and held.dtype == keys.dtype == values.dtype
+            and writable(held)
+        )
+
     def parted(self, pick: Pick) -> DenseStorage:
         """Some heads where they lie: to be kept from, or `copied`."""
         assert self.keys is not None and self.values is not None, "nothing is held"

@@ -218,6 +218,11 @@ class TieredStorage:
         self.seen += keys.shape[2]
         self.dense.append(keys, values, reserve, heads, put)
 
+    def appended(self) -> None:
+        """Counts a token that was written to `dense`, which had room for it."""
+        self.seen += 1
+        self.dense.length += 1
+
     @torch.no_grad()
     def fit(
         self,
