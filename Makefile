@@ -28,7 +28,7 @@ VENV_PEERS  := .venv-peers
 READY_PEERS := $(patsubst %,$(VENV_PEERS)/%/.ready,transformers kvpress openvino)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run check test lint docs test-transformers bench bench-quick bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm lock-docs
+.PHONY: help install run check test lint docs test-transformers test-triton bench bench-quick bench-peers lock clean install-vllm test-vllm serve bench-vllm lock-vllm lock-docs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -99,6 +99,16 @@ test-transformers: .venv-transformers-$(VERSION)/.ready  ## the tests that touch
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# The lowest release of Triton that the GPU's kernels are for; those of today's PyTorch are tested by `make test`.
+TRITON := 3.3.1
+
+test-triton: $(READY) .triton-$(TRITON)/.ready  ## compile the GPU's kernels with the lowest release of Triton (TRITON=3.3.1)
+	PYTHONPATH=$(CURDIR)/.triton-$(TRITON) $(BIN)/pytest -n 2 tests/test_gpu_compiler.py
+
+.triton-%/.ready:
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
+	@touch $@
+
 bench: $(READY)  ## time and memory against the full cache (about 4 minutes)
 	@$(BIN)/crushkv bench
 
@@ -167,4 +177,4 @@ lock-docs:  ## write requirements-docs.lock anew
 	rm -rf .venv-lock
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_DOCS) $(VENV_PEERS) .venv-transformers-* .venv-lock build dist site src/*.egg-info src/crushkv/kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_DOCS) $(VENV_PEERS) .venv-transformers-* .venv-lock .triton-* build dist site src/*.egg-info src/crushkv/compiled/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

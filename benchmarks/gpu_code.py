@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_code.py [--capability 90] [--shape llama-8b] [--preset balanced ...] [--json]
 
-A line is the kernel that attends to one block of a preset: its registers, how often it moves some to and from memory in
-a tile of tokens, and the instructions that a program's warp takes for a tile. Large batches take as long as these.
+A line is a block of a preset: the registers of the kernel that attends to all blocks, how often it moves some to and
+from memory in a tile of tokens and in all its code, the shared memory of a program, and the instructions that its warps
+take for a tile. Large batches take as long as these.
 All other kernels are compiled as well. Capabilities: 80 (A100), 86, 89 (RTX 4090), 90 (H100), 100 (B200).
 """
 
@@ -31,9 +32,11 @@ from triton.runtime.jit import JITFunction
 import crushkv.compiled
 from crushkv import CrushConfig
 from crushkv.kernels import gpu
+from crushkv.kernels.gpu_code import KIND, KIND_BITS
+from crushkv.kernels.gpu_prepared import prepared
 from crushkv.presets import PRESETS
 from crushkv.rope import Rope
-from crushkv.storage import RAW
+from crushkv.storage import TieredStorage
 from gpu_kernels import SHAPES, Layer, packed
 from gpu_report import console
 
@@ -110,28 +113,47 @@ def loops(code: list[tuple[str, str]], labels: dict[str, int]) -> list[tuple[int
     return found
 
 
-def attention(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of a kernel that attends to a block: one program's instructions for a tile."""
+def spilled(code: list[tuple[str, str]]) -> int:
+    """How often registers are moved to and from memory."""
+    return sum(name[:3] in ("LDL", "STL") for name, _ in code)
+
+
+def columns_at(store: TieredStorage) -> range:
+    """Places of N among the numbers of KINDS, see `crushkv.kernels.gpu_code`."""
+    return range(KIND.index("N"), len(KIND) * (len(store.blocks) + 1), len(KIND))
+
+
+def attention(kernel: Any, arguments: dict[str, Any], store: TieredStorage) -> Iterator[dict[str, Any]]:
+    """Of the kernel that attends to all that is held: one program's instructions for a tile of each block."""
     registers, code, labels = disassembled(kernel)
-    *inner, (begin, end) = loops(code, labels)
-    lines = arguments["lines"]
-    planes = list[float]()
-    if arguments["K_BITS"] == 0:  # a loop for each plane of channels, of 4, 2 and 1 bits
-        turns = (lines[:, :, 1] / torch.tensor([4, 2, 1]) / arguments["ROWS"]).ceil()
-        planes = turns.mean(0).tolist()
-    known = len(planes) == len(inner) and all(begin < a < b < end for a, b in inner)
-    sizes = [b - a + 1 for a, b in inner]
-    tile = end - begin + 1 - sum(sizes) + sum(map(math.prod, zip(sizes, planes, strict=False)))
-    return {
-        "keys": "by channel" if arguments["K_BITS"] == 0 else arguments["K_BITS"],
-        "values": arguments["V_BITS"],
-        "together": arguments["JOINT"] == 1,
-        "columns": arguments["N"],
-        "tokens": arguments["TILE"],
-        "registers": registers,
-        "spills": sum(name[:3] in ("LDL", "STL") for name, _ in code[begin : end + 1]),
-        "instructions": round(tile) if known else None,  # a B200 waits outside of the loops
-    }
+    found = loops(code, labels)
+    tiles = [(a, b) for a, b in found if not any(c < a and b < d for c, d in found)]
+    known = len(tiles) == len(store.blocks) + 1  # the last one is over what is not packed
+    made = prepared(store)
+    assert made is not None
+    columns = max(arguments["KINDS"] >> (KIND_BITS * place) & (2**KIND_BITS - 1) for place in columns_at(store))
+    for number, (keys, values) in enumerate(store.blocks):
+        row: dict[str, Any] = {"keys": keys.bits, "values": values.bits}
+        planes = list[float]()
+        if number in made.slots:  # a loop for each plane of channels, of 4, 2 and 1 bits
+            row["keys"] = "by channel"
+            turns = (made.slots[number].lines[:, :, 1] / torch.tensor([4, 2, 1]) / arguments["ROWS"]).ceil()
+            planes = turns.mean(0).tolist()
+        instructions, spills = None, spilled(code)
+        if known:
+            begin, end = tiles[number]
+            sizes = [b - a + 1 for a, b in found if begin < a and b < end]
+            if len(sizes) == len(planes):
+                tile = end - begin + 1 - sum(sizes) + sum(map(math.prod, zip(sizes, planes, strict=True)))
+                instructions, spills = round(tile), spilled(code[begin : end + 1])
+        yield row | {
+            "columns": columns,
+            "registers": registers,
+            "spills": spills,
+            "in all": spilled(code),
+            "KiB": kernel.metadata.shared / 2**10,
+            "instructions": instructions,  # None: a B200 waits outside of the loops
+        }
 
 
 Tensors = tuple[Tensor, Tensor, Tensor, Rope]
@@ -155,9 +177,15 @@ def preset_rows(compiled: Compiled, layer: Tensors, presets: list[str]) -> Itera
         compiled.clear()
         gpu.attend(queries, whole, size**-0.5, None)
         assert gpu.attend_together(queries, parts, groups, size**-0.5) is not None
+        for new in range(2):  # the first one needs room
+            assert gpu.append(keys[:, :, :1], values[:, :, :1], parts, groups) == (new > 0)
+            for part, group in zip(parts, groups, strict=True):
+                part.append(keys[:, list(group), :1], values[:, list(group), :1])
         for kernel, arguments, made in compiled.clear():
-            if kernel == "attend_block" and arguments["K_BITS"] != RAW:
-                yield {"preset": name, **attention(made, arguments)}
+            if kernel == "attend_everywhere":
+                together = arguments["groups"] > 1
+                for row in attention(made, arguments, whole if not together else parts[0]):
+                    yield {"preset": name, "together": together, **row}
 
 
 def compile_the_others(compiled: Compiled, layer: Tensors, presets: list[str]) -> set[str]:

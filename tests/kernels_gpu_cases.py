@@ -19,7 +19,7 @@ from compiled_cases import (  # noqa: F401
     test_the_spread_of_channels_is_fitted_as_plainly,
     test_tokens_are_quantized_as_plainly,
 )
-from crushkv import kernels
+from crushkv import compiled, kernels
 from crushkv.config import CrushConfig
 from crushkv.kernels import gpu, plain
 from crushkv.kernels.gpu_prepared import prepared
@@ -157,12 +157,21 @@ def test_heads_that_hold_different_numbers_of_tokens(formats: Formats) -> None:
         held(formats, tokens, (rows, len(of), size, size), rope_of(size), dense=dense)
         for of, (tokens, dense) in zip(heads, parts, strict=True)
     ]
-    for step in range(2):
+    for store in stores:
+        store.seen = 50  # all heads have seen the same
+    for step in range(3):
         queries = random(rows, 5 * group, 1, size)
         expected = torch.empty_like(queries)
+        keys, values = (random(rows, 1, 5, size).transpose(1, 2) for _ in range(2))
+        at_once = gpu.append(keys, values, stores, heads)
+        assert at_once == (step > 0), "the first token needs room"
         for of, store in zip(heads, stores, strict=True):
-            store.append(random(rows, len(of), 1, size), random(rows, len(of), 1, size))
-            store.seen = 50 + step  # all heads have seen the same
+            own = list(of)
+            if not at_once:
+                store.append(keys[:, own], values[:, own])
+            assert store.dense.keys is not None and store.dense.values is not None
+            assert torch.equal(store.dense.keys[:, :, -1:], keys[:, own])
+            assert torch.equal(store.dense.values[:, :, -1:], values[:, own])
             mine = [head * group + i for head in of for i in range(group)]
             expected[:, mine] = plain.attend(queries[:, mine], store, size**-0.5, None)
         found = gpu.attend_together(queries, stores, heads, size**-0.5)
@@ -320,11 +329,13 @@ def test_what_is_refused() -> None:
 
 def test_older_releases_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some multiply matrices of 16 columns at least; those before are refused."""
-    monkeypatch.setattr(gpu, "_triton", lambda: (3, 4))
-    assert gpu.missing() is None
+    monkeypatch.setattr(gpu, "triton_version", lambda: (3, 4))
     check(held(Formats((4.25, 3), (2, 2), (8, 8), by_channel=True), rope=rope_of(32)))
-    monkeypatch.setattr(gpu, "_triton", lambda: (3, 2))
+    assert gpu.missing() is None and compiled.quantizer(DEVICE) is not None
+    monkeypatch.setattr(compiled, "triton_version", lambda: (3, 2))
     assert gpu.missing() == "Triton 3.3 or later is needed"
+    quantizer = compiled.quantizer(DEVICE)
+    assert quantizer is None or "cpu" in quantizer.__name__
 
 
 def test_it_is_chosen() -> None:

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def compiled(folder: Path, *options: str) -> dict[str, Any]:
     """What `benchmarks/gpu_code.py` finds. Nothing is taken from a cache."""
     command = [sys.executable, "benchmarks/gpu_code.py", "--json", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -37,13 +38,14 @@ def compiled(folder: Path, *options: str) -> dict[str, Any]:
 def check(found: dict[str, Any], presets: list[str]) -> None:
     assert {row["preset"] for row in found["rows"]} == set(presets)
     assert {row["together"] for row in found["rows"]} == {False, True}
-    assert {"_coordinates", "_sums", "_range_codes", "_pack"} <= set(found["others"])
+    assert {"_coordinates", "_sums", "_range_codes", "_pack", "prepare_queries", "merge"} <= set(found["others"])
     narrow = tuple(map(int, found["triton"].split(".")[:2])) >= (3, 5)
     for row in found["rows"]:
         assert row["instructions"] is None or 300 < row["instructions"] < 3000
         if narrow and row["columns"] == 8:
             # With 8 bits, registers are short: that ranges are read ahead gains more on an H100 than it costs.
-            assert row["registers"] <= 168 and row["spills"] <= (20 if row["keys"] == 8 else 0), row
+            assert row["registers"] <= 168 and row["KiB"] <= 75, row
+            assert row["instructions"] is None or row["spills"] <= (60 if row["keys"] == 8 else 0), row
 
 
 def test_an_h100_runs_three_programs_at_a_time(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ LAYERS = (
     "compiled presets profile rope",
     "tensor_file",
     "budget demo embedded fingerprint machine",
-    "files later text",
+    "constants files later text",
     "errors _version",
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

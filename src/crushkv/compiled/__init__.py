@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, wraps
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -23,6 +24,9 @@ VARIABLE = "CRUSHKV_KERNELS"
 """Environment variable that names what computes attention over packed tokens; `plain` for nothing compiled at all."""
 FUSED = {"enable_fp_fusion": True}
 """Options of Triton's compiler: a product and a sum in one. Releases differ in what they do unasked."""
+
+
+LEAST_TRITON = (3, 3)
 
 
 class Levels(NamedTuple):
@@ -50,6 +54,8 @@ def triton_missing() -> str | None:
     """Why Triton cannot be used here; None: it can."""
     if not _has_triton():
         return "Triton is not installed"
+    if triton_version() < LEAST_TRITON:
+        return f"Triton {'.'.join(map(str, LEAST_TRITON))} or later is needed"
     if not torch.cuda.is_available() and not interpreted():
         return "there is no CUDA device"
     return None
@@ -58,6 +64,11 @@ def triton_missing() -> str | None:
 @lru_cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None  # looked for on the disk
+
+
+@lru_cache
+def triton_version() -> tuple[int, ...]:
+    return tuple(map(int, version("triton").split(".")[:2]))
 
 
 def quantizer(device: torch.device) -> ModuleType | None:
@@ -73,7 +84,7 @@ def centring(device: torch.device) -> ModuleType | None:
 def _module(subject: str, device: torch.device) -> ModuleType | None:
     if os.environ.get(VARIABLE) == "plain":
         return None
-    if device.type == ("cpu" if interpreted() else "cuda") and _has_triton():
+    if device.type == ("cpu" if interpreted() else "cuda") and triton_missing() is None:
         return importlib.import_module(f"{__package__}.gpu_{subject}")
     if device.type == "cpu" and library() is not None:
         return importlib.import_module(f"{__package__}.cpu_{subject}")

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..constants import constant
 from . import FUSED, Levels, on_its_device, power_of_two
 
 _TOKENS = 32
@@ -33,7 +34,7 @@ def _levels(y, top):
 
 @triton.jit(do_not_specialize=_VARYING)
 def _channel_codes(
-    codes, scales, x, spread, steps, weight, used, last, tokens, heads, octave, middle, least,
+    codes, scales, x, spread, steps, weight, used, last, factors, tokens, heads, octave, middle, least,
     D: tl.constexpr, D_FILLED: tl.constexpr, TOKENS: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Program: (tokens, row and head). See `storage.channels.quantize`."""
@@ -53,8 +54,8 @@ def _channel_codes(
     base = tl.log2(tl.maximum(tl.sqrt(size), least))
     best_code = tl.zeros([TOKENS], tl.float32)
     best = tl.full([TOKENS], float("inf"), tl.float32)
-    for i in tl.static_range(len(FACTORS)):
-        code = tl.floor((base + FACTORS[i]) * octave + (middle + 0.5))
+    for i in tl.static_range(FACTORS):
+        code = tl.floor((base + tl.load(factors + i)) * octave + (middle + 0.5))
         code = tl.minimum(tl.maximum(code, 0.0), 255.0)
         scale = tl.exp2((code - middle) / octave)
         y = z / scale[:, None]
@@ -89,9 +90,9 @@ def channel_codes(
     scales = torch.empty((rows, heads, tokens, 1), dtype=torch.uint8, device=x.device)
     if tokens:
         _channel_codes[(triton.cdiv(tokens, _TOKENS), rows * heads)](
-            codes, scales, x, spread.contiguous(), *(part.contiguous() for part in levels), tokens, heads,
-            float(code[0]), float(code[1]), 1e-6,
-            D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, FACTORS=tuple(factors), **FUSED,
+            codes, scales, x, spread.contiguous(), *(part.contiguous() for part in levels),
+            constant(tuple(factors), x.device), tokens, heads, float(code[0]), float(code[1]), 1e-6,
+            D=size, D_FILLED=power_of_two(size), TOKENS=_TOKENS, FACTORS=len(factors), **FUSED,
         )  # fmt: skip
     return codes, scales
 

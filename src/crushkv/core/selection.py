@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..config import CrushConfig
+from ..constants import constant
 from ..errors import ScoreError
 from ..later import Later
 from .grouping import Groups, choose_representatives, position_order, random_order, signature_order
@@ -215,15 +216,9 @@ def _ranked(
         Tier.RECENT: text[..., tokens - recent :],
     }
     return {
-        tier: Kept(x, _one(tier, device).expand_as(x), torch.full((rows,), x.shape[2])) for tier, x in found.items()
+        tier: Kept(x, constant(int(tier), device, torch.uint8).expand_as(x), torch.full((rows,), x.shape[2]))
+        for tier, x in found.items()
     }
-
-
-@lru_cache
-def _one(tier: Tier, device: torch.device) -> Tensor:
-    """uint8 `[1, 1, 1]`."""
-    with torch.inference_mode(False):
-        return torch.full((1, 1, 1), tier, dtype=torch.uint8, device=device)
 
 
 def _places(members: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor
 
 from ..compiled import cpu_library
 from ..compiled.cpu_library import DTYPES
+from ..constants import constant
 from ..storage import TieredStorage
 from .cpu_prepared import Block, Layer, prepare
 
+_CPU = torch.device("cpu")
 # Query heads a KV head, as in cpu_attention.h.
 _HEADS = 16
 
@@ -69,7 +70,7 @@ class _Layer:
         for group in self.groups:
             group.all_heads = self.kv_heads
         for group, own in zip(self.groups, heads, strict=False):
-            group.head_places = _places(own).data_ptr()
+            group.head_places = constant(own, _CPU).data_ptr()
         self._array = (ctypes.c_void_p * len(stores))(*map(ctypes.addressof, self.groups))
 
     def holds(self, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]) -> bool:
@@ -111,12 +112,6 @@ def _layer(stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]] = (
     if found is None or not found.holds(stores, heads):
         found = _layers[stores[0]] = _Layer(stores, heads)
     return None if found.refusal else found
-
-
-@lru_cache(maxsize=1024)
-def _places(heads: tuple[int, ...]) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(heads)
 
 
 def append(keys: Tensor, values: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]) -> bool:

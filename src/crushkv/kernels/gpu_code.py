@@ -21,11 +21,12 @@ import triton.language as tl
 from ..compiled import interpreted
 
 
-@triton.jit(do_not_specialize=["queried"], do_not_specialize_on_alignment=["queries"])
+@triton.jit(do_not_specialize=["queried", "positions", "rows", "shares"], do_not_specialize_on_alignment=["queries"])
 def prepare_queries(
-    halves,  # float16: weights [blocks, B * H, SLOTS], and [B * H, K] twice of the product with the centre
-    floats,  # float32: offsets [blocks, B * H], and [B * H] of the product with the centre
+    weights,  # float16 [blocks, B * H, SLOTS]
+    offsets,  # float32 [blocks, B * H]
     turned,  # [B * H, D]: queries @ rotation
+    of_centre,  # float32 [B * Hkv, positions, G_FILLED]
     queries,  # [B * H, D]
     channels,  # int32 [blocks, Hkv, SLOTS], of the slots
     units,  # float32 [blocks, B, Hkv, SLOTS], of their codes; 0: the slot is empty
@@ -34,98 +35,105 @@ def prepare_queries(
     second,
     of_first,  # float32 [B, Hkv, K], see `Centre`
     of_second,
+    table,  # float16 [positions, K]
+    table_rest,
     rotation,  # float32 [D, D]
     queried,  # B * H
+    positions,
+    rows,  # programs of the first kind: `queried`, or 0 where neither weights nor a rotation are asked for
+    shares,  # programs of the second kind that share the positions
     factor,
     D,
     KV_HEADS,
     G: tl.constexpr,
+    G_FILLED: tl.constexpr,
     BLOCKS: tl.constexpr,  # whose keys have widths by channel
     SLOTS: tl.constexpr,
     K: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
     D_FILLED: tl.constexpr,
     EXACT: tl.constexpr,
     TURNED: tl.constexpr,
 ):
-    """What is needed of a query besides itself. Program: row and query head.
+    """What is needed of the queries besides themselves. Programs: rows and query heads, then parts of the centre's
+    logits, which are shares of the positions of ROWS query heads each."""
+    program = tl.program_id(0)
+    if program < rows:
+        if BLOCKS > 0:
+            _weights(
+                weights, offsets, queries, channels, units, middles, queried, factor, D, KV_HEADS, program,
+                G, BLOCKS, SLOTS,
+            )  # fmt: skip
+        if TURNED:
+            _turn(turned, queries, rotation, D, program, D_FILLED)
+    else:
+        part = program - rows
+        _centre_logits(
+            of_centre, queries, first, second, of_first, of_second, table, table_rest, queried // G, positions, factor,
+            D, part // shares, part % shares, shares, G, G_FILLED, K, ROWS, TILE, EXACT,
+        )  # fmt: skip
 
-    Weights are what the codes of each plane's rows are multiplied with; offsets, the product with the middles of the
-    codes, which each logit is too large by. For the centre's logits, see `centre_logits`.
-    """
-    row = tl.program_id(0)
-    query = queries + row * D
+
+@triton.jit
+def _weights(
+    weights, offsets, queries, channels, units, middles, queried, factor, D, KV_HEADS, row, G: tl.constexpr,
+    BLOCKS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Weights are what the codes of each plane's rows are multiplied with; offsets, the product with the middles of the
+    codes, which each logit is too large by."""
     slots = tl.arange(0, SLOTS)
     for block in tl.static_range(BLOCKS):
         at = (block * KV_HEADS + row // G % KV_HEADS) * SLOTS + slots
-        q = tl.load(query + tl.load(channels + at)).to(tl.float32)
+        q = tl.load(queries + row * D + tl.load(channels + at)).to(tl.float32)
         w = (q * tl.load(units + (block * (queried // G) + row // G) * SLOTS + slots) * factor).to(tl.float16)
-        tl.store(halves + (block * queried + row) * SLOTS + slots, w)
-        tl.store(floats + block * queried + row, tl.sum(w.to(tl.float32) * tl.load(middles + at), 0))
-
-    halves += BLOCKS * queried * SLOTS + row * K
-    k = tl.arange(0, K)
-    z = tl.load(query + tl.load(first + k)).to(tl.float32) * tl.load(of_first + row // G * K + k)
-    z += tl.load(query + tl.load(second + k)).to(tl.float32) * tl.load(of_second + row // G * K + k)
-    z *= factor
-    most = tl.maximum(tl.max(tl.abs(z), 0), 1e-30)
-    z = z / most
-    high = z.to(tl.float16)
-    tl.store(floats + BLOCKS * queried + row, most)
-    tl.store(halves + k, high)
-    if EXACT:
-        tl.store(halves + queried * K + k, (z - high.to(tl.float32)).to(tl.float16))
-
-    if TURNED:
-        e = tl.arange(0, D_FILLED)
-        sums = tl.zeros([D_FILLED], tl.float32)
-        for begin in range(0, D, 16):
-            d = begin + tl.arange(0, 16)
-            q = tl.load(query + d, mask=d < D, other=0).to(tl.float32)
-            matrix = tl.load(rotation + d[:, None] * D + e[None, :], mask=(d < D)[:, None] & (e < D)[None, :], other=0)
-            sums += tl.sum(q[:, None] * matrix, 0)
-        tl.store(turned + row * D + e, sums.to(turned.dtype.element_ty), mask=e < D)
+        tl.store(weights + (block * queried + row) * SLOTS + slots, w)
+        tl.store(offsets + block * queried + row, tl.sum(w.to(tl.float32) * tl.load(middles + at), 0))
 
 
-@triton.jit(do_not_specialize=["heads", "positions", "skipped_halves", "skipped_floats"])
-def centre_logits(
-    out,
-    halves,
-    floats,
-    table,
-    table_rest,
-    heads,
-    positions,
-    skipped_halves,
-    skipped_floats,
-    G: tl.constexpr,
-    G_FILLED: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+@triton.jit
+def _turn(turned, queries, rotation, D, row, D_FILLED: tl.constexpr):
+    e = tl.arange(0, D_FILLED)
+    sums = tl.zeros([D_FILLED], tl.float32)
+    for begin in range(0, D, 16):
+        d = begin + tl.arange(0, 16)
+        q = tl.load(queries + row * D + d, mask=d < D, other=0).to(tl.float32)
+        matrix = tl.load(rotation + d[:, None] * D + e[None, :], mask=(d < D)[:, None] & (e < D)[None, :], other=0)
+        sums += tl.sum(q[:, None] * matrix, 0)
+    tl.store(turned + row * D + e, sums.to(turned.dtype.element_ty), mask=e < D)
+
+
+@triton.jit
+def _centre_logits(
+    out, queries, first, second, of_first, of_second, table, table_rest, heads, positions, factor, D, part, share,
+    shares, G: tl.constexpr, G_FILLED: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     EXACT: tl.constexpr,
-):
+):  # fmt: skip
     """`out [B * Hkv, positions, G_FILLED]`: the product of each query with its head's centre, turned to each position.
 
-    It is `z @ table.T` with `z[k] = q[first[k]] * of_first[k] + q[second[k]] * of_second[k]`. Behind so many numbers to
-    be skipped, `floats` has the greatest of a query's z, and `halves` the others in parts of it. EXACT: numbers are
-    split into two of float16 each, so that the product is as exact as one in float32.
+    It is `z @ table.T` with `z[k] = q[first[k]] * of_first[k] + q[second[k]] * of_second[k]`. EXACT: numbers are split
+    into two of float16 each, so that the product is as exact as one in float32.
 
-    Program: (share of the positions, ROWS query heads). heads: B * Hkv. The query heads of each are filled up to a
-    power of two, whose logits of a position lie side by side.
+    heads: B * Hkv. The query heads of each are filled up to a power of two, whose logits of a position lie side by
+    side.
     """
     HEADS: tl.constexpr = ROWS // G_FILLED
     k, r = tl.arange(0, K), tl.arange(0, ROWS)
-    head = tl.program_id(1) * HEADS + r // G_FILLED
-    real = (head < heads) & (r % G_FILLED < G)
-    row = head * G + r % G_FILLED
-    z = halves + tl.multiple_of(skipped_halves, 16) + row[:, None] * K + k[None, :]
-    high = tl.load(z, mask=real[:, None], other=0)
-    most = tl.load(floats + skipped_floats + row, mask=real, other=0)
+    head = part * HEADS + r // G_FILLED
+    real = ((head < heads) & (r % G_FILLED < G))[:, None]
+    query, factors = queries + (head * G + r % G_FILLED)[:, None] * D, head[:, None] * K + k[None, :]
+    of_z = tl.load(query + tl.load(first + k)[None, :], mask=real, other=0).to(tl.float32)
+    z = of_z * tl.load(of_first + factors, mask=real, other=0)
+    of_z = tl.load(query + tl.load(second + k)[None, :], mask=real, other=0).to(tl.float32)
+    z = (z + of_z * tl.load(of_second + factors, mask=real, other=0)) * factor
+    most = tl.maximum(tl.max(tl.abs(z), 1), 1e-30)
+    z = z / most[:, None]
+    high = z.to(tl.float16)
     if EXACT:
-        rest = tl.load(z + heads * G * K, mask=real[:, None], other=0)
-    own_head, g = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, G_FILLED)
+        rest = (z - high.to(tl.float32)).to(tl.float16)
+    own_head, g = part * HEADS + tl.arange(0, HEADS), tl.arange(0, G_FILLED)
     of_head = out + own_head.to(tl.int64)[:, None, None] * positions * G_FILLED + g[None, None, :]
-    for begin in tl.range(tl.program_id(0) * TILE, positions, tl.num_programs(0) * TILE):
+    for begin in tl.range(share * TILE, positions, shares * TILE):
         position = begin + tl.arange(0, TILE)
         reached = position < positions
         at_table = position[None, :] * K + k[:, None]
@@ -393,116 +401,155 @@ def _of_group(x, group, NUMBER: tl.constexpr):
     return tl.sum(tl.where((group == NUMBER)[None, :], x, 0.0), 1)
 
 
-# Numbers that differ from call to call or from layer to layer: none of them is worth a kernel of its own.
-_VARYING = ["P", "length", "of_centre_length", "position_step", "positions_length", "first_slot", "first_split"]
-_VARYING += ["splits", "all_splits", "shown_row", "shown_head", "first_weights", "all_heads"]
-_UNALIGNED = ["queries", "offsets", "positions", "shown", "k_zero", "k_span", "v_zero", "v_span"]
-
 FIELDS = (
     *("k0", "k1", "k2", "k_zero", "k_span", "v0", "v1", "v_zero", "v_span", "positions", "lines"),  # addresses
-    *("P", "length", "first_slot", "positions_length", "heads", "k_row", "k_head", "v_row", "v_head"),
+    *("P", "first_slot", "positions_length", "heads", "k_row", "k_head", "v_row", "v_head"),
+    *("splits", "first_split", "first_weights"),
 )
-"""What differs between heads that hold different numbers of tokens: a row of `table` for each group of heads."""
+"""What is told of a block of some heads that hold the same number of tokens.
+
+    k0, k1, k2: keys: planes of channels, of 4, 2 and 1 bits; or planes of tokens; or numbers.
+    k_zero, k_span: their ranges; for planes of channels, each token's scale alone.
+    v0, v1, v_zero, v_span: values, likewise.
+    positions: int32 `[B, heads, positions_length]`, of which the block's begin at first_slot.
+    lines: int32 `[heads, 3, 3]`, of each plane of channels, see `_head_lines`.
+    P: tokens. k_row, k_head, v_row, v_head: strides of numbers, in tokens.
+    splits: programs that share the tokens of a head, of which the first is number first_split.
+    first_weights: of the block, in KV heads of all rows.
+"""
+KIND = ("K_BITS", "V_BITS", "K_GROUPS", "V_GROUPS", "K_GROUPS_FILLED", "V_GROUPS_FILLED", "K_GROUP_FILLED", "N", "EVEN")
+"""What code is made for, for a block: numbers of KIND_BITS bits each, the first one lowest.
+
+    K_BITS, V_BITS: 0: widths by channel; 16: numbers.
+    K_GROUPS, V_GROUPS: ranges of a token. K_GROUP_FILLED: channels of one of keys. FILLED: to a power of two.
+    N: columns of the matrices. EVEN: the tokens of each group of heads divide by 8.
+"""
+KIND_BITS = 9  # the code below has this in numbers: the interpreter has no constants of Triton's in sums
 _FIELDS = tl.constexpr(len(FIELDS))
 
 
 @triton.jit
-def _address(entry, FIELD: tl.constexpr, like):
+def _address(entry, FIELD: tl.constexpr, DTYPE: tl.constexpr):
     """A pointer to tensors, which begin at multiples of 16 bytes."""
-    return tl.multiple_of(tl.load(entry + FIELD).to(like.dtype), 16)
+    return tl.multiple_of(tl.load(entry + FIELD).to(tl.pointer_type(DTYPE)), 16)
 
 
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
-def attend_block(
+@triton.jit(
+    do_not_specialize=[
+        "groups", "grown", "tail_splits", "all_splits", "of_centre_length", "position_step", "shown_row", "shown_head",
+    ],
+    do_not_specialize_on_alignment=["queries", "offsets", "shown"],
+)  # fmt: skip
+def attend_everywhere(
     found,  # float32, see `_found`
     queries,  # [B * H, D]
-    weights,  # `halves` of `prepare_queries`
-    offsets,  # `floats` of `prepare_queries`
-    lines,  # int32 [Hkv, 3, 3], of each plane of channels, see `_head_lines`
-    of_centre,  # float32 [B * Hkv, of_centre_length, G_FILLED] of `centre_logits`
-    positions,  # int32 [B, Hkv, positions_length]
+    turned,  # the same as packed tokens are turned
+    weights,  # of `prepare_queries`
+    offsets,
+    of_centre,  # float32 [B * Hkv, of_centre_length, G_FILLED]
     shown,  # uint8, strides shown_row and shown_head, over all slots
-    table,  # int64 [groups of heads, FIELDS]
-    head_map,  # int32 [Hkv, 2], group and place in it of each head; or the heads [Hkv] that are attended to
-    k0,  # keys: planes of channels, 4 bits; or the first plane of tokens; or numbers
-    k1,  # 2 bits; second plane
-    k2,  # 1 bit
-    k_zero,  # zero, or a token's scale
-    k_span,
-    v0,
-    v1,
-    v_zero,
-    v_span,
+    table,  # int64 [blocks, groups of heads, FIELDS]
+    tails,  # int64 [groups of heads, FIELDS], of what is not packed
+    head_map,  # int32 [Hkv, 2], group and place in it of each head
+    groups,  # of heads
+    grown,  # tokens that are not packed and came after `tails` was made
     factor,  # of logits
-    P,
-    length,  # of a stretch, in tokens
-    first_weights,  # of the block, in rows
+    tail_splits,
+    all_splits,
     of_centre_length,
     position_step,  # 0 where keys do not turn
-    positions_length,
-    first_slot,  # of the block
-    first_split,
-    all_heads,
-    splits,  # that share this block
-    all_splits,
     shown_row,
     shown_head,
-    k_row,  # strides of numbers
-    k_head,
-    v_row,
-    v_head,
     D: tl.constexpr,
     E: tl.constexpr,
     D_FILLED: tl.constexpr,
     E_FILLED: tl.constexpr,
     G: tl.constexpr,
     G_FILLED: tl.constexpr,
-    N: tl.constexpr,
-    K_BITS: tl.constexpr,  # 0: widths by channel
-    V_BITS: tl.constexpr,
-    K_GROUPS: tl.constexpr,
-    K_GROUPS_FILLED: tl.constexpr,
-    K_GROUP_FILLED: tl.constexpr,
-    V_GROUPS: tl.constexpr,
-    V_GROUPS_FILLED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KINDS: tl.constexpr,  # of the blocks, and of what is not packed
     SLOTS: tl.constexpr,
     ROOM: tl.constexpr,  # of a plane's channels among the slots
     ROWS: tl.constexpr,  # of a plane's channels, that are multiplied at a time
-    CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
+    TAIL_TILE: tl.constexpr,
     PRODUCT: tl.constexpr,  # dtype in which numbers are multiplied
-    EVEN: tl.constexpr,  # P is a multiple of 8
-    JOINT: tl.constexpr,
 ):
-    """Attention over a part of one block. Program: (part, KV head, row).
+    """Attention over all that is held, block by block. Program: (part, KV head, row).
 
-    JOINT, where heads hold different numbers of tokens: 1, the block of each group of heads is somewhere else, and
-    `table` says where; 2, what is given belongs to some of `all_heads`.
+    Heads that hold different numbers of tokens are in groups, of which each has its own entry for a block.
+    """
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group, place = tl.load(head_map + head * 2), tl.load(head_map + head * 2 + 1)
+    for block in tl.static_range(BLOCKS):
+        entry = table + (block * groups + group) * _FIELDS
+        splits = tl.load(entry + 19).to(tl.int32)
+        # Blocks of few parts are for the first programs and for the last ones in turn.
+        own = split if block % 2 == 0 else tl.num_programs(0) - 1 - split
+        if own < splits:
+            P, first_split = tl.load(entry + 11).to(tl.int32), tl.load(entry + 20).to(tl.int32)
+            _attend(
+                found, turned, weights, offsets, of_centre, shown, entry, factor, P, splits, first_split, all_splits,
+                of_centre_length, position_step, shown_row, shown_head, own, head, place, row, D, E, D_FILLED,
+                E_FILLED, G, G_FILLED, KINDS >> (81 * block), SLOTS, ROOM, ROWS, True, MASKED, TILE, PRODUCT,
+            )  # fmt: skip
+    own = split if BLOCKS % 2 == 0 else tl.num_programs(0) - 1 - split
+    if own < tail_splits:
+        entry = tails + group * _FIELDS
+        P, first_split = tl.load(entry + 11).to(tl.int32) + grown, all_splits - tail_splits
+        _attend(
+            found, queries, weights, offsets, of_centre, shown, entry, factor, P, tail_splits, first_split, all_splits,
+            0, 0, shown_row, shown_head, own, head, place, row, D, E, D_FILLED, E_FILLED, G, G_FILLED,
+            KINDS >> (81 * BLOCKS), SLOTS, ROOM, ROWS, False, MASKED, TAIL_TILE, PRODUCT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    found, queries, weights, offsets, of_centre, shown, entry, factor, P, splits, first_split, all_splits,
+    of_centre_length, position_step, shown_row, shown_head, split, kv_head, place, row, D: tl.constexpr,
+    E: tl.constexpr, D_FILLED: tl.constexpr, E_FILLED: tl.constexpr, G: tl.constexpr, G_FILLED: tl.constexpr,
+    KIND: tl.constexpr, SLOTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr,
+    MASKED: tl.constexpr, TILE: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """Attention over a part of one block, number `split` of `splits`.
 
     Columns of the matrices are query heads, once for each group of a value's channels, whose weights are its own: what
     a column finds in other groups' channels is left out at the end. Rows are tokens, or channels of values.
     """
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    K_BITS: tl.constexpr = (KIND >> 0) & 511
+    V_BITS: tl.constexpr = (KIND >> 9) & 511
+    K_GROUPS: tl.constexpr = (KIND >> 18) & 511
+    V_GROUPS: tl.constexpr = (KIND >> 27) & 511
+    K_GROUPS_FILLED: tl.constexpr = (KIND >> 36) & 511
+    V_GROUPS_FILLED: tl.constexpr = (KIND >> 45) & 511
+    K_GROUP_FILLED: tl.constexpr = (KIND >> 54) & 511
+    N: tl.constexpr = (KIND >> 63) & 511
+    EVEN: tl.constexpr = (KIND >> 72) & 511
     kv_heads = tl.num_programs(1)
-    kv = row.to(tl.int64) * kv_heads + head
-    queried = kv  # the same KV head among all
-    if JOINT == 1:
-        entry = table + tl.load(head_map + head * 2).to(tl.int64) * _FIELDS
-        head = tl.load(head_map + head * 2 + 1)
-        k0, k1, k2 = _address(entry, 0, k0), _address(entry, 1, k1), _address(entry, 2, k2)
-        k_zero, k_span = _address(entry, 3, k_zero), _address(entry, 4, k_span)
-        v0, v1 = _address(entry, 5, v0), _address(entry, 6, v1)
-        v_zero, v_span = _address(entry, 7, v_zero), _address(entry, 8, v_span)
-        positions, lines = _address(entry, 9, positions), _address(entry, 10, lines)
-        P, length = tl.load(entry + 11).to(tl.int32), tl.load(entry + 12).to(tl.int32)
-        first_slot, positions_length = tl.load(entry + 13).to(tl.int32), tl.load(entry + 14).to(tl.int32)
-        kv = row.to(tl.int64) * tl.load(entry + 15) + head
-        k_row, k_head = tl.load(entry + 16), tl.load(entry + 17)
-        v_row, v_head = tl.load(entry + 18), tl.load(entry + 19)
-    if JOINT == 2:
-        kv_heads = all_heads
-        queried = row.to(tl.int64) * all_heads + tl.load(head_map + head)
+    length = (P + 7) // 8  # of a stretch
+    kv = row.to(tl.int64) * tl.load(entry + 14) + place  # among the heads of the group
+    queried = row.to(tl.int64) * kv_heads + kv_head  # among all
+    if K_BITS == 16:
+        k0 = _address(entry, 0, queries.dtype.element_ty)
+        k_row, k_head = tl.load(entry + 15), tl.load(entry + 16)
+    else:
+        k0, k1, k2 = _address(entry, 0, tl.uint8), _address(entry, 1, tl.uint8), _address(entry, 2, tl.uint8)
+        k_zero, k_span = _address(entry, 3, tl.uint8), _address(entry, 4, tl.uint8)
+        k_zero, k_span = k_zero + kv * P * K_GROUPS, k_span + kv * P * K_GROUPS
+    if V_BITS == 16:
+        v0 = _address(entry, 5, queries.dtype.element_ty)
+        v_row, v_head = tl.load(entry + 17), tl.load(entry + 18)
+    else:
+        v0, v1 = _address(entry, 5, tl.uint8), _address(entry, 6, tl.uint8)
+        v_zero, v_span = _address(entry, 7, tl.uint8), _address(entry, 8, tl.uint8)
+        v_zero, v_span = v_zero + kv * P * V_GROUPS, v_span + kv * P * V_GROUPS
+    first_slot = tl.load(entry + 12).to(tl.int32)
+    if CENTRED:
+        positions = _address(entry, 9, tl.int32) + kv * tl.load(entry + 13) + first_slot
+        of_centre += queried * of_centre_length * G_FILLED
+    shown += row.to(tl.int64) * shown_row + place.to(tl.int64) * shown_head + first_slot
     n = tl.arange(0, N)
     real_column = n < G * V_GROUPS
     query = queried * G + n % G
@@ -511,21 +558,15 @@ def attend_block(
     of_part = tl.arange(0, PART)
     tiles = (length + PART - 1) // PART
     first, last = tiles * split // splits, tiles * (split + 1) // splits
-
-    # Where the head's begin, so that all else counts in 32 bits.
-    k_zero, k_span = k_zero + kv * P * K_GROUPS, k_span + kv * P * K_GROUPS
-    v_zero, v_span = v_zero + kv * P * V_GROUPS, v_span + kv * P * V_GROUPS
-    positions += kv * positions_length + first_slot
-    of_centre += queried * of_centre_length * G_FILLED
-    shown += row.to(tl.int64) * shown_row + head.to(tl.int64) * shown_head + first_slot
     d, e = tl.arange(0, D_FILLED), tl.arange(0, E_FILLED)
     value_words = tl.arange(0, E_FILLED // 4)
     if V_BITS != 16:
         e = _byte_of(e)
     if K_BITS == 0:
+        first_weights = tl.load(entry + 21) * G
         weights += (first_weights + queried * G) * SLOTS
         offset = tl.load(offsets + first_weights + query)
-        lines += head * 9
+        lines = _address(entry, 10, tl.int32) + place * 9
         plane4, count4 = _head_lines(k0, lines, row, length)
         plane2, count2 = _head_lines(k1, lines + 3, row, length)
         plane1, count1 = _head_lines(k2, lines + 6, row, length)
@@ -567,7 +608,7 @@ def attend_block(
             next_v_zero, next_v_span = _ranges(v_zero, v_span, token + PART, real_next, v_number, V_GROUPS)
         # Values first, so that they are under way while the logits are made. Those of 8 bits would fill the registers.
         if V_BITS == 16:
-            of_head = v0 + row.to(tl.int64) * v_row + head.to(tl.int64) * v_head
+            of_head = v0 + (row * v_row + place * v_head) * E
             of_value = real[:, None] & (e < E)[None, :]
             v = tl.load(of_head + token[:, None] * E + e[None, :], mask=of_value, other=0)
         elif V_BITS < 8:
@@ -591,8 +632,8 @@ def attend_block(
             )
             logits = (logits * _CODES - offset[None, :]) * tl.exp2((scale - 128) / 16)[:, None]
         elif K_BITS == 16:
-            at = row.to(tl.int64) * k_row + head.to(tl.int64) * k_head + token[:, None] * D + d[None, :]
-            numbers = tl.load(k0 + at, mask=real[:, None] & (d < D)[None, :], other=0)
+            of_head = k0 + (row * k_row + place * k_head) * D
+            numbers = tl.load(of_head + token[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0)
             logits = tl.dot(numbers.to(PRODUCT), q.to(PRODUCT), input_precision="ieee") * factor
         else:
             for k_group in tl.static_range(K_GROUPS):
@@ -662,6 +703,39 @@ def attend_block(
     tl.store(greatest + at, most + nothing, mask=n < G)
 
 
+@triton.jit(
+    do_not_specialize=["grown", "key_row", "key_head", "value_row", "value_head"],
+    do_not_specialize_on_alignment=["keys", "values"],
+)
+def append_token(
+    keys,  # [B, Hkv, D], strides key_row and key_head
+    values,  # [B, Hkv, E]
+    tails,  # see `attend_everywhere`
+    head_map,
+    grown,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    D_FILLED: tl.constexpr,
+    E_FILLED: tl.constexpr,
+):
+    """Writes a new token behind those that are not packed. Program: (KV head, row)."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    entry = tails + tl.load(head_map + head * 2) * _FIELDS
+    place = tl.load(head_map + head * 2 + 1)
+    token = tl.load(entry + 11) + grown
+    d, e = tl.arange(0, D_FILLED), tl.arange(0, E_FILLED)
+    to = _address(entry, 0, keys.dtype.element_ty)
+    to += (row * tl.load(entry + 15) + place * tl.load(entry + 16) + token) * D
+    tl.store(to + d, tl.load(keys + row * key_row + head * key_head + d, mask=d < D), mask=d < D)
+    to = _address(entry, 5, values.dtype.element_ty)
+    to += (row * tl.load(entry + 17) + place * tl.load(entry + 18) + token) * E
+    tl.store(to + e, tl.load(values + row * value_row + head * value_head + e, mask=e < E), mask=e < E)
+
+
 @triton.jit(do_not_specialize=["rotated_splits", "all_splits"], do_not_specialize_on_alignment=["out"])
 def merge(
     out,  # [B * H, E]
@@ -675,7 +749,7 @@ def merge(
     ROTATED: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Joins what `attend_block` found in all parts. Program: (row and query head, CHANNELS of the output)."""
+    """Joins what `attend_everywhere` found in all parts. Program: (row and query head, CHANNELS of the output)."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     totals, greatest = _found(found, rows, all_splits, E)
     s = tl.arange(0, SPLITS)

@@ -283,27 +283,33 @@ def groups_of(part: PackedTensor | ChannelTensor) -> int:
     return math.prod(part.tensors["span"].shape[3:])
 
 
-def key_arguments(part: PackedTensor | ChannelTensor, size: int) -> dict[str, Any]:
-    """What a kernel is given of the keys of a block, by the names of `gpu_code.attend_block`. size: D."""
+def key_arguments(part: PackedTensor | ChannelTensor) -> dict[str, Any]:
+    """What a kernel is told of the keys of a block, and what its code is made for: FIELDS and KIND of `gpu_code`."""
     tensors = part.tensors
     if isinstance(part, ChannelTensor):
         planes = {f"k{i}": tensors[f"plane{width}"] for i, width in enumerate((4, 2, 1))}
         return {**planes, "k_zero": tensors["scale"], "K_BITS": 0}
-    if part.bits == RAW:
-        raw = tensors["raw"]
-        return {"k0": raw, "k_row": raw.stride(0), "k_head": raw.stride(1), "K_BITS": RAW}
-    planes = {f"k{i}": tensors[f"plane{i}"] for i in range(2) if f"plane{i}" in tensors}
-    groups = groups_of(part)
-    ranges = {"k_zero": tensors["zero"], "k_span": tensors["span"], "K_GROUPS": groups}
-    return {**planes, **ranges, "K_BITS": part.bits, "K_GROUP_FILLED": power_of_two(size // groups)}
+    return _arguments("k", part)
 
 
 def value_arguments(part: PackedTensor) -> dict[str, Any]:
     """The same of its values."""
-    tensors = part.tensors
+    return _arguments("v", part)
+
+
+def raw_arguments(side: str, numbers: Tensor) -> dict[str, Any]:
+    """The same of keys (k) or values (v) as the model made them, `[B, Hkv, P, D]`."""
+    of_row, of_head, of_token, _ = numbers.stride()
+    return {
+        f"{side}0": numbers, f"{side}_row": of_row // of_token, f"{side}_head": of_head // of_token,
+        f"{side.upper()}_BITS": RAW,
+    }  # fmt: skip
+
+
+def _arguments(side: str, part: PackedTensor) -> dict[str, Any]:
+    tensors, of = part.tensors, side.upper()
     if part.bits == RAW:
-        raw = tensors["raw"]
-        return {"v0": raw, "v_row": raw.stride(0), "v_head": raw.stride(1), "V_BITS": RAW}
-    planes = {f"v{i}": tensors[f"plane{i}"] for i in range(2) if f"plane{i}" in tensors}
-    ranges = {"v_zero": tensors["zero"], "v_span": tensors["span"], "V_GROUPS": groups_of(part)}
-    return {**planes, **ranges, "V_BITS": part.bits}
+        return raw_arguments(side, tensors["raw"])
+    planes = {f"{side}{i}": tensors[f"plane{i}"] for i in range(2) if f"plane{i}" in tensors}
+    ranges = {f"{side}_zero": tensors["zero"], f"{side}_span": tensors["span"]}
+    return {**planes, **ranges, f"{of}_BITS": part.bits, f"{of}_GROUPS": groups_of(part)}

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..compiled import Levels, quantizer
+from ..constants import constant
 from .basis import LEAST_SPREAD, MOST_SPREAD, as_spread
 from .buffers import Pick, take
 from .widths import STEPS
@@ -173,7 +174,7 @@ def fitted_spread(
             of_parts.append((x, weight, form))
     if not of_parts:
         return spread
-    factors = _spreads(spread.device)
+    factors = constant(_SPREADS, spread.device)
     if (compiled := quantizer(spread.device)) is not None and compiled.FITS_SPREADS:
         given = [(x, weight, form.levels) for x, weight, form in of_parts]
         how = (_ALL_OF, _STEP), _EVERY_TOKEN, _LEAST_ERROR, (LEAST_SPREAD, MOST_SPREAD)
@@ -189,12 +190,6 @@ def fitted_spread(
     return as_spread(spread.float() * factors[total.argmin(0)].masked_fill(~used, 1))
 
 
-@lru_cache
-def _spreads(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(_SPREADS).to(device, non_blocking=True)
-
-
 def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: ChannelFormat) -> Tensor:
     """The weighted squared error of each channel with each of `_SPREADS`, in squares of its steps with `spread`:
     float32 `[F, B, Hkv, 1, D]`.
@@ -206,14 +201,16 @@ def _spread_errors(x: Tensor, weight: Tensor | None, spread: Tensor, form: Chann
     mean = weight.sum(-1, keepdim=True) / (x.shape[2] - empty.sum(-1, keepdim=True)).clamp(min=1)
     weight = (weight + _EVERY_TOKEN * mean).masked_fill_(empty, 0)
     if (compiled := quantizer(x.device)) is not None:
-        errors: Tensor = compiled.spread_errors(x, weight, spread, form.levels, _spreads(x.device), (_ALL_OF, _STEP))
+        errors: Tensor = compiled.spread_errors(
+            x, weight, spread, form.levels, constant(_SPREADS, x.device), (_ALL_OF, _STEP)
+        )
         return errors
     weight, order = weight.sort(dim=-1, descending=True, stable=True)
     weight = torch.cat([weight[..., :_ALL_OF], _STEP * weight[..., _ALL_OF::_STEP]], dim=-1)
     x = take(x, torch.cat([order[..., :_ALL_OF], order[..., _ALL_OF::_STEP]], dim=-1))
     z = x / (spread * form.steps)
     size = (z.square() @ form.size_weights.transpose(-1, -2)).sqrt().clamp(min=_LEAST)
-    scale = size * _spreads(x.device).view(-1, 1, 1, 1, 1)
+    scale = size * constant(_SPREADS, x.device).view(-1, 1, 1, 1, 1)
     y = z / scale
     off = _levels(y, form).sub_(form.last / 2).sub_(y).mul_(scale)
     return (off.square_() * weight[..., None]).sum(-2, keepdim=True)
