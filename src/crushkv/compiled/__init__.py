@@ -58,6 +58,8 @@ def triton_missing() -> str | None:
         return f"Triton {'.'.join(map(str, LEAST_TRITON))} or later is needed"
     if not torch.cuda.is_available() and not interpreted():
         return "there is no CUDA device"
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA's GPUs"
     return None
 
 
