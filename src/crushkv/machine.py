@@ -74,7 +74,8 @@ def memory() -> tuple[int | None, int | None]:
 def resident_memory() -> int | None:
     """Bytes of main memory that this process occupies, as Linux tells; None elsewhere."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm", "rb", buffering=0) as file:  # asked for each layer of a prompt
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
 

@@ -86,11 +86,17 @@ def centring(device: torch.device) -> ModuleType | None:
 def _module(subject: str, device: torch.device) -> ModuleType | None:
     if os.environ.get(VARIABLE) == "plain":
         return None
-    if device.type == ("cpu" if interpreted() else "cuda") and triton_missing() is None:
-        return importlib.import_module(f"{__package__}.gpu_{subject}")
-    if device.type == "cpu" and library() is not None:
-        return importlib.import_module(f"{__package__}.cpu_{subject}")
+    on_cpu = device.type == "cpu"
+    if (device.type == "cuda" or (on_cpu and interpreted())) and triton_missing() is None:
+        return _imported(f"gpu_{subject}")
+    if on_cpu and library() is not None:
+        return _imported(f"cpu_{subject}")
     return None
+
+
+@lru_cache
+def _imported(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{name}")
 
 
 def power_of_two(number: int, least: int = 16) -> int:

@@ -50,15 +50,16 @@ def call(name: str, *given: Tensor | int | float | None) -> None:
     at the end how many threads it may use."""
     compiled = library()
     assert compiled is not None
-    getattr(compiled, name)(*map(_argument, given), ctypes.c_int64(torch.get_num_threads()))
+    function = getattr(compiled, name)
+    if function.argtypes is None:  # from the second call on, nothing is made of each argument
+        function.argtypes = [*map(_type_of, given), ctypes.c_int64]
+    function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given), torch.get_num_threads())
 
 
-def _argument(x: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+def _type_of(x: Tensor | int | float | None) -> type[ctypes.c_void_p] | type[ctypes.c_int64] | type[ctypes.c_float]:
     if isinstance(x, int):
-        return ctypes.c_int64(x)
-    if isinstance(x, float):
-        return ctypes.c_float(x)
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+        return ctypes.c_int64
+    return ctypes.c_float if isinstance(x, float) else ctypes.c_void_p
 
 
 @lru_cache

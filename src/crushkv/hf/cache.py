@@ -16,13 +16,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .. import kernels
 from ..config import CrushConfig
-from ..core import HeadNeeds, Tier
+from ..core import Tier
 from ..errors import UnsupportedModelError
 from ..text import size
 from .attention import install, mark
 from .autograd import full_precision, refuse_gradient, wants_gradient
 from .layer import CrushLayer
-from .plan import Plan
+from .plan import Plan, head_needs
 from .profiling import profile_of
 from .rope import find_ropes
 from .support import (
@@ -145,7 +145,7 @@ class CrushCache(Cache):
         if by_need:
             reason = "there is no profile" if self.plan.profile is None else keeps_heads_together(model)
             if reason is None and self.plan.profile is not None:
-                self.plan.share_out(HeadNeeds(self.plan.profile.needs))
+                self.plan.share_out(head_needs(self.plan.profile))
             self._heads = "by profile" if reason is None else f"equal ({reason})"
         check_sizes(self.plan.shares.budget, self.config.page_size, model.config)
         for index, i in enumerate(compressible):

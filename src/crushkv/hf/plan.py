@@ -135,8 +135,15 @@ class Plan:
         self, layer: int, heads: Sequence[int] | None, seen: Tensor, held: Tensor, sizes: LayerSizes
     ) -> Tensor:
         """`Shares.tokens`; one warning says where there is no room for a page besides sink and window."""
-        self.warned = self.warned or self.shares.warn_where_tight(seen, held, sizes)
+        if layer == 0 and not self.warned:
+            self.warned = self.shares.warn_where_tight(seen, held, sizes)
         return self.shares.tokens(layer, seen, held, sizes, heads)
+
+
+@lru_cache(maxsize=16)
+def head_needs(profile: Profile) -> HeadNeeds:
+    """What each head needs by a profile; all caches share it."""
+    return HeadNeeds(profile.needs)
 
 
 @lru_cache(maxsize=1024)

@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import CrushConfig
-from ..core import HeadNeeds, Shares, Split
+from ..core import Shares, Split
 from ..errors import ConfigError
 from ..profile import Profile
 from ..storage import LayerSizes
 from ..text import size
 from .cache import CrushCache
+from .plan import head_needs
 from .support import cache_layers, cached_shape, check_bits, check_prompt, check_sizes
 
 
@@ -79,7 +80,7 @@ def plan_cache(
     check_prompt(tokens, model_config)
     layers = cache_layers(model_config)
     compressed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    needs = HeadNeeds(profile.needs) if config.heads == "profile" and profile is not None else None
+    needs = head_needs(profile) if config.heads == "profile" and profile is not None else None
     shares = Shares(config, len(compressed), needs)
     check_sizes(shares.budget, config.page_size, model_config)
     check_bits(config.formats, model_config)
