@@ -187,8 +187,32 @@ def test_heads_that_hold_different_numbers_of_tokens(formats: Formats) -> None:
 
 
 def test_groups_in_different_formats_are_asked_one_by_one() -> None:
-    stores = [held(Formats((keys, 4), (keys, 4)), rope=rope_of(32)) for keys in (4, 3)]
-    assert gpu.attend_together(random(1, 8, 1, 32), stores, [(0, 3), (1, 2)], 0.1) is None
+    stores, heads = [held(Formats((keys, 4), (keys, 4)), rope=rope_of(32)) for keys in (4, 3)], [(0, 3), (1, 2)]
+    for _ in range(2):
+        keys, values = random(1, 4, 1, 32), random(1, 4, 1, 32)
+        if not gpu.append(keys, values, stores, heads):
+            for own, store in zip(heads, stores, strict=True):
+                store.append(keys[:, list(own)], values[:, list(own)])
+        assert gpu.attend_together(random(1, 8, 1, 32), stores, heads, 0.1) is None
+        for store in stores:
+            queries = random(1, 4, 1, 32)
+            found, expected = gpu.attend(queries, store, 0.1, None), plain.attend(queries, store, 0.1, None)
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_groups_of_tokens_that_are_not_packed() -> None:
+    stores, heads = [TieredStorage(Formats()) for _ in range(2)], [(0, 3), (1, 2)]
+    for store, tokens in zip(stores, (40, 13), strict=True):
+        store.append(random(2, 2, tokens, 32), random(2, 2, tokens, 16), reserve=3)
+    for _ in range(3):
+        keys, values, queries = random(2, 4, 1, 32), random(2, 4, 1, 16), random(2, 12, 1, 32)
+        assert gpu.append(keys, values, stores, heads)
+        found = gpu.attend_together(queries, stores, heads, 0.1)
+        assert found is not None
+        for own, store in zip(heads, stores, strict=True):
+            mine = [3 * head + i for head in own for i in range(3)]
+            expected = plain.attend(queries[:, mine], store, 0.1, None)
+            torch.testing.assert_close(found[:, mine], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", some([1, 3, 7, 16], 7))

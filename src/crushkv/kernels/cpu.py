@@ -101,16 +101,18 @@ class _Layer:
         getattr(compiled, name)(self._array, *map(ctypes.c_int64, (len(self.groups), *given)))
 
 
-_layers: WeakKeyDictionary[TieredStorage, _Layer] = WeakKeyDictionary()
+# By the first store and how many there are: a group of heads is asked alone, too.
+_layers: WeakKeyDictionary[TieredStorage, dict[int, _Layer]] = WeakKeyDictionary()
 
 
 def _layer(stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]] = ()) -> _Layer | None:
     """None: the library cannot read them."""
     if not all(store.blocks for store in stores):
         return None
-    found = _layers.get(stores[0])
+    of_first = _layers.setdefault(stores[0], {})
+    found = of_first.get(len(stores))
     if found is None or not found.holds(stores, heads):
-        found = _layers[stores[0]] = _Layer(stores, heads)
+        found = of_first[len(stores)] = _Layer(stores, heads)
     return None if found.refusal else found
 
 

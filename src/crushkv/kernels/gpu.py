@@ -136,9 +136,10 @@ def _attend(
         parts = [prepared(store) for store in stores]
         tails = _tails_of(stores)
         key = (*parts, queries.shape, queries.dtype, scaling, shown is not None, stores[0].dtype)
-        found = _plans.get(stores[0])
+        plans = _plans.setdefault(stores[0], {})
+        found = plans.get(len(stores))
         if found is None or found[0] != key:
-            found = _plans[stores[0]] = key, _plan(queries, stores, parts, heads, scaling, shown is not None)
+            found = plans[len(stores)] = key, _plan(queries, stores, parts, heads, scaling, shown is not None)
         plan = None if tails.refusal else found[1]
         return None if plan is None else plan(queries, stores, tails, shown)
 
@@ -155,19 +156,21 @@ def _plan(
     group = queries.shape[1] // sum(store.kv_heads for store in stores)
     if any(refusal(queries[:, : group * store.kv_heads], store) is not None for store in stores):
         return None
-    if len(stores) > 1 and (len(of_all) < len(stores) or not alike(stores)):
+    if of_all and (len(of_all) < len(stores) or not alike(stores)):
         return None
     return _Plan(queries, stores, heads, scaling, masked, Held.of(stores, of_all, heads) if of_all else None)
 
 
-_plans: WeakKeyDictionary[TieredStorage, tuple[tuple[Any, ...], _Plan | None]] = WeakKeyDictionary()
-_tails: WeakKeyDictionary[TieredStorage, Tails] = WeakKeyDictionary()
+# By the first store and how many there are: a group of heads is asked alone, too.
+_plans: WeakKeyDictionary[TieredStorage, dict[int, tuple[tuple[Any, ...], _Plan | None]]] = WeakKeyDictionary()
+_tails: WeakKeyDictionary[TieredStorage, dict[int, Tails]] = WeakKeyDictionary()
 
 
 def _tails_of(stores: Sequence[TieredStorage]) -> Tails:
-    found = _tails.get(stores[0])
+    of_first = _tails.setdefault(stores[0], {})
+    found = of_first.get(len(stores))
     if found is None or not found.holds(stores):
-        found = _tails[stores[0]] = Tails(stores)
+        found = of_first[len(stores)] = Tails(stores)
     return found
 
 
