@@ -100,7 +100,7 @@ test-transformers: .venv-transformers-$(VERSION)/.ready  ## the tests that touch
 	@touch $@
 
 # The lowest release of Triton that the GPU's kernels are for; those of today's PyTorch are tested by `make test`.
-TRITON := 3.3.1
+TRITON ?= 3.3.1
 
 test-triton: $(READY) .triton-$(TRITON)/.ready  ## compile the GPU's kernels with the lowest release of Triton (TRITON=3.3.1)
 	PYTHONPATH=$(CURDIR)/.triton-$(TRITON) $(BIN)/pytest -n 2 tests/test_gpu_compiler.py
