@@ -61,13 +61,6 @@ class Heads:
             return x.narrow(dim, self.numbers[0] * each, len(self) * each)
         return x.index_select(dim, _places(self.numbers, each, x.device))
 
-    def put(self, x: Tensor, out: Tensor) -> None:
-        """Writes what belongs to these KV heads of `x [B, Hkv, ...]` to `out`, without a copy in between."""
-        if self._follow:
-            out.copy_(x.narrow(1, self.numbers[0], len(self)))
-        else:
-            torch.index_select(x.to(out.dtype), 1, _places(self.numbers, 1, x.device), out=out)
-
 
 @lru_cache(maxsize=1024)
 def _places(numbers: tuple[int, ...], each: int, device: torch.device) -> Tensor:
@@ -137,10 +130,9 @@ class HeadGroup:
 
     def append(self, keys: Tensor, values: Tensor, reserve: int) -> None:
         """Takes in the tokens of a pass, of all heads of the layer."""
-        if (heads := self.heads) is None:
-            self.storage.append(keys, values, reserve)
-        else:
-            self.storage.append(keys, values, reserve, len(heads), heads.put)
+        if self.heads is not None:
+            keys, values = self.heads.pick(keys), self.heads.pick(values)
+        self.storage.append(keys, values, reserve)
 
     # Masks
 

@@ -54,7 +54,7 @@ def _of_queries(queries: Tensor, held: torch.dtype, kv_heads: int) -> str | None
     return f"{group} query heads a KV head" if group > _HEADS else None
 
 
-class _Layer:
+class _Given:
     """What some groups of heads of a layer hold, as the library is given it, until one of them evicts.
 
     Args:
@@ -102,29 +102,26 @@ class _Layer:
 
 
 # By the first store and how many there are: a group of heads is asked alone, too.
-_layers: WeakKeyDictionary[TieredStorage, dict[int, _Layer]] = WeakKeyDictionary()
+_all_given: WeakKeyDictionary[TieredStorage, dict[int, _Given]] = WeakKeyDictionary()
 
 
-def _layer(stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]] = ()) -> _Layer | None:
+def _given(stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]] = ()) -> _Given | None:
     """None: the library cannot read them."""
     if not all(store.blocks for store in stores):
         return None
-    of_first = _layers.setdefault(stores[0], {})
+    of_first = _all_given.setdefault(stores[0], {})
     found = of_first.get(len(stores))
     if found is None or not found.holds(stores, heads):
-        found = of_first[len(stores)] = _Layer(stores, heads)
+        found = of_first[len(stores)] = _Given(stores, heads)
     return None if found.refusal else found
 
 
 def append(keys: Tensor, values: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]]) -> bool:
     """See `kernels.append`."""
-    of_keys, of_values = keys.stride(), values.stride()
-    if of_keys[3] != 1 or of_values[3] != 1 or not all(store.dense.has_room(keys, values) for store in stores):
+    if not all(store.dense.takes(keys, values) for store in stores) or (given := _given(stores, heads)) is None:
         return False
-    if (layer := _layer(stores, heads)) is None:
-        return False
-    layer.see_dense(stores)
-    layer.call("append", keys.data_ptr(), *of_keys[:2], values.data_ptr(), *of_values[:2])
+    given.see_dense(stores)
+    given.call("append", keys.data_ptr(), *keys.stride()[:2], values.data_ptr(), *values.stride()[:2])
     for store in stores:
         store.appended()
     return True
@@ -132,10 +129,10 @@ def append(keys: Tensor, values: Tensor, stores: Sequence[TieredStorage], heads:
 
 def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor | None) -> Tensor | None:
     """See `kernels.attend`."""
-    layer = _layer([store])
-    if layer is None or _of_queries(queries, store.dtype, store.kv_heads):
+    given = _given([store])
+    if given is None or _of_queries(queries, store.dtype, store.kv_heads):
         return None
-    (group,) = layer.groups
+    (group,) = given.groups
     group.shown = None
     if shown is not None:
         shown = shown.to(torch.uint8).contiguous()
@@ -143,14 +140,14 @@ def attend(queries: Tensor, store: TieredStorage, scaling: float, shown: Tensor 
         by_head = shown.ndim == 3
         group.shown_head = shown.shape[-1] if by_head else 0
         group.shown_row = shown.shape[-1] * (shown.shape[1] if by_head else 1)
-    return layer.attend(queries, [store], scaling)
+    return given.attend(queries, [store], scaling)
 
 
 def attend_together(
     queries: Tensor, stores: Sequence[TieredStorage], heads: Sequence[tuple[int, ...]], scaling: float
 ) -> Tensor | None:
     """See `kernels.attend_together`."""
-    layer = _layer(stores, heads)
-    if layer is None or _of_queries(queries, stores[0].dtype, layer.kv_heads):
+    given = _given(stores, heads)
+    if given is None or _of_queries(queries, stores[0].dtype, given.kv_heads):
         return None
-    return layer.attend(queries, stores, scaling)
+    return given.attend(queries, stores, scaling)

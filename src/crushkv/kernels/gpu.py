@@ -85,9 +85,7 @@ def refusal(queries: Tensor, store: TieredStorage) -> str | None:
 
 def append(keys: Tensor, values: Tensor, stores: Sequence[TieredStorage], heads: Heads) -> bool:
     """See `kernels.append`."""
-    if keys.stride(3) != 1 or values.stride(3) != 1:
-        return False
-    if not all(store.dense.has_room(keys, values) for store in stores):
+    if not all(store.dense.takes(keys, values) for store in stores):
         return False
     with torch.no_grad(), where(keys):
         tails = _tails_of(stores)

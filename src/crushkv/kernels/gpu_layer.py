@@ -17,7 +17,6 @@ from .gpu_launch import address
 from .gpu_prepared import (
     Centre,
     Prepared,
-    Slots,
     Walk,
     groups_of,
     key_arguments,
@@ -48,7 +47,6 @@ class Held:
     walks: list[Walk]
     even: list[bool]
     centre: Centre
-    slots: dict[int, Slots]
     channels: Tensor | None
     middles: Tensor | None
     units: Tensor | None
@@ -57,19 +55,19 @@ class Held:
     def of(cls, stores: Sequence[TieredStorage], parts: Sequence[Prepared], heads: Heads) -> Held:
         """All groups are in the same formats (`alike`)."""
         first, device, sizes = parts[0], stores[0].device, stores[0].sizes().sizes
-        in_order = torch.tensor([head for group in heads for head in group]).argsort().to(device, non_blocking=True)
+        places = [head for group in heads for head in group]
+        in_order = tuple(sorted(range(len(places)), key=places.__getitem__))
 
         def joined(of: Callable[[Prepared], Tensor | None], dim: int) -> Tensor | None:
             found = [x for part in parts if (x := of(part)) is not None]
             if len(found) < 2:
                 return found[0] if found else None
-            return torch.cat(found, dim).index_select(dim, in_order)
+            return torch.cat(found, dim).index_select(dim, constant(in_order, device))
 
-        walks = list[Walk]()
         programs_for = stores[0].rows * sum(store.kv_heads for store in stores)
-        for number in range(len(first.walks)):
-            longest = max(part.walks[number].tokens for part in parts)
-            walks.append(Walk.over(longest, tile_of(sizes), programs_for, device))
+        of_blocks = list(zip(*(part.walks for part in parts), strict=True))
+        longest = (max(walk.tokens for walk in of_block) for of_block in of_blocks)
+        walks = [Walk.over(tokens, tile_of(sizes), programs_for, device) for tokens in longest]
         rows = list[list[int]]()
         for number, walk in enumerate(walks):
             shared = {
@@ -86,9 +84,8 @@ class Held:
             tuple(parts),
             torch.tensor(rows).to(device, non_blocking=True),
             walks,
-            [all(part.walks[number].even for part in parts) for number in range(len(walks))],
+            [all(walk.even for walk in of_block) for of_block in of_blocks],
             replace(farthest, of_first=of_first, of_second=of_second),
-            first.slots,
             joined(lambda part: part.channels, 1),
             joined(lambda part: part.middles, 1),
             joined(lambda part: part.units, 2),
@@ -127,12 +124,12 @@ class Tails:
 
     Attributes:
         table: int64 `[groups, FIELDS]`.
-        lengths: how many of them each group held when this was made.
+        length: how many of them the first group held when this was made.
         refusal: why the kernels cannot read them.
     """
 
     def __init__(self, stores: Sequence[TieredStorage]) -> None:
-        self.lengths = [store.dense.length for store in stores]
+        self.length = stores[0].dense.length
         self._buffers = [tuple(map(weakref.ref, _buffers(store))) for store in stores]
         self.refusal = None
         rows = list[list[int]]()
@@ -155,7 +152,7 @@ class Tails:
 
     def grown(self, stores: Sequence[TieredStorage]) -> int:
         """Tokens that came since this was made: as many to each group."""
-        return stores[0].dense.length - self.lengths[0]
+        return stores[0].dense.length - self.length
 
 
 def _buffers(store: TieredStorage) -> tuple[Tensor, Tensor]:

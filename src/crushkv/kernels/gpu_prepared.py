@@ -42,30 +42,23 @@ class Walk:
 
     Attributes:
         tokens: P.
-        length: of a stretch, in tokens.
         splits: programs that share the tokens of a head.
     """
 
     tokens: int
-    length: int
     splits: int
 
     @classmethod
     def over(cls, tokens: int, tile: int, heads: int, device: torch.device) -> Walk:
         """heads: of all rows."""
-        length = stretch_of(tokens)
-        tiles = -(-length // (tile // STRETCHES))
-        return cls(tokens, length, max(1, min(tiles, programs(device) // heads, _MOST_SPLITS)))
+        of_stretch = -(-tokens // STRETCHES)
+        tiles = -(-of_stretch // (tile // STRETCHES))
+        return cls(tokens, max(1, min(tiles, programs(device) // heads, _MOST_SPLITS)))
 
     @property
     def even(self) -> bool:
         """Whether the stretches are full."""
         return self.tokens % STRETCHES == 0
-
-
-def stretch_of(tokens: int) -> int:
-    """Tokens of a stretch of so many."""
-    return -(-tokens // STRETCHES)
 
 
 def tile_of(sizes: tuple[int, int]) -> int:

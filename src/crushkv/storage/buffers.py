@@ -15,13 +15,6 @@ _R = TypeVar("_R")
 
 Pick = Callable[[Tensor, int], Tensor]
 """Takes some KV heads out of a tensor that has all of a layer at a dimension, `pick(x, dim)`."""
-Put = Callable[[Tensor, Tensor], object]
-"""Writes these heads of a tensor `[B, Hkv, ...]` to where they are held, `put(x, out)`."""
-
-
-def put_all(x: Tensor, out: Tensor) -> None:
-    """`Put` of all heads."""
-    out.copy_(x)
 
 
 def no_grad(function: Callable[_P, _R]) -> Callable[_P, _R]:

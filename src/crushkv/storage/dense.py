@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .buffers import Pick, Put, no_grad, put_all, take, writable
+from .buffers import Pick, no_grad, take, writable
 
 
 class DenseStorage:
@@ -52,31 +52,26 @@ class DenseStorage:
         return self.nbytes - sum(t.numel() * t.element_size() for t in used)
 
     @no_grad
-    def append(
-        self, keys: Tensor, values: Tensor, reserve: int = 0, heads: int | None = None, put: Put = put_all
-    ) -> None:
-        """Adds tokens at the end, with room for `reserve` more.
+    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> None:
+        """Adds tokens at the end, with room for `reserve` more."""
+        end = self.length + keys.shape[2]
+        self._keys = self._extended(self._keys, keys, end + reserve)
+        self._values = self._extended(self._values, values, end + reserve)
+        self.length = end
 
-        Args:
-            heads: how many of the heads given are held (None: all), which `put` writes.
-        """
-        start, new = self.length, keys.shape[2]
-        held = keys.shape[1] if heads is None else heads
-        self._keys = self._with_room(self._keys, keys, held, start + new + reserve)
-        self._values = self._with_room(self._values, values, held, start + new + reserve)
-        put(keys, self._keys.narrow(2, start, new))
-        put(values, self._values.narrow(2, start, new))
-        self.length = start + new
-
-    def has_room(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether new tokens fit into the buffers as they are."""
+    def takes(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether new tokens can be written to the buffers as they are, number by number."""
         held = self._keys
         return (
             held is not None
-            and self.length + keys.shape[2] <= held.shape[2]
+            and self._fits(held, keys)
             and held.dtype == keys.dtype == values.dtype
-            and writable(held)
+            and keys.stride(3) == values.stride(3) == 1
         )
+
+    def _fits(self, buffer: Tensor, new: Tensor) -> bool:
+        """Whether there is room for new tokens behind those that are held."""
+        return self.length + new.shape[2] <= buffer.shape[2] and writable(buffer)
 
     def parted(self, pick: Pick) -> DenseStorage:
         """Some heads where they lie: to be kept from, or `copied`."""
@@ -90,17 +85,19 @@ class DenseStorage:
         assert self.keys is not None and self.values is not None, "nothing is held"
         self._keys, self._values = self.keys.clone(), self.values.clone()
 
-    def _with_room(self, buffer: Tensor | None, new: Tensor, heads: int, capacity: int) -> Tensor:
-        """A buffer that holds what is held, with room for new tokens."""
+    def _extended(self, buffer: Tensor | None, new: Tensor, capacity: int) -> Tensor:
         end = self.length + new.shape[2]
-        if buffer is not None and buffer.shape[2] >= end and writable(buffer):
-            return buffer
-        if new.shape[2] == 1:
-            capacity = max(capacity, end + self.growth - 1)
-        grown = new.new_empty((new.shape[0], heads, capacity, new.shape[3]))
-        if buffer is not None:
-            grown[:, :, : self.length] = buffer[:, :, : self.length]
-        return grown
+        if buffer is None or not self._fits(buffer, new):
+            if new.shape[2] == 1:
+                capacity = max(capacity, end + self.growth - 1)
+            rows, heads, _, size = new.shape
+            grown = new.new_empty((rows, heads, capacity, size))
+            if buffer is not None:
+                grown[:, :, : self.length] = buffer[:, :, : self.length]
+            buffer = grown
+        assert buffer is not None
+        buffer[:, :, self.length : end] = new
+        return buffer
 
     @no_grad
     def keep(self, indices: Tensor) -> None:

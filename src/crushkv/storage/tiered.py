@@ -13,7 +13,7 @@ from ..rope import Rope
 from . import channels
 from .basis import Basis, fit, fit_channels
 from .block import Coordinates, PackedTensor
-from .buffers import Pick, Put, put_all, take
+from .buffers import Pick, take
 from .channels import ChannelFormat, ChannelTensor
 from .dense import DenseStorage
 from .formats import RAW, Formats, LayerSizes
@@ -211,15 +211,13 @@ class TieredStorage:
 
     # What goes in
 
-    def append(
-        self, keys: Tensor, values: Tensor, reserve: int = 0, heads: int | None = None, put: Put = put_all
-    ) -> None:
-        """Adds tokens at the end; see `DenseStorage.append`."""
+    def append(self, keys: Tensor, values: Tensor, reserve: int = 0) -> None:
+        """Adds tokens at the end, with room for `reserve` more."""
         self.seen += keys.shape[2]
-        self.dense.append(keys, values, reserve, heads, put)
+        self.dense.append(keys, values, reserve)
 
     def appended(self) -> None:
-        """Counts a token that was written to `dense`, which had room for it."""
+        """Counts a token that was written to the buffers of `dense`, which took it."""
         self.seen += 1
         self.dense.length += 1
 
